@@ -1,0 +1,524 @@
+"""The log of a run, and what is read from it afterwards.
+
+    python logger.py                                # a table and plots of every run below logs/
+    python logger.py --experiment_name muon adamw   # of these two, in this order
+
+A run owns one folder, logs/<experiment_name>/, which alone says what was run, on what, and what came out:
+
+    run.log         the source of every file that made the run, the environment, then the printed lines
+    metrics.jsonl   one JSON object per event, flat slash keys
+    config.json     the resolved configuration
+
+The file reads top to bottom: Run (writing), PhaseTimer (where the seconds of a step go), reading, the table, the plots,
+the script. Importing it imports nothing but the standard library.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from fnmatch import filter as matching
+from operator import itemgetter
+from pathlib import Path
+from statistics import median
+
+SEPARATOR = "=" * 100
+
+
+class RunError(RuntimeError):
+    """A mistake the user can mend: one sentence that says what is wrong, where, and what to do."""
+
+
+# -----------------------------------------------------------------------------
+# Run
+
+class Run:
+    """The folder `out_dir/experiment_name`, open for writing.
+
+    config: what config.json holds. sources: the files whose text goes into run.log. resume_step: None for a new run,
+    else the step of the checkpoint the run continues from; later rows are dropped. active: False on every rank but the
+    first, where all methods do nothing and no file is touched.
+
+    All methods raise RunError where a file cannot be written; the constructor also if the experiment exists and is not
+    resumed, or if its metrics.jsonl is damaged.
+    """
+
+    def __init__(self, out_dir, experiment_name: str, *, config: dict, sources: list[Path],
+                 resume_step: int | None = None, active: bool = True):
+        self.path = Path(out_dir) / experiment_name
+        self.active = active
+        self._queue = []  # rows that are not on disk yet
+        self._unseen = []  # rows on disk that no flush() has returned yet
+        self._waiting = False  # whether a value in the queue still sits on a device
+        if not active:
+            return
+        if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
+            raise RunError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
+                           " choose a plain name such as muon ('plots' is where logger.py draws)")
+        if resume_step is None and _is_run(self.path):
+            raise RunError(f"{self.path} already holds a run; continue it with --resume"
+                           " or choose another --experiment_name")
+        with _naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        metrics = self.path / "metrics.jsonl"
+        if resume_step is not None and metrics.exists():
+            lines, rows = _read_rows(metrics)
+            kept = [line + "\n" for line, row in zip(lines, rows) if (row.get("step") or 0) <= resume_step]
+            _write_atomically(metrics, "".join(kept))
+        self._write_header(sources, resume_step)
+        _write_atomically(self.path / "config.json", json.dumps(_map(_finite, config), indent=2, default=str) + "\n")
+
+    def _write_header(self, sources, resume_step):
+        log = self.path / "run.log"
+        with _naming(log):
+            old = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        text = "\n" if old and not old.endswith("\n") else ""  # a killed run may have left half a line
+        for source in map(Path, sources):
+            with _naming(source, "read"):
+                body = source.read_text(encoding="utf-8").rstrip("\n") + "\n"
+            if body not in old:  # a resumed run repeats only the files that changed since
+                text += f"{'-' * 100}\n{source.name}\n{'-' * 100}\n{body}"
+        text += f"{SEPARATOR}\n{_environment(sources)}\n{SEPARATOR}\n"
+        if resume_step is not None:
+            text += f"the run continues from step {resume_step}\n"
+        _append(log, text)
+
+    def print(self, line):
+        """Writes a line to run.log and to stdout."""
+        if not self.active:
+            return
+        _append(self.path / "run.log", f"{line}\n")
+        bars = sys.modules.get("tqdm")  # only where someone imported tqdm can there be a progress bar to write around
+        (bars.tqdm.write if bars else print)(str(line))
+        sys.stdout.flush()
+
+    def log(self, row: dict):
+        """Queues a row of metrics.jsonl: numbers, text, None, lists, and tensors of any shape on any device.
+
+        The values are those of this moment, whatever happens to the tensors later. Without a value on a device the row
+        is on disk when this returns; with one it waits for flush(), so that the training step never waits for the GPU.
+        """
+        if not self.active:
+            return
+        self._queue.append(_map(self._snapshot, row))
+        if not self._waiting:
+            self._write_queue()
+
+    def _snapshot(self, value):
+        if str(getattr(value, "device", "cpu")) == "cpu":
+            return _to_host(value)
+        self._waiting = True
+        # The clone is queued on the device like any kernel: nobody waits.
+        return value if isinstance(value, _EventSeconds) else value.detach().clone()
+
+    def flush(self) -> list[dict]:
+        """Brings every queued value to the host and writes the rows.
+
+        Returns the rows written since the last flush(), those that log() wrote at once included, as plain Python
+        values in which NaN and infinity are still themselves (in the file they are null).
+        """
+        self._write_queue()
+        rows, self._unseen = self._unseen, []
+        return rows
+
+    def _write_queue(self):
+        rows = [_map(_to_host, row) for row in self._queue]
+        self._queue, self._waiting = [], False  # emptied first: after a failed write no row may be written twice
+        if rows:
+            lines = [json.dumps(_map(_finite, row), allow_nan=False) + "\n" for row in rows]
+            _append(self.path / "metrics.jsonl", "".join(lines))
+            self._unseen += rows
+
+    def close(self):
+        """Writes what is still queued. May be called more than once."""
+        self._write_queue()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def _map(leaf, value):
+    """`value` with `leaf` applied to everything inside its nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _map(leaf, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map(leaf, item) for item in value]
+    return leaf(value)
+
+
+def _to_host(value):
+    return value.tolist() if hasattr(value, "tolist") else value  # torch and numpy; a 0-d array becomes a number
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _naming(path, verb="write"):
+    """Turns an OSError into a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot {verb} {path}: {error.strerror or error}; make room or mend the permissions there,"
+                       " or choose another --out_dir") from error
+
+
+def _append(path, text):
+    # Opened for each call: nothing stays in a buffer of ours for kill -9 to lose.
+    with _naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _write_atomically(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    with _naming(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _environment(sources):
+    """What a reader needs to judge the run's timings and to repeat it, one fact per line."""
+    import torch
+
+    on_cuda = torch.cuda.is_available()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    folder = str(Path([*sources, "."][0]).resolve().parent)
+    facts = {
+        "command": shlex.join(sys.orig_argv),
+        "commit": _output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if on_cuda else "not available",
+        "gpu": f"{torch.cuda.get_device_name()}\n{_output_of('nvidia-smi')}" if on_cuda else "none",
+    }
+    return "\n".join(f"{name:<10}{fact}" for name, fact in facts.items())
+
+
+def _output_of(*command):
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not available ({error})"
+    return result.stdout.strip() if result.returncode == 0 else "not available"
+
+
+# -----------------------------------------------------------------------------
+# PhaseTimer
+
+class PhaseTimer:
+    """Seconds per phase of a step: start(), then mark(name) at the end of each phase, then row().
+
+    A name marked several times in a step (forward and backward of each micro-batch) adds up. On CUDA the times are
+    those of the GPU's own queue, and row() holds promises that Run.flush() keeps: no call here waits for the GPU.
+    """
+
+    def __init__(self, device_type: str):
+        on_cuda = device_type == "cuda"
+        self._now = _event if on_cuda else time.perf_counter
+        self._sum = _EventSeconds if on_cuda else lambda spans: sum(end - begin for begin, end in spans)
+        self.start()
+
+    def start(self):
+        """Begins a step and forgets the one before."""
+        self._spans = {}  # name -> [(begin, end), ...]
+        self._last = self._now()
+
+    def mark(self, name: str):
+        """Ends the phase that began at the last mark() or start(), and calls it `name`."""
+        begin, self._last = self._last, self._now()
+        self._spans.setdefault(name, []).append((begin, self._last))
+
+    def row(self) -> dict:
+        """{"time/<name>": seconds} of this step so far, in order of first appearance."""
+        return {f"time/{name}": self._sum(list(spans)) for name, spans in self._spans.items()}
+
+
+def _event():
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class _EventSeconds:
+    """A sum of spans between CUDA events that is not asked for before somebody wants the number."""
+
+    device = "cuda"
+
+    def __init__(self, spans):
+        self._spans = spans
+
+    def item(self):
+        self._spans[-1][1].synchronize()  # events of one stream end in order: the last is the only one to wait for
+        return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
+
+    tolist = item  # what Run asks of a tensor
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+def read_run(folder) -> dict:
+    """{"name": text, "config": dict, "rows": list of dicts} of a run's folder.
+
+    A run that has not got that far has an empty config or no rows; a last line torn by a kill is left out.
+    Raises RunError if there is no run, and for any other line that is not a JSON object.
+    """
+    folder = Path(folder)
+    if not _is_run(folder):
+        raise RunError(f"{folder} holds no run; check --out_dir and --experiment_name")
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    except ValueError as error:
+        raise RunError(f"{config} is not JSON ({error}); restore it or delete it") from error
+    return {"name": folder.name, "config": settings, "rows": _read_rows(metrics)[1] if metrics.exists() else []}
+
+
+def _is_run(folder):
+    return (folder / "run.log").exists() or (folder / "metrics.jsonl").exists()
+
+
+def _read_rows(path):
+    """The lines of a metrics.jsonl and the objects they hold, without a torn last line."""
+    with _naming(path, "read"):
+        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None  # judged below: what is not JSON is no object either
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise RunError(f"{path} line {number} is not a JSON object: {line[:40]!r}; delete that line")
+    return lines[:len(rows)], rows
+
+
+def _series(run, *keys):
+    """One list per key: the values over the rows that have all of the keys."""
+    rows = [row for row in run["rows"] if all(row.get(key) is not None for key in keys)]
+    return [[row[key] for row in rows] for key in keys]
+
+
+# -----------------------------------------------------------------------------
+# Table
+
+last = itemgetter(-1)
+TABLE = [  # title, format, which of the values, their key in the rows; losses in nats per token
+    ("steps", "{:,.0f}", max, "step"),
+    ("val loss", "{:.4f}", last, "val/loss"),
+    ("best", "{:.4f}", min, "val/loss"),
+    ("bits/byte", "{:.4f}", last, "val/bpb"),
+    ("seconds", "{:,.1f}", last, "train_time"),
+    ("tokens/s", "{:,.0f}", median, "train/tok_per_sec"),
+    ("MFU", "{:.2%}", median, "train/mfu"),
+    ("load max/mean", "{:.2f}", last, "moe/load_max_over_mean"),
+]
+
+
+def table(runs) -> str:
+    """One line per run under a line of titles; '-' for what a run did not log."""
+    lines = [["run", *(title for title, *_ in TABLE), "parameters", "active"]]
+    for run in runs:
+        series = [(text, choose, _series(run, key)[0]) for _, text, choose, key in TABLE]
+        parameters = run["config"].get("parameters") or {}
+        cells = [text.format(choose(values)) if values else "-" for text, choose, values in series]
+        cells += [f"{parameters[key]:,}" if parameters.get(key) else "-" for key in ("total", "active")]
+        lines.append([run["name"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))])
+                     for name, *cells in lines)
+
+
+# -----------------------------------------------------------------------------
+# Plots: each fills a Figure from runs that logged what it shows
+
+COLOURS = "#1f6feb #e5532d #1a9850 #8e44ad #e6a700 #17a2b8 #d6336c #6b4f3a".split()
+PHASE_COLOURS = "#c9ced6 #7fb3ff #1f6feb #e5532d #f2b134 #1a9850 #8e44ad".split()
+THEME = {
+    "savefig.dpi": 130, "font.size": 9, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e7eb", "lines.linewidth": 1.8, "lines.markersize": 3,
+}
+
+
+def _binned(values, bins=300):
+    """`values` averaged over at most `bins` consecutive groups: more no screen shows."""
+    import numpy as np
+
+    return np.stack([group.mean(axis=0) for group in np.array_split(np.array(values, float), min(bins, len(values)))])
+
+
+def _curve(ax, run, xs, ys, label):
+    ax.plot(xs, ys, **run["style"], label=label, marker="o" if len(xs) <= 30 else None)  # one point alone has no line
+
+
+def plot_val_loss(figure, runs):
+    """Validation against steps, seconds and active FLOPs; in bits per byte where every run has them."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    in_bits = all(_series(run, "val/bpb")[0] for run in runs)
+    key, label = ("val/bpb", "validation bits per byte") if in_bits else ("val/loss", "validation loss (nats/token)")
+    figure.set_size_inches(13.5, 4.6)
+    axes = figure.subplots(1, 3, sharey=True)
+    for ax, x, title in zip(axes, ("step", "train_time", "train/flops"), ("steps", "training seconds", "active FLOPs")):
+        ends = []
+        for run in runs:
+            xs, ys = _series(run, x, key)
+            # Named in the first panel only: the legend below all three gathers every name it finds.
+            _curve(ax, run, xs, ys, f"{run['name']}  {last(_series(run, key)[0]):.4f}" if ax is axes[0] else None)
+            ends += xs[-1:]
+        if ends and 0 < 10 * min(ends) < max(ends):  # on a linear axis the short runs would be a wall at the left
+            ax.set_xscale("log")
+        ax.set_xlabel(title if ends else f"{title} (not logged)")
+    values = [value for run in runs for value in _series(run, key)[0]]
+    if max(values) > 2 * min(values) > 0:  # the first losses would flatten the end, which is what is compared
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(MaxNLocator(9))
+        axes[0].yaxis.set_major_formatter(ScalarFormatter())
+        axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel(label)
+    figure.legend(loc="outside lower center", ncols=min(5, len(runs)))
+
+
+def plot_step_time(figure, runs):
+    """One bar per run: the median milliseconds of each phase of a step."""
+    figure.set_size_inches(9, 1.7 + 0.5 * len(runs))
+    ax = figure.subplots()
+    ends = [0.0] * len(runs)
+    phases = list(dict.fromkeys(key for run in runs for row in run["rows"] for key in matching(row, "time/*")))
+    for i, phase in enumerate(phases):
+        widths = [1000 * median(_series(run, phase)[0] or [0]) for run in runs]
+        ax.barh(range(len(runs)), widths, left=ends, height=0.62, edgecolor="white", linewidth=0.8,
+                color=PHASE_COLOURS[i % len(PHASE_COLOURS)], label=phase.removeprefix("time/"))
+        ends = [end + width for end, width in zip(ends, widths)]
+    for i, end in enumerate(ends):
+        ax.text(end, i, f"  {end:,.1f} ms", va="center")
+    ax.set_yticks(range(len(runs)), [run["name"] for run in runs], fontsize=10)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.margins(x=0.12)
+    ax.set_xlabel("milliseconds per step (median of each phase)")
+    figure.legend(loc="outside lower center", ncols=len(phases))
+
+
+def plot_router_entropy(figure, runs):
+    """Entropy of the routers over training, divided by log E: 1 is a router that prefers no expert."""
+    figure.set_size_inches(8, 4.6)
+    ax = figure.subplots()
+    for run in runs:
+        steps, entropy = _series(run, "step", "moe/router_entropy")
+        _curve(ax, run, _binned(steps), _binned(entropy), run["name"])
+    ax.axhline(1, color="#8a929c", linewidth=1, linestyle=(0, (4, 3)), label="uniform")
+    ax.set_xlabel("steps")
+    ax.set_ylabel("router entropy / log(experts)")
+    figure.legend(loc="outside lower center", ncols=min(5, len(runs) + 1))
+
+
+def plot_expert_load(figure, runs):
+    """One run: for each MoE layer a map of experts x steps, coloured by the expert's share of the assignments."""
+    import numpy as np
+
+    steps, load = _series(runs[0], "step", "moe/load")
+    load_SLE = _binned(load)
+    edges = [group[0] for group in np.array_split(np.array(steps), len(load_SLE))] + [steps[-1] + 1]
+    layers, experts = load_SLE.shape[1:]
+    columns, uniform = min(4, layers), 1 / experts
+    rows = math.ceil(layers / columns)
+    figure.set_size_inches(1.6 + 3.2 * columns, 1.2 + 2 * rows)
+    for layer in range(layers):
+        ax = figure.add_subplot(rows, columns, layer + 1)
+        # Equal distance for twice and half the fair share; the floor keeps a dead expert on the scale.
+        image = ax.pcolormesh(edges, np.arange(experts + 1) - 0.5, np.maximum(load_SLE[:, layer].T, 1e-9),
+                              norm="log", vmin=uniform / 4, vmax=uniform * 4, cmap="RdBu_r")
+        ax.grid(visible=False)
+        ax.set_title(f"MoE layer {layer}", fontsize=10, loc="left")
+        ax.set_yticks(range(0, experts, max(1, experts // 8)))
+        ax.invert_yaxis()
+    shares = [uniform * factor for factor in (1 / 4, 1 / 2, 1, 2, 4)]
+    bar = figure.colorbar(image, ax=figure.axes, extend="both", aspect=30)
+    bar.set_ticks(shares, labels=[f"{100 * share:.3g}%" for share in shares])
+    bar.set_label("share of assignments (white: even)", fontsize=9)
+    bar.minorticks_off()
+    figure.suptitle(runs[0]["name"])
+    figure.supxlabel("steps")
+    figure.supylabel("expert")
+
+
+def write_plots(runs, folder):
+    """Writes the PNGs into `folder` and prints their paths, and which runs a picture leaves out because of what."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    plots = [("val_loss", "val/loss", plot_val_loss, runs), ("step_time", "time/*", plot_step_time, runs),
+             ("router_entropy", "moe/router_entropy", plot_router_entropy, runs)]
+    plots += [(f"{run['name']}_expert_load", "moe/load", plot_expert_load, [run]) for run in runs]
+    for i, run in enumerate(runs):  # a run looks the same in every picture
+        run["style"] = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i // 8 % 4]}
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, pattern, plot, candidates in plots:
+        path = folder / f"{name}.png"
+        shown = []
+        for run in candidates:
+            if any(row[key] not in (None, []) for row in run["rows"] for key in matching(row, pattern)):
+                shown.append(run)
+            else:
+                reason = f"no {pattern} logged" if run["rows"] else "no rows yet"
+                print(f"{path.name} leaves out {run['name']}: {reason}")
+        if shown:
+            with _naming(path), matplotlib.rc_context(THEME):
+                figure = Figure(layout="constrained")
+                plot(figure, shown)
+                figure.savefig(path)
+            print(path)
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+def main():
+    parser = argparse.ArgumentParser(description="A table and plots of the runs below a folder.", allow_abbrev=False)
+    parser.add_argument("--experiment_name", "--experiment-name", nargs="+", default=[], metavar="NAME",
+                        help="the runs to show, in this order (default: all, by name)")
+    parser.add_argument("--out_dir", "--out-dir", type=Path, default="logs", metavar="DIR",
+                        help="the folder the runs are in (default: logs)")
+    args = parser.parse_args()
+    try:
+        there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
+        unknown = [name for name in args.experiment_name if name not in there]
+        if not there:
+            raise RunError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
+        if unknown:
+            raise RunError(f"no experiment {unknown[0]!r} below {args.out_dir}; there are: {', '.join(there)}")
+        runs = [read_run(args.out_dir / name) for name in dict.fromkeys(args.experiment_name or there)]
+        print(table(runs), end="\n\n")
+        write_plots(runs, args.out_dir / "plots")
+    except RunError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1107 @@
+"""The speedrun's transformer with experts in place of the MLP, whole in one file.
+
+    python model.py --preset speedrun                        # the model card
+    python model.py --checkpoint logs/muon/checkpoint --prompt "def forward(self"
+
+What is in it: RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, attention scale 0.12, ReLU^2 experts behind a noisy
+top-2 router, zero-initialised output projections, an untied head, embedding and U-net skips, value embeddings, long-short sliding
+windows, document masks, softcapped logits, an FP8 head, and a loss that never holds all logits in fp32.
+
+Two axes: width (what a block does to a token: `ROUTERS`, `EXPERTS`, `dispatch`) and depth (which blocks, how often: `DEPTHS`).
+To read it in ten minutes: Config, dispatch, MoE, Stack, GPT.
+
+Shapes: B rows, T tokens of a row (or all B*T tokens where B is absent), D n_embd, H heads, C head_dim, E experts, K top_k,
+R = T*K routed rows, F hidden width of one expert, L routed layers, V padded vocabulary. `x_BTD` has the shape (B, T, D).
+
+Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), Shazeer et al. 1701.06538 (noisy top-k),
+Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# -----------------------------------------------------------------------------
+# Config and presets
+
+
+class ConfigError(ValueError):
+    """A field of Config has a value that cannot be built; the message names the field and the legal values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides the model's shape and its loss. Checked once, here; the modules below trust it."""
+
+    # vocabulary
+    vocab_size: int = 50257  # ids in use; tables are padded to a multiple of 64
+    eot_token: int = 50256  # starts every document
+    # shape
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 6
+    head_dim: int = 128
+    # width: which feed-forward each layer has
+    pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
+    mlp_ratio: float = 4.0  # active hidden width / n_embd, of a dense MLP and of top_k experts together
+    num_experts: int = 8
+    top_k: int = 2
+    router: str = "linear"  # a key of ROUTERS
+    router_noise: float = 1.0  # multiplies the learned noise of the linear router; 0 = off
+    balance_coef: float = 0.01  # Switch balance loss
+    z_coef: float = 0.001  # router z-loss
+    bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of probability
+    balance_window: int = 1  # optimizer steps whose counts make up the load that the balance loss sees
+    # depth
+    depth: str = "stack"  # a key of DEPTHS
+    # attention
+    attention: str = "A"  # tiled over depth: A = attention, - = none
+    window: str = "L"  # tiled over depth: L = window_size, S = half of it
+    window_size: int = 1792  # tokens that a long layer sees
+    attn_scale: float = 0.12
+    value_embeds: int = 3  # tables added to the values of the first and of the last layers
+    # head and numbers
+    softcap: float = 15.0  # logits lie in (0, 2 * softcap)
+    head: str = "bf16"  # a key of HEADS: the precision of the head's matmuls while training
+    dtype: str = "bf16"  # activations: a key of DTYPES
+
+    def __post_init__(self):
+        def check(field: str, fine: bool, legal: str):
+            if not fine:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
+
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
+            check(field.name, fits and type(value) is not bool, f"of type {field.type.__name__}")
+        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size"):
+            check(field, getattr(self, field) >= 1, "at least 1")
+        for field in ("router_noise", "balance_coef", "z_coef", "bias_update_factor"):
+            check(field, getattr(self, field) >= 0, "at least 0")
+        for field in ("mlp_ratio", "attn_scale", "softcap"):
+            check(field, getattr(self, field) > 0, "above 0")
+        for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", HEADS), ("dtype", DTYPES)):
+            check(field, getattr(self, field) in table, "one of " + ", ".join(table))
+        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
+            value = getattr(self, field)
+            check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
+        check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
+        check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
+        check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
+        check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
+              f"such that mlp_ratio * n_embd / top_k = {self.mlp_ratio * self.n_embd / self.top_k} is a multiple of 8")
+        check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden width of one expert: top_k of them cost what the dense MLP of width mlp_ratio * n_embd costs."""
+        hidden = self.mlp_ratio * self.n_embd / self.top_k
+        return int(hidden) if hidden == int(hidden) else -1
+
+    def tiled(self, field: str) -> str:
+        """The letter of each layer: the pattern string repeated until it covers n_layer."""
+        pattern = getattr(self, field)
+        return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+
+    @property
+    def routed_layers(self) -> int:
+        return self.tiled("pattern").count("M")
+
+
+# -----------------------------------------------------------------------------
+# Small parts
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, no gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(position_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, C/4) of the half-truncated rotary: a quarter of the pairs' 1024-base spectrum, the other half stands still."""
+    frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, device=position_T.device)
+    theta = position_T.float()[:, None, None] * frequency
+    return theta.cos(), theta.sin()
+
+
+def rotate(x_BTHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (c, c + C/2) for c < C/4; the remaining pairs carry content without position (modded-nanogpt record 17)."""
+    quarter = x_BTHC.size(-1) // 4
+    a, a_still, b, b_still = x_BTHC.split(quarter, dim=-1)
+    turned_a, turned_b = a * cos + b * sin, b * cos - a * sin  # fp32, as cos and sin are
+    return torch.cat([turned_a.type_as(a), a_still, turned_b.type_as(b), b_still], dim=-1)
+
+
+def mix_bits(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (two multiply-xorshift rounds) of int64 values, element by element."""
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+def hashed_normal(seed: Tensor, step: Tensor, layer: int, token_T: Tensor, num: int) -> Tensor:
+    """Standard normal noise (T, num): a pure function of its arguments, so any rank layout or resumed run draws the same.
+
+    token_T holds token numbers within the global batch. Box-Muller on two counter-based hashes."""
+    key = mix_bits(mix_bits(mix_bits(seed) + step) + layer)
+    lane = torch.arange(num, device=token_T.device)
+    counter = mix_bits(key + token_T)[:, None] * (2 * num) + 2 * lane
+    u, v = ((mix_bits(counter + i).float() + 1) / 2**32 for i in (0, 1))
+    return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)
+
+
+# -----------------------------------------------------------------------------
+# Masks: one visibility rule, three ways to attend with it
+
+
+def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window) -> Tensor:
+    """May this query see this key: not later, same document, fewer than `window` tokens back."""
+    distance = q_position - kv_position
+    return (distance >= 0) & (distance < window) & (q_doc == kv_doc)
+
+
+class DenseMask:
+    """SDPA with the full mask: any device, any lengths. Decoding uses it, and tests take it as the reference."""
+
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
+        self.mask = visible(q_position[:, None], kv_position, q_doc_BT[:, None, :, None], kv_doc_BT[:, None, None, :], window)
+
+    def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=self.mask, scale=scale)
+
+
+class BlockedMask:
+    """For the CPU: queries in blocks of 128, each against the keys it can reach at all.
+
+    The upper triangle and what lies beyond the window cost nothing: forward + backward take 0.3 to 0.6 of the time of SDPA with
+    a dense mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores)."""
+
+    BLOCK = 128
+
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
+        T, reach = q_position.numel(), int(window)
+        self.blocks = []  # (query slice, key slice, mask of that block)
+        for start in range(0, T, self.BLOCK):
+            q = slice(start, min(start + self.BLOCK, T))
+            kv = slice(max(0, start - reach + 1) // 16 * 16, q.stop)
+            mask = DenseMask(q_position[q], kv_position[kv], q_doc_BT[:, q], kv_doc_BT[:, kv], window).mask
+            self.blocks.append((q, kv, ~mask))
+
+    def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+        return BlockedAttention.apply(q_BHTC * scale, k_BHTC, v_BHTC, self.blocks)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """softmax(q k^T) v block by block; q comes scaled. Keeps the probabilities for backward, in the activations' type."""
+
+    @staticmethod
+    def forward(ctx, q_BHTC, k_BHTC, v_BHTC, blocks):
+        y_BHTC, probabilities = torch.empty_like(q_BHTC), []
+        for q, kv, hidden in blocks:
+            score = q_BHTC[:, :, q] @ k_BHTC[:, :, kv].mT
+            probabilities.append(score.masked_fill_(hidden, -math.inf).softmax(-1))
+            y_BHTC[:, :, q] = probabilities[-1] @ v_BHTC[:, :, kv]
+        ctx.save_for_backward(q_BHTC, k_BHTC, v_BHTC, *probabilities)
+        ctx.blocks = blocks
+        return y_BHTC
+
+    @staticmethod
+    def backward(ctx, dy_BHTC):
+        q_BHTC, k_BHTC, v_BHTC, *probabilities = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q_BHTC), torch.zeros_like(k_BHTC), torch.zeros_like(v_BHTC)
+        for (q, kv, _), p in zip(ctx.blocks, probabilities):
+            dv[:, :, kv] += p.mT @ dy_BHTC[:, :, q]
+            ds = torch._softmax_backward_data(dy_BHTC[:, :, q] @ v_BHTC[:, :, kv].mT, p, -1, p.dtype)
+            dq[:, :, q] = ds @ k_BHTC[:, :, kv]
+            dk[:, :, kv] += ds.mT @ q_BHTC[:, :, q]
+        return dq, dk, dv, None
+
+
+class FlexMask:
+    """For CUDA: FlexAttention over a BlockMask built from block-wise document bounds, never from a T x T mask.
+
+    T must be a multiple of 128. Blocks that every query sees whole skip the mask function (modded-nanogpt records 15-16)."""
+
+    BLOCK = 128
+
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
+        from torch.nn.attention.flex_attention import BlockMask
+
+        def mask_mod(b, h, q, kv):
+            return visible(q, kv, q_doc_BT[b, q], kv_doc_BT[b, kv], window)
+
+        first_Bn, last_Bn = q_doc_BT[:, :: self.BLOCK], q_doc_BT[:, self.BLOCK - 1 :: self.BLOCK]  # documents only count up
+        block = torch.arange(first_Bn.size(1), device=q_doc_BT.device)
+        apart_nn = block[:, None] - block  # distances within a pair of blocks: from 128 * apart - 127 to 128 * apart + 127
+        reached = (apart_nn >= 0) & (self.BLOCK * (apart_nn - 1) + 1 < window)
+        inside = (apart_nn > 0) & (self.BLOCK * (apart_nn + 1) - 1 < window)
+        some_Bnn = reached & (first_Bn[:, :, None] <= last_Bn[:, None, :])
+        full_Bnn = inside & (first_Bn[:, :, None] == last_Bn[:, None, :]) & (last_Bn[:, :, None] == first_Bn[:, None, :])
+
+        def listed(mask_Bnn: Tensor) -> tuple[Tensor, Tensor]:
+            order = mask_Bnn.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+            return mask_Bnn.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+        self.block_mask = BlockMask.from_kv_blocks(*listed(some_Bnn & ~full_Bnn), *listed(full_Bnn), BLOCK_SIZE=self.BLOCK, mask_mod=mask_mod)
+
+    def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+        return compiled_flex_attention()(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block_mask, scale=scale)
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Uncompiled, flex_attention builds all scores; inside a compiled block this inner compilation is inlined."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+WINDOWS = {"L": 1, "S": 2}  # letter of `window` -> divisor of the long window
+
+
+def make_masks(position_T: Tensor, doc_BT: Tensor, window: Tensor) -> dict[str, object]:
+    """The masks of a whole sequence, one per window letter, in the fastest form that the device has."""
+    whole_blocks = position_T.numel() % FlexMask.BLOCK == 0
+    kind = {("cpu", True): BlockedMask, ("cpu", False): BlockedMask, ("cuda", True): FlexMask}.get((doc_BT.device.type, whole_blocks), DenseMask)
+    return {letter: kind(position_T, position_T, doc_BT, doc_BT, window // divisor) for letter, divisor in WINDOWS.items()}
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+class Context(NamedTuple):
+    """What every layer may look at besides its input. Nothing in it depends on a later token."""
+
+    token_BT: Tensor | None  # ids, None when embeddings were given
+    masks: dict  # window letter -> mask
+    cos: Tensor
+    sin: Tensor
+    noise_key: tuple[Tensor, Tensor, Tensor]  # seed, step, number of each token within the global batch (T,)
+    bias_LE: Tensor  # the aux-loss-free bias
+    cache: "Cache | None"
+
+
+class Attention(nn.Module):
+    """Causal attention with merged QKV, QK-norm, half-truncated rotary and a value embedding mixed into the values."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        width = config.n_head * config.head_dim
+        self.layer, self.n_head, self.scale = layer, config.n_head, config.attn_scale
+        self.window = config.tiled("window")[layer]
+        self.qkv = nn.Parameter(torch.empty(3, width, config.n_embd))
+        self.out = nn.Parameter(torch.empty(config.n_embd, width))
+        self.value_mix = nn.Parameter(torch.empty(2))
+
+    def forward(self, x_BTD: Tensor, value_embed_BTHC: Tensor, ctx: Context) -> Tensor:
+        qkv = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1))
+        q, k, v = qkv.unbind(2)
+        q, k = rotate(norm(q), ctx.cos, ctx.sin), rotate(norm(k), ctx.cos, ctx.sin)
+        mix = self.value_mix.type_as(v)
+        v = mix[0] * v + mix[1] * value_embed_BTHC
+        if ctx.cache is not None:
+            k, v = ctx.cache.extend(self.layer, k, v)
+        y = ctx.masks[self.window].attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        return F.linear(y.transpose(1, 2).flatten(-2), self.out.type_as(x_BTD))
+
+
+class NoAttention(nn.Module):
+    """A layer whose attention was dropped (modded-nanogpt record 17)."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+
+    def forward(self, x_BTD: Tensor, value_embed_BTHC: Tensor, ctx: Context) -> Tensor:
+        return x_BTD.new_zeros(())
+
+
+ATTENTIONS = {"A": Attention, "-": NoAttention}
+
+
+class Cache:
+    """Keys, values and documents of the tokens seen so far, for decoding: room for `max_len` tokens of each of B rows.
+
+    Raises ValueError when more tokens are fed than there is room for."""
+
+    def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
+        shape = (batch_size, max_len, config.n_head, config.head_dim)
+        layers = [layer for layer, letter in enumerate(config.tiled("attention")) if letter == "A"]
+        self.k, self.v = ({layer: torch.zeros(shape, dtype=DTYPES[config.dtype], device=device) for layer in layers} for _ in range(2))
+        self.doc_BT = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
+        self.length = 0  # tokens of finished forward passes
+
+    def claim(self, doc_BT: Tensor):
+        """Note the documents of the next T tokens, numbered on from the last cached token's."""
+        end = self.length + doc_BT.size(1)
+        if end > self.doc_BT.size(1):
+            raise ValueError(f"the cache has room for {self.doc_BT.size(1)} tokens and {end} were fed; make it with a larger max_len")
+        last = self.doc_BT[:, self.length - 1 : self.length].sum(1, keepdim=True)  # 0 for an empty cache
+        self.doc_BT[:, self.length : end] = doc_BT + last
+        return self.doc_BT[:, self.length : end], self.doc_BT[:, :end]
+
+    def extend(self, layer: int, k_BTHC: Tensor, v_BTHC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of a layer; return all of them so far."""
+        end = self.length + k_BTHC.size(1)
+        self.k[layer][:, self.length : end], self.v[layer][:, self.length : end] = k_BTHC, v_BTHC
+        return self.k[layer][:, :end], self.v[layer][:, :end]
+
+
+# -----------------------------------------------------------------------------
+# Routers: each returns a Route, in token order
+
+
+class Route(NamedTuple):
+    expert_TK: Tensor  # int64, distinct within a row
+    weight_TK: Tensor  # fp32 gates, a row sums to 1
+    logits_TE: Tensor  # fp32, without noise and bias: what the balance and z losses see
+
+    def counts_E(self) -> Tensor:
+        """int64: tokens that chose each expert."""
+        chosen = self.expert_TK.flatten()
+        return chosen.new_zeros(self.logits_TE.size(1)).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
+class LinearRouter(nn.Module):
+    """Noisy top-k gating (1701.06538 eq. 3-5): H = x W_g + N(0, 1) softplus(x W_noise), gates = softmax over the k kept.
+
+    The noise is drawn in training only. The aux-loss-free bias moves the selection, never the gates (2408.15664)."""
+
+    def __init__(self, config: Config, route_layer: int):
+        super().__init__()
+        self.top_k, self.route_layer, self.noise_scale = config.top_k, route_layer, config.router_noise
+        self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+        self.noise = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
+        x_TD = x_BTD.flatten(0, 1).float()
+        logits_TE = F.linear(x_TD, self.gate)
+        noisy_TE = logits_TE
+        if self.training:
+            normal_TE = hashed_normal(*ctx.noise_key[:2], self.route_layer, ctx.noise_key[2], logits_TE.size(1))
+            noisy_TE = logits_TE + self.noise_scale * normal_TE * F.softplus(F.linear(x_TD, self.noise))
+        expert_TK = (noisy_TE.detach().softmax(-1) + ctx.bias_LE[self.route_layer]).topk(self.top_k).indices
+        return Route(expert_TK, noisy_TE.gather(1, expert_TK).softmax(-1), logits_TE)
+
+
+class HashRouter(nn.Module):
+    """The baseline that learns nothing: token id mod E, further choices spread evenly, uniform gates (Hash Layers, 2106.04426)."""
+
+    def __init__(self, config: Config, route_layer: int):
+        super().__init__()
+        self.top_k, self.num_experts = config.top_k, config.num_experts
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
+        choice_K = torch.arange(self.top_k, device=x_BTD.device) * (self.num_experts // self.top_k)
+        expert_TK = (ctx.token_BT.flatten()[:, None] + choice_K) % self.num_experts
+        weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=torch.float32)
+        return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
+
+
+ROUTERS = {"linear": LinearRouter, "hash": HashRouter}
+
+# -----------------------------------------------------------------------------
+# Experts: fn(rows_RD sorted by expert, offs_E the end of each expert's rows) -> rows_RD
+
+
+class MLPExperts(nn.Module):
+    """E ReLU^2 MLPs as two grouped GEMMs; an expert without rows costs nothing and gets an exactly zero gradient."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.n_embd))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.n_embd, config.hidden_size))
+
+    def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+        hidden_RF = F.grouped_mm(rows_RD, self.up.type_as(rows_RD).mT, offs=offs_E)
+        return F.grouped_mm(hidden_RF.relu().square(), self.down.type_as(rows_RD).mT, offs=offs_E)
+
+
+EXPERTS = {"mlp": MLPExperts}
+
+# -----------------------------------------------------------------------------
+# Dispatch: the only code that sorts, moves and combines rows
+
+
+def dispatch(x_TD: Tensor, route: Route, fn) -> Tensor:
+    """Send every token to its K experts and add up what comes back, weighted: dropless, whatever the load.
+
+    Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
+    T, K = route.expert_TK.shape
+    choice_R = route.expert_TK.flatten().to(torch.int16).argsort(stable=True)  # a radix sort: 5 times faster than on int64
+    row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
+    offs_E = route.counts_E().cumsum(0).int()
+    rows_RD = fn(Gather.apply(x_TD, choice_R // K, row_TK), offs_E)
+    return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK)
+
+
+class Gather(torch.autograd.Function):
+    """x_TD -> rows_RD. Its backward sums each token's K rows by a gather too: no atomics, no accumulating index_put."""
+
+    @staticmethod
+    def forward(ctx, x_TD, token_R, row_TK):
+        ctx.save_for_backward(row_TK)
+        return x_TD[token_R]
+
+    @staticmethod
+    def backward(ctx, drows_RD):
+        (row_TK,) = ctx.saved_tensors
+        return F.embedding_bag(row_TK, drows_RD.contiguous(), mode="sum"), None, None
+
+
+class Combine(torch.autograd.Function):
+    """rows_RD -> y_TD, the weighted sum of each token's K rows."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, weight_TK, choice_R, row_TK):
+        ctx.save_for_backward(rows_RD, weight_TK, choice_R, row_TK)
+        return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        rows_RD, weight_TK, choice_R, row_TK = ctx.saved_tensors
+        dy_RD = dy_TD[choice_R // weight_TK.size(1)]
+        dweight_R = torch.linalg.vecdot(rows_RD, dy_RD)
+        return dy_RD * weight_TK.flatten()[choice_R, None], dweight_R[row_TK], None, None
+
+
+# -----------------------------------------------------------------------------
+# Feed-forwards: each returns (y_BTD, [statistics of each routing decision])
+
+
+class RouteStats(NamedTuple):
+    counts_E: Tensor  # int64, tokens that chose each expert
+    prob_E: Tensor  # mean router probability, differentiable
+    z_loss: Tensor  # mean squared logsumexp of the logits, differentiable
+    entropy: Tensor  # mean entropy of the router's distribution / log E: 1 = undecided
+
+
+def route_stats(route: Route) -> RouteStats:
+    lse_T = route.logits_TE.logsumexp(-1)
+    log_p_TE = route.logits_TE - lse_T[:, None]
+    p_TE = log_p_TE.exp()
+    entropy = -(p_TE * log_p_TE).detach().sum(-1).mean() / math.log(max(p_TE.size(1), 2))
+    return RouteStats(route.counts_E(), p_TE.mean(0), lse_T.square().mean(), entropy)
+
+
+class MoE(nn.Module):
+    """A router, a pool of experts, and the dispatch between them."""
+
+    def __init__(self, config: Config, route_layer: int):
+        super().__init__()
+        self.router = ROUTERS[config.router](config, route_layer)
+        self.experts = EXPERTS["mlp"](config)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+        route = self.router(x_BTD, ctx)
+        y_TD = dispatch(x_BTD.flatten(0, 1), route, self.experts)
+        return y_TD.view_as(x_BTD), [route_stats(route)]
+
+
+class DenseMLP(nn.Module):
+    """The dense twin: the same ReLU^2 MLP at the same active width, plain matmuls."""
+
+    def __init__(self, config: Config, route_layer: int):
+        super().__init__()
+        width = config.hidden_size * config.top_k
+        self.up = nn.Parameter(torch.empty(width, config.n_embd))
+        self.down = nn.Parameter(torch.empty(config.n_embd, width))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+        hidden_BTF = F.linear(x_BTD, self.up.type_as(x_BTD))
+        return F.linear(hidden_BTF.relu().square(), self.down.type_as(x_BTD)), []
+
+
+FEED_FORWARDS = {"M": MoE, "D": DenseMLP}
+
+
+class Block(nn.Module):
+    """Mix the embedding back in, attend, feed forward."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.stream_mix = nn.Parameter(torch.empty(2))
+        self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
+        route_layer = config.tiled("pattern")[:layer].count("M")
+        self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, route_layer)
+
+    def forward(self, x_BTD, embedding_BTD, value_embed_BTHC, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+        mix = self.stream_mix.type_as(x_BTD)
+        x_BTD = mix[0] * x_BTD + mix[1] * embedding_BTD
+        x_BTD = x_BTD + self.attention(norm(x_BTD), value_embed_BTHC, ctx)
+        y_BTD, stats = self.ffn(norm(x_BTD), ctx)
+        return x_BTD + y_BTD, stats
+
+
+# -----------------------------------------------------------------------------
+# Depth: in what order, and how often, the blocks run
+
+
+class Stack(nn.Module):
+    """Every block once. The second half reads the first half's outputs in mirror order, U-net style (modded-nanogpt record 11)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
+
+    def forward(self, blocks, embedding_BTD: Tensor, value_embeds: list[Tensor], ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+        x_BTD, all_stats, outputs = embedding_BTD, [], []
+        num_down = len(blocks) - len(self.skip_weights)
+        for block, value_embed in zip(blocks[:num_down], value_embeds[:num_down]):
+            x_BTD, stats = block(x_BTD, embedding_BTD, value_embed, ctx)
+            outputs.append(x_BTD)
+            all_stats += stats
+        outputs = outputs[: len(self.skip_weights)]
+        for block, value_embed, weight in zip(blocks[num_down:], value_embeds[num_down:], self.skip_weights.type_as(x_BTD)):
+            x_BTD, stats = block(x_BTD + weight * outputs.pop(), embedding_BTD, value_embed, ctx)
+            all_stats += stats
+        return x_BTD, all_stats
+
+
+DEPTHS = {"stack": Stack}
+
+# -----------------------------------------------------------------------------
+# Head and loss
+
+
+@torch.library.custom_op("nanomoe::fp8_head", mutates_args=())
+def fp8_head(x_TD: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z = x w^T with both sides in e4m3; also returns the two quantised sides for backward (modded-nanogpt record 19)."""
+    x_scale, w_scale, _ = fp8_scales(x_TD)
+    x_f8 = (x_TD / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    w_f8 = (w_VD / w_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    z_TV = torch._scaled_mm(x_f8, w_f8.T, out_dtype=torch.bfloat16, scale_a=x_scale, scale_b=w_scale, use_fast_accum=True)
+    return z_TV, x_f8, w_f8
+
+
+@fp8_head.register_fake
+def _(x_TD, w_VD):
+    f8 = [side.new_empty(side.shape, dtype=torch.float8_e4m3fn) for side in (x_TD, w_VD)]
+    return x_TD.new_empty(len(x_TD), len(w_VD), dtype=torch.bfloat16), *f8
+
+
+@torch.library.custom_op("nanomoe::fp8_head_backward", mutates_args=())
+def fp8_head_backward(dz_TV: Tensor, x_f8: Tensor, w_f8: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (bf16) and dw (fp32); the incoming gradient, at most 1 in size, in e5m2. The CUDA kernel wants its right side column-major."""
+    x_scale, w_scale, dz_scale = fp8_scales(dz_TV, x_f8.size(1))
+    dz_f8 = (dz_TV / dz_scale).to(torch.float8_e5m2)
+    dx_TD = torch._scaled_mm(dz_f8, w_f8.T.contiguous().T, out_dtype=torch.bfloat16, scale_a=dz_scale, scale_b=w_scale)
+    dw_DV = torch._scaled_mm(x_f8.T.contiguous(), dz_f8.T.contiguous().T, out_dtype=torch.float32, scale_a=x_scale, scale_b=dz_scale)
+    return dx_TD, dw_DV.T.contiguous()
+
+
+@fp8_head_backward.register_fake
+def _(dz_TV, x_f8, w_f8):
+    return x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)
+
+
+def fp8_scales(like: Tensor, n_embd: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales of x (RMS-normed, so at most sqrt(D)), of the weights (at most 24), and of the gradient: constants, never measured."""
+    n_embd = n_embd or like.size(1)
+    return tuple(torch.tensor(scale, dtype=torch.float32, device=like.device) for scale in (math.sqrt(n_embd) / 448, 24 / 448, 1 / 448))
+
+
+class HeadMatmul(NamedTuple):
+    """z, saved = forward(x, w); dx, dw = backward(dz, saved)."""
+
+    forward: callable
+    backward: callable
+
+
+HEADS = {
+    "bf16": HeadMatmul(lambda x, w: (x @ w.type_as(x).T, (x, w)), lambda dz, saved: (dz @ saved[1].type_as(dz), dz.T @ saved[0])),
+    "fp8": HeadMatmul(lambda x, w: (lambda z, *saved: (z, saved))(*fp8_head(x, w)), lambda dz, saved: fp8_head_backward(dz, *saved)),
+}
+
+
+def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softcapped logits, and its gradient by z, for one chunk of tokens.
+
+    logit = 2 c sigmoid(2 z / c), which is c tanh(z / c) + c: bounded by 2 c, so exp needs no running maximum.
+    A target below 0 counts nothing. Returns nll_T (nats, fp32) and dz_TV (in z's type)."""
+    s_TV = (z_TV.float() * (2 / softcap)).sigmoid_()
+    e_TV = (s_TV * (2 * softcap)).sub_(2 * softcap).exp_()
+    e_TV[:, vocab_size:] = 0
+    total_T1 = e_TV.sum(-1, keepdim=True)
+    counts_T1 = (target_T >= 0)[:, None]
+    target_T1 = target_T.clamp(min=0)[:, None]
+    nll_T1 = total_T1.log() + 2 * softcap * (1 - s_TV.gather(1, target_T1))
+    dlogit_TV = e_TV.mul_(counts_T1 / total_T1).scatter_add_(1, target_T1, -counts_T1.float())
+    dz_TV = dlogit_TV.mul_(s_TV).mul_(s_TV.neg_().add_(1)).mul_(4).to(z_TV.dtype)
+    return (nll_T1 * counts_T1).squeeze(1), dz_TV
+
+
+LOSS_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time, in fp32
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of the head, a chunk of tokens at a time: forward also makes the gradients, so no logits are kept.
+
+    x_TD, w_VD (fp32), target_T -> nats. Backward only scales what forward computed."""
+
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, target_T, head: HeadMatmul, chunk_nll):
+        nats = torch.zeros((), device=x_TD.device)
+        dx_TD, dw_VD = torch.empty_like(x_TD), torch.zeros_like(w_VD)
+        rows = max(64, LOSS_CHUNK.get(x_TD.device.type, 2**24) // len(w_VD))
+        for x, dx, target in zip(x_TD.split(rows), dx_TD.split(rows), target_T.split(rows)):
+            z, saved = head.forward(x, w_VD)
+            nll, dz = chunk_nll(z, target)
+            nats += nll.sum()
+            if any(ctx.needs_input_grad):
+                dx_chunk, dw_chunk = head.backward(dz, saved)
+                dx.copy_(dx_chunk)
+                dw_VD += dw_chunk
+        ctx.save_for_backward(dx_TD, dw_VD)
+        return nats
+
+    @staticmethod
+    def backward(ctx, dnats):
+        dx_TD, dw_VD = ctx.saved_tensors
+        return dx_TD * dnats, dw_VD * dnats, None, None, None
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
+    loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
+    stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy (0-d), counts_LE (int64)
+
+
+class GPT(nn.Module):
+    """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width, routed = config.n_head * config.head_dim, config.routed_layers
+        self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.depth = DEPTHS[config.depth](config)
+        self.head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.chunk_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
+        # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
+        self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
+        self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
+        # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
+        self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
+        self.init_weights()
+
+    # ---- state between steps
+
+    def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
+        """Tell the model where in the run it is: keys of the router's noise, and the attention window in tokens."""
+        self.clock.copy_(torch.tensor([seed, step, first_token, window or self.config.window_size]), non_blocking=True)
+
+    @torch.no_grad()
+    def balance(self, counts_LE: Tensor):
+        """Once per optimizer step, with the counts of the whole global batch: move the load window and the selection bias."""
+        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
+        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
+        self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
+
+    # ---- forward
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
+                doc_ids_BT: Tensor | None = None) -> Output:
+        """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss.
+
+        Documents are told apart by doc_ids_BT (counting up along a row), by default by the end-of-text tokens."""
+        ids_BT, embedding_BTD, value_embeds = self.look_up(tokens_BT)
+        ctx = self.context(ids_BT, self.documents(tokens_BT, doc_ids_BT), cache)
+        x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), value_embeds, ctx)
+        x_BTD, stats = norm(x_BTD), self.summary(stats)
+        if cache is not None:
+            cache.length += x_BTD.size(1)
+        if targets_BT is None:
+            return Output(self.logits(x_BTD), None, stats)
+        head = HEADS[self.config.head if self.training else "bf16"]
+        nats = ChunkedLoss.apply(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.chunk_nll)
+        ce = nats / targets_BT.numel()
+        loss = ce + self.auxiliary_loss(stats) if self.training else ce
+        return Output(None, loss, stats | {"ce": ce.detach()})
+
+    def look_up(self, tokens_BT: Tensor):
+        """ids (None for embeddings), the embedding, and what each layer adds to its values: a table's rows or zero."""
+        dtype, n = DTYPES[self.config.dtype], len(self.value_embeds)
+        nothing = torch.zeros((), dtype=dtype, device=self.embed.device)
+        if tokens_BT.is_floating_point():
+            return None, tokens_BT.to(dtype), [nothing] * self.config.n_layer
+        heads = (self.config.n_head, self.config.head_dim)
+        tables = [F.embedding(tokens_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
+        value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
+        return tokens_BT, F.embedding(tokens_BT, self.embed).to(dtype), value_embeds
+
+    def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
+        if doc_ids_BT is not None:
+            return doc_ids_BT
+        if tokens_BT.is_floating_point():
+            return torch.zeros(tokens_BT.shape[:2], dtype=torch.int64, device=tokens_BT.device)
+        return (tokens_BT == self.config.eot_token).cumsum(1)
+
+    def context(self, ids_BT: Tensor | None, doc_BT: Tensor, cache: Cache | None) -> Context:
+        (B, T), device = doc_BT.shape, doc_BT.device
+        start = 0 if cache is None else cache.length
+        position_T = torch.arange(start, start + T, device=device)
+        seed, step, first_token, window = self.clock.unbind()
+        if cache is None:
+            masks = make_masks(position_T, doc_BT, window)
+        else:
+            doc_BT, all_doc_BT = cache.claim(doc_BT)
+            everything = torch.arange(start + T, device=device)
+            masks = {letter: DenseMask(position_T, everything, doc_BT, all_doc_BT, window // divisor) for letter, divisor in WINDOWS.items()}
+        noise_key = (seed, step, first_token + torch.arange(B * T, device=device))
+        return Context(ids_BT, masks, *rotary_tables(position_T, self.config.head_dim), noise_key, self.bias_LE, cache)
+
+    def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
+        """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
+
+        Its load is the global batch's of the last steps, so the gradient adds up over micro-batches and ranks."""
+        empty = self.bias_LE.new_zeros(0)
+        prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
+        counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
+        balance_L = self.config.num_experts * (self.load_WLE.mean(0) * prob_LE).sum(-1)
+        mean = lambda values: torch.stack(values).mean() if values else empty.sum()
+        return {
+            "balance_loss": mean(list(balance_L)),
+            "z_loss": mean([s.z_loss for s in stats]),
+            "entropy": mean([s.entropy for s in stats]),
+            "counts_LE": counts_LE,
+        }
+
+    def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
+        """Summed over layers, so that each router feels its coefficient whatever the depth."""
+        return self.config.routed_layers * (self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"])
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        z_BTV = F.linear(x_BTD, self.head.type_as(x_BTD)).float()
+        logits_BTV = 2 * self.config.softcap * torch.sigmoid(z_BTV * (2 / self.config.softcap))
+        logits_BTV[..., self.config.vocab_size :] = -math.inf
+        return logits_BTV
+
+    @torch.no_grad()
+    def generate(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0) -> Tensor:
+        """Continue (B, T >= 1) ids by sampling with a KV cache: (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all). A model in training mode is sampled
+        in evaluation mode and put back. Raises ValueError for an empty prompt."""
+        B, T = tokens_BT.shape
+        if T == 0:
+            raise ValueError("the prompt is empty; start it with the end-of-text token")
+        training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
+        self.eval()
+        cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
+        for _ in range(max_new_tokens):
+            logits_BV = self(new_BT, cache=cache).logits[:, -1]
+            kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
+            if temperature > 0:
+                pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
+            else:
+                pick_B1 = torch.zeros_like(id_BK[:, :1])
+            new_BT = id_BK.gather(1, pick_B1)
+            tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
+        self.train(training)
+        return tokens_BT
+
+    # ---- parameters
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Parameter name -> embed, value_embed, head, matrix, expert, router or scalar."""
+        return {name: parameter_rule(name).kind for name, _ in self.named_parameters()}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> "GPT":
+        """Give every parameter its value, drawn on the CPU so that any device starts equal. Returns the model."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            rule = parameter_rule(name)
+            if not parameter.is_meta:
+                parameter.copy_(rule.init(torch.empty(parameter.shape, device="cpu"), generator))
+        return self
+
+
+def constant(*values):
+    return lambda p, generator: p.copy_(torch.tensor(values, device="cpu").expand_as(p))
+
+
+def normal(p: Tensor, generator: torch.Generator) -> Tensor:
+    return p.normal_(generator=generator)
+
+
+def uniform(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard deviation half of 1 / sqrt(fan in), per matrix: the fan in is the last dimension (modded-nanogpt record 19)."""
+    bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
+    return p.uniform_(-bound, bound, generator=generator)
+
+
+class ParameterRule(NamedTuple):
+    kind: str  # which optimizer group it belongs to
+    init: callable  # (empty CPU tensor, generator) -> the tensor, filled
+
+
+PARAMETER_RULES = {  # the end of a parameter's name -> its rule
+    "embed": ParameterRule("embed", normal),
+    "value_embeds.*": ParameterRule("value_embed", normal),
+    "head": ParameterRule("head", constant(0.0)),
+    "attention.qkv": ParameterRule("matrix", uniform),
+    "attention.out": ParameterRule("matrix", constant(0.0)),
+    "ffn.up": ParameterRule("matrix", uniform),
+    "ffn.down": ParameterRule("matrix", constant(0.0)),
+    "experts.up": ParameterRule("expert", uniform),
+    "experts.down": ParameterRule("expert", constant(0.0)),
+    "router.gate": ParameterRule("router", constant(0.0)),
+    "router.noise": ParameterRule("router", constant(0.0)),
+    "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
+    "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
+    "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
+}
+
+
+def parameter_rule(name: str) -> ParameterRule:
+    words = ["*" if word.isdigit() else word for word in name.split(".")]
+    for ending, rule in PARAMETER_RULES.items():
+        if words[-len(ending.split(".")) :] == ending.split("."):
+            return rule
+    raise KeyError(f"parameter {name} has no rule in PARAMETER_RULES: give it a kind and an initial value")
+
+
+# -----------------------------------------------------------------------------
+# Presets
+
+PRESETS = {
+    # a laptop: bytes, 2 cores, minutes
+    "cpu": Config(vocab_size=257, eot_token=256, n_layer=6, n_embd=256, n_head=2, num_experts=4, window="L", window_size=256, value_embeds=2),
+    # one 24 GB GPU, FP8 not needed
+    "small": Config(n_layer=8, n_embd=512, n_head=4, window="LSSS", window_size=1024, value_embeds=2),
+    # 8 GPUs: modded-nanogpt record 21 with experts
+    "speedrun": Config(attention="AAAAAAA-AAAA", window="LSSSLSSLSSSL", head="fp8"),
+}
+
+# -----------------------------------------------------------------------------
+# The model card: what it costs
+
+
+def count_parameters(config: Config) -> dict[str, int]:
+    """Parameters per kind, `total`, and `active`: those that enter one token's forward pass.
+
+    Active are top_k of the experts, one row of each embedding table, and everything else."""
+    with torch.device("meta"):
+        model = GPT(config)
+    counts, active = dict.fromkeys(rule.kind for rule in PARAMETER_RULES.values()), 0
+    counts = {kind: 0 for kind in counts}
+    for name, parameter in model.named_parameters():
+        kind = parameter_rule(name).kind
+        counts[kind] += parameter.numel()
+        share = {"expert": config.top_k / config.num_experts, "embed": 1 / len(parameter), "value_embed": 1 / len(parameter)}
+        active += round(parameter.numel() * share.get(kind, 1))
+    return counts | {"total": sum(counts.values()), "active": active}
+
+
+def flops_per_token(config: Config, seq_len: int) -> float:
+    """FLOPs of forward + backward per token at the full window: 6 per active weight of a matmul, 12 per attended key and channel.
+
+    Embeddings, norms and inactive experts count nothing; attention counts the keys inside the causal window, documents ignored."""
+    counts = count_parameters(config)
+    weights = counts["matrix"] + counts["expert"] * config.top_k / config.num_experts + counts["head"] + counts["router"]
+    keys = 0.0
+    for letter, window in zip(config.tiled("attention"), config.tiled("window")):
+        reach = min(config.window_size // WINDOWS[window], seq_len)
+        mean_keys = (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+        keys += mean_keys * (letter == "A")
+    return 6 * weights + 12 * keys * config.n_head * config.head_dim
+
+
+def activation_bytes(config: Config, seq_len: int) -> int:
+    """Bytes that one row of seq_len tokens keeps for backward, counted tensor by tensor on the meta device."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage, storage.nbytes())  # holding the storage keeps its address from being reused
+        return tensor
+
+    with torch.device("meta"):
+        model, ids = GPT(config), torch.zeros(1, seq_len, dtype=torch.int64)
+        for parameter in model.parameters():
+            keep(parameter.detach())
+        parameters = set(kept)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, ids)
+    return sum(nbytes for key, (_, nbytes) in kept.items() if key not in parameters)
+
+
+def model_card(config: Config, seq_len: int) -> str:
+    """Parameters total / active / per kind, FLOPs per token, memory, as text."""
+    counts = count_parameters(config)
+    training = flops_per_token(config, seq_len)
+    layers = " ".join(f"{f}{a}{w}" for f, a, w in zip(config.tiled("pattern"), config.tiled("attention"), config.tiled("window")))
+    rows = [
+        ("layers", f"{config.n_layer} ({layers})"),
+        ("width", f"n_embd {config.n_embd}, {config.n_head} heads x {config.head_dim}, vocabulary {config.vocab_size} -> {config.padded_vocab_size}"),
+        ("experts", f"{config.num_experts} x hidden {config.hidden_size}, top-{config.top_k}, router {config.router}"),
+        *((f"  {kind}", f"{counts[kind]:,}") for kind in counts if kind not in ("total", "active")),
+        ("parameters", f"{counts['total']:,} total, {counts['active']:,} active per token"),
+        ("FLOPs per token", f"{training / 3:,.0f} forward, {training:,.0f} training, at {seq_len} tokens per row"),
+        ("weights + gradients", f"{8 * counts['total'] / 2**20:,.1f} MiB in fp32"),
+        ("activations", f"{activation_bytes(config, seq_len) / 2**20:,.1f} MiB per row of {seq_len} tokens"),
+    ]
+    return "\n".join(f"{label:<20} {text}" for label, text in rows)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints, reading side (train_muon.py writes them)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest step inside `folder` (or `folder` itself if it is one step's). Raises CheckpointError if there is none."""
+    if (folder / "manifest.json").exists():
+        return folder
+    steps = sorted(folder.glob("step_*/manifest.json"))
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint; train first, or name another folder")
+    return steps[-1].parent
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """(manifest, slab name -> its tensors) of one step's folder; every file's size and sha256 is verified before any is opened."""
+    import hashlib
+
+    mend = f"remove {folder} to fall back on the previous step, or start over under another name"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} is missing or cut short; {mend}")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise CheckpointError(f"{path} does not match its sha256; {mend}")
+    slabs = {}
+    for name in files:
+        slabs |= torch.load(folder / name, map_location="cpu", weights_only=True)
+    return manifest, slabs
+
+
+def slab_view(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """The part of a named tensor that a slab covers: `a.b` whole, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8 of dimension 0."""
+    base, _, part = name.rstrip("]").partition("[")
+    if not part:
+        return tensors[base]
+    start, _, stop = part.partition(":")
+    return tensors[base][int(start) : int(stop)] if stop else tensors[base][int(start)]
+
+
+def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
+    """The trained model in evaluation mode, and its checkpoint's manifest."""
+    manifest, slabs = read_checkpoint(latest_checkpoint(Path(folder)))
+    model = GPT(Config(**manifest["model"]))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, slab in slabs.items():
+            slab_view(tensors, name).copy_(slab["value"])
+    return model.to(device).eval(), manifest
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def add_flags(parser: argparse.ArgumentParser, fields_of: type):
+    """One flag per field of a dataclass, in both spellings, all defaulting to absent."""
+    for field in dataclasses.fields(fields_of):
+        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        parser.add_argument(*sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(), help=f"default {field.default!r}")
+
+
+def flag_type(annotation):
+    """The parser of a field's type: numbers and strings as they are, true/false for bool, and None for an optional field."""
+    options = getattr(annotation, "__args__", (annotation,))
+
+    def parse(text: str):
+        if type(None) in options and text.lower() == "none":
+            return None
+        if bool in options:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return options[0](text)
+
+    parse.__name__ = "true or false" if bool in options else options[0].__name__
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose complaint is one sentence and names the file."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def main():
+    parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint.")
+    parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
+    parser.add_argument("--seq_len", "--seq-len", type=int, help="tokens per row on the card (default: the window)")
+    parser.add_argument("--checkpoint", type=Path, help="a run's checkpoint folder: sample from it")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--sample_top_k", "--sample-top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser, Config)
+    args = vars(parser.parse_args())
+    try:
+        if args["checkpoint"]:
+            print(sample(args))
+        else:
+            overrides = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
+            config = dataclasses.replace(PRESETS[args["preset"]], **overrides)
+            print(model_card(config, args["seq_len"] or config.window_size))
+    except (ConfigError, CheckpointError) as error:
+        sys.exit(f"model.py: error: {error}")
+
+
+def sample(args: dict) -> str:
+    """The prompt and its continuation, in the encoding that the checkpoint was trained with."""
+    from data import get_encoding
+
+    model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
+    encoding = get_encoding(manifest["encoding"])
+    ids = torch.tensor([[encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]], device=model.head.device)
+    ids = model.generate(ids, args["max_new_tokens"], args["temperature"], args["sample_top_k"], args["seed"])
+    return encoding.decode(ids[0, 1:].tolist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,563 @@
+"""logger.py: what a run leaves on disk, what survives a kill, and that the table and the plots tell what was logged.
+
+    pytest tests/test_logger.py
+"""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import logger  # noqa: E402
+from logger import PhaseTimer, Run, RunError, read_run  # noqa: E402
+
+
+@pytest.fixture
+def sources(tmp_path):
+    files = [tmp_path / "train_it.py", tmp_path / "net.py"]
+    files[0].write_text("print('the loop')\n")
+    files[1].write_text("WIDTH = 7  # no newline at the end")
+    return files
+
+
+@pytest.fixture
+def open_run(tmp_path, sources):
+    def open_it(name="muon", **kwargs):
+        return Run(tmp_path / "logs", name, **{"config": {"seed": 1}, "sources": sources, **kwargs})
+    return open_it
+
+
+def strict_rows(path):
+    """The rows of a metrics.jsonl, read by a parser that knows no NaN."""
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# -----------------------------------------------------------------------------
+# The files of a run
+
+def test_new_run_writes_sources_environment_and_config(open_run, sources):
+    config = {"lr": 0.02, "limit": math.inf, "model": {"pattern": "DM", "data": Path("data/python")}}
+    with open_run(config=config) as run:
+        run.print("step:0/10 val_loss:5.54518")
+    text = (run.path / "run.log").read_text()
+    lines = text.splitlines()
+    first, second = [i for i, line in enumerate(lines) if line == "=" * 100]
+    head, environment, tail = lines[:first], "\n".join(lines[first:second]), lines[second + 1:]
+    assert "print('the loop')" in head and "WIDTH = 7  # no newline at the end" in head
+    assert head.index("train_it.py") < head.index("print('the loop')") < head.index("net.py") < head.index(head[-1])
+    for fact in (torch.__version__, sys.version.split()[0], f"threads   {torch.get_num_threads()}", sys.orig_argv[-1]):
+        assert fact in environment
+    assert tail == ["step:0/10 val_loss:5.54518"]
+    assert json.loads((run.path / "config.json").read_text()) == {
+        "lr": 0.02, "limit": None, "model": {"pattern": "DM", "data": "data/python"}}
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "run.log"], "a temporary file is left"
+
+
+def test_commit_is_that_of_the_sources(open_run, sources, tmp_path):
+    def git(*command):
+        return subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
+    assert "commit    not available" in (open_run("outside").path / "run.log").read_text()
+    git("init", "-q")
+    git("add", "net.py")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "x")
+    head = git("rev-parse", "HEAD").strip()
+    assert f"commit    {head}\n" in (open_run("clean").path / "run.log").read_text()
+    sources[1].write_text("WIDTH = 8")
+    assert f"commit    {head}-dirty\n" in (open_run("dirty").path / "run.log").read_text()
+
+
+@pytest.mark.parametrize("left", ["run.log", "metrics.jsonl"])
+def test_existing_run_is_refused_and_untouched(open_run, tmp_path, left):
+    folder = tmp_path / "logs/muon"
+    folder.mkdir(parents=True)
+    (folder / left).write_text("{}\n")
+    with pytest.raises(RunError) as error:
+        open_run()
+    assert str(folder) in str(error.value)
+    assert "--resume" in str(error.value) and "--experiment_name" in str(error.value)
+    assert [path.name for path in folder.iterdir()] == [left] and (folder / left).read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "plots"])
+def test_a_name_that_is_no_plain_folder_is_refused(open_run, tmp_path, name):
+    with pytest.raises(RunError, match="--experiment_name"):
+        open_run(name)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_inactive_run_touches_nothing(open_run, tmp_path, capsys):
+    with open_run(active=False) as run:
+        run.print("hello")
+        run.log({"step": 0, "train/loss": torch.tensor(1.0)})
+        assert run.flush() == []
+        assert run.path == tmp_path / "logs/muon"
+    assert not (tmp_path / "logs").exists() and capsys.readouterr().out == ""
+
+
+def test_print_writes_around_a_progress_bar(open_run, capsys, monkeypatch):
+    import tqdm
+
+    run, written = open_run(), []
+    run.print("first")
+    assert capsys.readouterr().out == "first\n"
+    monkeypatch.setattr(tqdm.tqdm, "write", written.append)
+    run.print("second")
+    monkeypatch.delitem(sys.modules, "tqdm")  # nobody imported it: there is no bar
+    run.print("third")
+    assert written == ["second"] and capsys.readouterr().out == "third\n"
+    assert (run.path / "run.log").read_text().endswith("=\nfirst\nsecond\nthird\n")
+
+
+# -----------------------------------------------------------------------------
+# Resume
+
+def test_resume_drops_later_rows_and_a_torn_line(open_run, sources):
+    with open_run() as run:
+        run.log({"step": 0, "event": "start"})
+        for step in range(6):
+            run.log({"step": step, "train/loss": 5.0 - step})
+        run.log({"event": "no step"})
+        run.print("step:5/9")
+    metrics = run.path / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write('{"step": 6, "train/lo')
+    with open(run.path / "run.log", "a") as file:
+        file.write("step:6/")
+    sources[1].write_text("WIDTH = 8\n")
+    with open_run(resume_step=3, config={"seed": 2}) as run:
+        run.log({"step": 4, "train/loss": 0.5})
+    rows = strict_rows(metrics)
+    assert [row.get("step") for row in rows] == [0, 0, 1, 2, 3, None, 4]
+    assert rows[-1]["train/loss"] == 0.5
+    text = (run.path / "run.log").read_text()
+    assert "step:5/9\nstep:6/\n" in text and "continues from step 3\n" in text.split("step:6/")[1]
+    assert text.count("print('the loop')") == 1, "an unchanged source is repeated"
+    assert "WIDTH = 7" in text.split("step:6/")[0] and "WIDTH = 8\n" in text.split("step:6/")[1]
+    assert read_run(run.path)["config"] == {"seed": 2}
+
+
+def test_resume_of_a_run_that_never_logged_a_row(open_run):
+    open_run()
+    with open_run(resume_step=0) as run:
+        run.log({"step": 0})
+    assert strict_rows(run.path / "metrics.jsonl") == [{"step": 0}]
+
+
+def test_resume_refuses_a_damaged_middle_and_changes_nothing(open_run):
+    with open_run() as run:
+        run.log({"step": 0})
+    damaged = '{"step": 0}\n{"step": \n{"step": 2}\n'
+    (run.path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 "):
+        open_run(resume_step=2)
+    assert (run.path / "metrics.jsonl").read_text() == damaged
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+def test_values_of_all_kinds_and_nan(open_run):
+    run = open_run()
+    parameter = torch.nn.Parameter(torch.tensor(2.5))
+    run.log({"step": torch.tensor(3), "bf16": torch.tensor(0.5, dtype=torch.bfloat16), "none": None,
+             "grad": parameter * 2, "moe/load": torch.tensor([[0.25, 0.75], [0.5, 0.5]]),
+             "list": [1, torch.tensor(2.0), (math.inf, None)]})
+    run.log({"step": 4, "train/loss": torch.tensor(float("nan")), "event": "end"})
+    first, second = run.flush()
+    expected = {"step": 3, "bf16": 0.5, "grad": 5.0, "none": None, "moe/load": [[0.25, 0.75], [0.5, 0.5]]}
+    assert first == expected | {"list": [1, 2.0, [math.inf, None]]}
+    assert type(first["step"]) is int and math.isnan(second["train/loss"])
+    assert strict_rows(run.path / "metrics.jsonl") == [
+        expected | {"list": [1, 2.0, [None, None]]}, {"step": 4, "train/loss": None, "event": "end"}]
+
+
+def test_flush_returns_each_row_once(open_run):
+    run = open_run()
+    run.log({"step": 0})
+    run.log({"step": 1})
+    assert run.flush() == [{"step": 0}, {"step": 1}] and run.flush() == []
+    run.log({"step": 2})
+    assert run.flush() == [{"step": 2}]
+    run.close()
+    run.close()
+    assert [row["step"] for row in strict_rows(run.path / "metrics.jsonl")] == [0, 1, 2]
+
+
+class DeviceTensor:
+    """A stand-in for a tensor on a GPU that counts how often the host waited for it."""
+
+    device = torch.device("cuda:0")
+    waits = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def detach(self):
+        return self
+
+    def clone(self):
+        return DeviceTensor(self.value)
+
+    def tolist(self):
+        DeviceTensor.waits += 1
+        return self.value
+
+
+def test_values_on_a_device_wait_for_flush_in_order(open_run):
+    run, DeviceTensor.waits = open_run(), 0
+    metrics = run.path / "metrics.jsonl"
+    loss, host = DeviceTensor(3.0), torch.tensor([1.0])
+    run.log({"step": 1, "train/loss": [loss], "host": host})
+    run.log({"step": 1, "val/loss": 2.0})  # must not overtake the row before it, nor force it
+    assert DeviceTensor.waits == 0 and not metrics.exists()
+    loss.value = 99.0  # buffers are reused by the next step
+    host += 1
+    rows = run.flush()
+    assert rows == [{"step": 1, "train/loss": [3.0], "host": [1.0]}, {"step": 1, "val/loss": 2.0}]
+    assert strict_rows(metrics) == rows and DeviceTensor.waits == 1
+    run.log({"step": 2})
+    assert len(strict_rows(metrics)) == 3, "rows without a device value wait although nothing is queued before them"
+    run.log({"step": 3, "train/loss": DeviceTensor(1.0)})
+    run.close()
+    assert strict_rows(metrics)[-1] == {"step": 3, "train/loss": 1.0}
+
+
+def test_rows_survive_kill_minus_nine(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from logger import Run
+run = Run({str(tmp_path)!r}, "killed", config={{}}, sources=[])
+for step in range(50):
+    run.log({{"step": step}})
+    run.print(f"step:{{step}}/99")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert [row["step"] for row in strict_rows(tmp_path / "killed/metrics.jsonl")] == list(range(50))
+    assert (tmp_path / "killed/run.log").read_text().endswith("step:49/99\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize("name, use", [("metrics.jsonl", lambda run: run.log({"step": 0})),
+                                       ("run.log", lambda run: run.print("x"))])
+def test_full_disk_names_the_file(open_run, name, use):
+    run = open_run()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to("/dev/full")
+    with pytest.raises(RunError) as error:
+        use(run)
+    assert str(run.path / name) in str(error.value) and os.strerror(errno.ENOSPC) in str(error.value)
+    run.close()  # nothing is tried twice
+
+
+def test_failed_rewrite_leaves_the_old_rows(open_run, monkeypatch):
+    with open_run() as run:
+        for step in range(3):
+            run.log({"step": step})
+    write_text = Path.write_text
+
+    def half_a_write(path, text, **kwargs):
+        write_text(path, text[:5], **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_text", half_a_write)
+    with pytest.raises(RunError, match="metrics.jsonl"):
+        open_run(resume_step=1)
+    assert [row["step"] for row in strict_rows(run.path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_out_dir_that_is_a_file(open_run, tmp_path):
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(RunError, match="logs"):
+        open_run()
+
+
+# -----------------------------------------------------------------------------
+# PhaseTimer
+
+def test_phase_timer_accumulates(monkeypatch):
+    ticks = iter([0, 100, 101, 103, 106, 110, 200, 207])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    timer = PhaseTimer("cpu")
+    timer.start()
+    for name in ("data", "forward", "backward", "forward"):
+        timer.mark(name)
+    assert list(timer.row().items()) == [("time/data", 1), ("time/forward", 2 + 4), ("time/backward", 3)]
+    timer.start()
+    timer.mark("forward")
+    assert timer.row() == {"time/forward": 7}, "the step before is still counted"
+
+
+def test_phase_timer_sums_to_the_elapsed_time():
+    timer = PhaseTimer("cpu")
+    begin = time.perf_counter()
+    timer.start()
+    for _ in range(3):
+        time.sleep(0.02)
+        timer.mark("forward")
+        time.sleep(0.01)
+        timer.mark("backward")
+    row, elapsed = timer.row(), time.perf_counter() - begin
+    assert row["time/forward"] >= 0.06 and row["time/backward"] >= 0.03
+    assert elapsed - 0.025 < sum(row.values()) <= elapsed
+
+
+def test_phase_timer_on_cuda_does_not_wait_before_flush(open_run, monkeypatch):
+    class Event:
+        clock, waits = 0, 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.clock += 10
+            self.time, self.done = Event.clock, False
+
+        def synchronize(self):
+            Event.waits += 1
+            self.done = True
+
+        def elapsed_time(self, end):  # milliseconds, as CUDA's
+            assert Event.waits, "asked for before the event was waited for"
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    run, timer = open_run(), PhaseTimer("cuda")
+    timer.start()
+    for name in ("forward", "backward", "forward"):
+        timer.mark(name)
+    row = timer.row()
+    run.log({"step": 1} | row)
+    timer.mark("forward")  # neither a later phase nor the next step may disturb the row that waits
+    timer.start()
+    timer.mark("forward")
+    assert Event.waits == 0 and not (run.path / "metrics.jsonl").exists()
+    assert run.flush() == [{"step": 1, "time/forward": 0.02, "time/backward": 0.01}]
+    assert strict_rows(run.path / "metrics.jsonl") == [{"step": 1, "time/forward": 0.02, "time/backward": 0.01}]
+    assert row["time/backward"].item() == 0.01
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+def test_read_run(open_run):
+    with open_run() as run:
+        run.log({"step": 0})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "x')
+    assert read_run(run.path) == {"name": "muon", "config": {"seed": 1}, "rows": [{"step": 0}]}
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", "12", "", '{"step": 1}{"step": 2}'])
+def test_malformed_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(RunError) as error:
+        read_run(tmp_path)
+    assert f"{tmp_path / 'metrics.jsonl'} line 2 " in str(error.value)
+
+
+def test_folder_without_a_run_and_broken_config(tmp_path):
+    with pytest.raises(RunError, match="holds no run"):
+        read_run(tmp_path)
+    (tmp_path / "run.log").write_text("")
+    assert read_run(tmp_path) == {"name": tmp_path.name, "config": {}, "rows": []}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="config.json"):
+        read_run(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+def write_run(out_dir, name, steps=40, layers=3, experts=4, bits=True, slowdown=1.0):
+    """A synthetic run; layers=0 is a dense one. Returns the rows that were logged."""
+    rows, parameters = [], {"total": 1_234_567, "active": 765_432}
+    for step in range(steps + 1):
+        clock = {"step": step, "train_time": 0.1 * slowdown * step, "train/flops": 1e9 * step}
+        row = clock | {"train/loss": 5.5 - 0.01 * step, "train/tok_per_sec": 1000 + (step * 7) % 41,
+                       "train/mfu": 0.3 + 0.001 * step, "time/data": 0.001,
+                       "time/forward": 0.03 * slowdown + 0.0001 * (step % 3), "time/optimizer": 0.01}
+        if layers:
+            slope_L1 = torch.arange(1, layers + 1)[:, None] * (1 - step / steps)
+            load = torch.softmax(slope_L1 * torch.arange(experts), -1)
+            row |= {"moe/load": load, "moe/load_max_over_mean": load.max() * experts,
+                    "moe/router_entropy": -(load * load.log()).sum(-1).mean() / math.log(experts)}
+        rows.append({"moe/load": []} | row)  # a dense model has no layer to tell of
+        if step % 10 == 0:
+            loss = 2.0 + 3.0 * math.exp(-step / 10) + (0.25 if step == steps else 0)  # the last is not the best
+            rows.append(clock | {"val/loss": loss} | ({"val/bpb": loss / math.log(2) / 4} if bits else {}))
+    with Run(out_dir, name, config={"parameters": parameters}, sources=[]) as run:
+        for row in rows:
+            run.log(row)
+        return run.flush()
+
+
+def call_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["logger.py", *map(str, arguments)])
+    logger.main()
+
+
+def test_script_end_to_end(tmp_path):
+    import matplotlib.image
+
+    rows = {name: write_run(tmp_path, name, **kind) for name, kind in
+            {"muon": {}, "adamw": {"slowdown": 2.0}, "dense": {"layers": 0}}.items()}
+    Run(tmp_path, "empty", config={}, sources=[])
+    result = subprocess.run([sys.executable, ROOT / "logger.py", "--out-dir", tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    columns = "run steps val_loss best bits/byte seconds tokens/s MFU load_max/mean parameters active".split()
+    assert lines[0].replace("val loss", "val_loss").replace("load max", "load_max").split() == columns
+    cells = {line.split()[0]: dict(zip(columns, line.split())) for line in lines[1:5]}
+    assert list(cells) == ["adamw", "dense", "empty", "muon"]
+    assert set(list(cells["empty"].values())[1:]) == {"-"}
+    for name, logged in rows.items():
+        losses = [row["val/loss"] for row in logged if "val/loss" in row]
+        steps = [row for row in logged if "train/loss" in row]
+        assert cells[name] == {
+            "run": name, "steps": "40", "val_loss": f"{losses[-1]:.4f}", "best": f"{sorted(losses)[0]:.4f}",
+            "bits/byte": f"{losses[-1] / math.log(2) / 4:.4f}", "seconds": "8.0" if name == "adamw" else "4.0",
+            "tokens/s": f"{median(row['train/tok_per_sec'] for row in steps):,.0f}", "MFU": "32.00%",
+            "load_max/mean": "-" if name == "dense" else f"{steps[-1]['moe/load_max_over_mean']:.2f}",
+            "parameters": "1,234,567", "active": "765,432"}
+    assert cells["muon"]["val_loss"] != cells["muon"]["best"] and cells["muon"]["load_max/mean"] == "1.00"
+
+    names = ["val_loss", "step_time", "router_entropy", "adamw_expert_load", "muon_expert_load"]
+    paths = [tmp_path / "plots" / f"{name}.png" for name in names]
+    assert [line for line in lines[5:] if line.endswith(".png")] == list(map(str, paths))
+    assert set((tmp_path / "plots").iterdir()) == set(paths)
+    for path in paths:
+        image = matplotlib.image.imread(path)
+        assert 400 < image.shape[1] < 2500 and 300 < image.shape[0] < 2000 and image[..., :3].std() > 0.03, path
+    assert "router_entropy.png leaves out dense: no moe/router_entropy logged" in lines
+    assert "dense_expert_load.png leaves out dense: no moe/load logged" in lines
+    assert "val_loss.png leaves out empty: no rows yet" in lines
+
+
+def test_script_shows_the_named_runs_in_their_order(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        Run(tmp_path, name, config={}, sources=[])
+    call_script(monkeypatch, "--experiment-name", "c", "a", "c", "--out_dir", tmp_path)
+    table, notes = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["run", "c", "a"], "once each, in the order asked for"
+    assert "val_loss.png leaves out c: no rows yet" in notes
+    assert list((tmp_path / "plots").iterdir()) == []
+
+
+def test_unknown_experiment_lists_those_that_exist(tmp_path):
+    for name in ("muon", "adamw"):
+        Run(tmp_path, name, config={}, sources=[])
+    (tmp_path / "plots").mkdir()
+    result = subprocess.run([sys.executable, ROOT / "logger.py", "--experiment_name", "moun", "--out_dir", tmp_path],
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"error: no experiment 'moun' below {tmp_path}; there are: adamw, muon\n"
+
+
+def test_script_without_runs_and_with_a_wrong_flag(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="no runs below"):
+        call_script(monkeypatch, "--out_dir", tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as error:
+        call_script(monkeypatch, "--out", tmp_path)  # an abbreviation
+    assert error.value.code == 2 and "unrecognized arguments: --out" in capsys.readouterr().err
+
+
+def test_import_needs_the_standard_library_only():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logger; " \
+           "print({'torch', 'numpy', 'matplotlib', 'tqdm', 'model', 'data', 'train_muon'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+# -----------------------------------------------------------------------------
+# What the plots show
+
+def drawn(plot, *runs):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    plot(figure, [run | {"style": {"color": "red", "linestyle": "-"}} for run in runs])
+    figure.canvas.draw()
+    return figure
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, kind in {"muon": {}, "slow": {"slowdown": 20.0, "bits": False}, "dense": {"layers": 0}}.items():
+        write_run(tmp_path, name, **kind)
+    return {name: read_run(tmp_path / name) for name in ("muon", "slow", "dense")}
+
+
+def test_val_loss_has_three_clocks_one_unit_and_fitting_axes(runs):
+    figure = drawn(logger.plot_val_loss, runs["muon"], runs["dense"])
+    assert [ax.get_xlabel() for ax in figure.axes] == ["steps", "training seconds", "active FLOPs"]
+    assert "bits per byte" in figure.axes[0].get_ylabel()
+    validation = [row for row in runs["muon"]["rows"] if "val/bpb" in row]
+    for ax, key in zip(figure.axes, ("step", "train_time", "train/flops")):
+        assert ax.get_xscale() == "linear" and ax.get_yscale() == "log"  # 5.0 down to 2.1
+        assert list(ax.lines[0].get_xdata()) == [row[key] for row in validation]
+        assert list(ax.lines[0].get_ydata()) == [row["val/bpb"] for row in validation]
+    final = validation[-1]["val/bpb"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"muon  {final:.4f}", f"dense  {final:.4f}"]
+
+    figure = drawn(logger.plot_val_loss, runs["muon"], runs["slow"])  # slow has no bits, and takes 20 times as long
+    assert "nats" in figure.axes[0].get_ylabel()
+    assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log", "linear"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [row["val/loss"] for row in validation]
+
+    for row in runs["dense"]["rows"]:
+        row.pop("train/flops")
+    assert drawn(logger.plot_val_loss, runs["dense"]).axes[2].get_xlabel() == "active FLOPs (not logged)"
+
+
+def test_step_time_stacks_the_medians(runs):
+    ax = drawn(logger.plot_step_time, runs["muon"], runs["slow"]).axes[0]
+    assert [bars.get_label() for bars in ax.containers] == ["data", "forward", "optimizer"]
+    assert [[round(bar.get_width(), 6) for bar in bars] for bars in ax.containers] == [[1, 1], [30.1, 600.1], [10, 10]]
+    assert [round(bar.get_x(), 6) for bar in ax.containers[2]] == [31.1, 601.1]
+    assert [text.get_text().strip() for text in ax.texts] == ["41.1 ms", "611.1 ms"]
+
+
+def test_expert_load_and_entropy_show_what_was_logged(runs):
+    import numpy as np
+
+    load = np.array([row["moe/load"] for row in runs["muon"]["rows"] if "moe/load" in row])
+    *maps, bar = drawn(logger.plot_expert_load, runs["muon"]).axes
+    assert [ax.get_title(loc="left") for ax in maps] == ["MoE layer 0", "MoE layer 1", "MoE layer 2"]
+    for layer, ax in enumerate(maps):
+        np.testing.assert_allclose(ax.collections[0].get_array(), load[:, layer].T)
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["6.25%", "12.5%", "25%", "50%", "100%"]
+    line = drawn(logger.plot_router_entropy, runs["muon"]).axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata()[-1], 1.0, rtol=1e-6)
+    assert line.get_ydata()[0] < 0.8 and len(line.get_ydata()) == 41
+
+
+def test_long_runs_are_averaged_not_sampled():
+    import numpy as np
+
+    values = np.random.default_rng(0).random((1234, 2))
+    short = logger._binned(values)
+    assert short.shape == (300, 2)
+    np.testing.assert_allclose(short[0], values[:5].mean(0))
+    np.testing.assert_array_equal(logger._binned(values[:7]), values[:7])
+
+
+def test_one_row_is_enough_for_every_plot(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, "young", steps=1)
+    metrics = tmp_path / "young/metrics.jsonl"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:2]))
+    call_script(monkeypatch, "--out_dir", tmp_path)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4

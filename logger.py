@@ -62,9 +62,8 @@ class Run:
         if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
             raise RunError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
                            " choose a plain name such as muon ('plots' is where logger.py draws)")
-        if resume_step is None and _is_run(self.path):
-            raise RunError(f"{self.path} already holds a run; continue it with --resume"
-                           " or choose another --experiment_name")
+        if resume_step is None:
+            refuse_existing(self.path)
         with _naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         metrics = self.path / "metrics.jsonl"
@@ -145,6 +144,12 @@ class Run:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def refuse_existing(folder):
+    """Raises RunError if the folder holds a run, started or finished."""
+    if _is_run(folder):
+        raise RunError(f"{folder} already holds a run; continue it with --resume or choose another --experiment_name")
 
 
 def _map(leaf, value):
@@ -499,13 +504,17 @@ def write_plots(runs, folder):
 # -----------------------------------------------------------------------------
 # The script
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description="A table and plots of the runs below a folder.", allow_abbrev=False)
     parser.add_argument("--experiment_name", "--experiment-name", nargs="+", default=[], metavar="NAME",
                         help="the runs to show, in this order (default: all, by name)")
     parser.add_argument("--out_dir", "--out-dir", type=Path, default="logs", metavar="DIR",
                         help="the folder the runs are in (default: logs)")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
     try:
         there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
         unknown = [name for name in args.experiment_name if name not in there]

@@ -499,6 +499,8 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
 def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World):
     """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
     device, folder = world.device, Path(hp.out_dir) / experiment_name
+    if not (resume or enable_profiling):
+        logger.refuse_existing(folder)  # before anything is allocated
     meta = data.load_meta(hp.data)
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
 
@@ -537,6 +539,9 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             check_same_run(manifest, config, hp, path)
             loader.load_state_dict(manifest["loader"])
             start, train_time, resume_step = manifest["step"], manifest["train_time"], manifest["step"]
+            if start == hp.num_iterations:
+                print(f"{folder} has all its {start} steps; nothing is left to do" if world.rank == 0 else "", end="\n" * (world.rank == 0))
+                return
 
     # ---- the log
     per_token = model_file.flops_per_token(config, hp.seq_len)
@@ -597,12 +602,20 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     bar.close()
     loader.close()
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes()
-    run.log({"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes} | {f"val/{k}": meta[k] for k in ("gzip_bpb", "xz_bpb") if meta.get(k)})
-    if meta.get("gzip_bpb") and "val/bpb" in values:
-        run.print(f"bits per byte of validation text: gzip -9 {meta['gzip_bpb']:.4f}, xz -9 {meta['xz_bpb']:.4f}, this model {values['val/bpb']:.4f}")
+    end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes}
     run.print(f"peak memory: {peak_bytes / 2**20:,.0f} MiB")
-    if hp.sample_tokens and world.rank == 0:
-        run.print(sample(model, hp, meta, device))
+    if world.rank == 0:
+        try:
+            encoding = data.get_encoding(meta["encoding"])
+        except data.DataError as error:
+            run.print(f"no comparison with compressors and no sample: {error}")
+        else:
+            rivals = compressors(encoding, hp)
+            end |= {f"val/{name}": bpb for name, bpb in rivals.items()}
+            ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
+            run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
+            run.print(sample(model, encoding, hp, device))
+    run.log(end)
     run.close()
 
 
@@ -682,16 +695,19 @@ def progress_bar(total: int, start: int, world: World):
     return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world.rank != 0, smoothing=0.1)
 
 
-def sample(model: GPT, hp: Common, meta: dict, device: torch.device) -> str:
-    """The beginning of the validation text and how the model goes on, or why it cannot be shown."""
-    try:
-        encoding = data.get_encoding(meta["encoding"])
-    except data.DataError as error:
-        return f"no sample: {error}"
-    first = next(data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)).inputs_BT
-    ids = model.generate(first, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
-    prompt = first.size(1)
-    return f"{'-' * 30} sample\n{encoding.decode(ids[:prompt])}|>{encoding.decode(ids[prompt:])}\n{'-' * 37}"
+def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:
+    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to its first ten million tokens."""
+    most = min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES)
+    batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max(most, hp.seq_len))
+    return data.compressed_bpb(encoding.decode_bytes(torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])))
+
+
+def sample(model: GPT, encoding: data.Encoding, hp: Common, device: torch.device) -> str:
+    """The beginning of the validation text, a mark, and how the model goes on."""
+    prompt = next(data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)).inputs_BT
+    ids = model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
+    length = prompt.size(1)
+    return f"{'-' * 30} sample\n{encoding.decode(ids[:length])}|>{encoding.decode(ids[length:])}\n{'-' * 37}"
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,784 @@
+"""Text -> token shards, and the loader that hands them to training.
+
+    python data.py                                              # FineWeb, ready GPT-2 tokens: 9 shards of 100M (internet)
+    python data.py --source python --encoding bytes             # the Python source of the installed torch: no download
+    python data.py --source files --path notes/ more.jsonl.gz   # your own .txt .md .jsonl .parquet, also .gz .xz .zst
+    python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000
+    python data.py --source hf --dataset NAME --tokens_field input_ids   # a data set that already holds GPT-2 ids
+
+A folder of shards is the whole interface. `<name>_train_000001.bin` ... and `<name>_val_000000.bin` hold 256 int32 (magic, version,
+token count), then uint16 tokens: the format of llm.c and modded-nanogpt, whose FineWeb shards load unchanged. Each document starts
+with the end-of-text token. `meta.json` beside them says what the ids mean, and how many bits per byte gzip and xz need.
+
+How this file reads: errors, shards, encodings, a folder of shards, the loader (all that training needs: numpy and torch), then
+preparation: documents, the four sources, encoding them on every core, the command line.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """A mistake the user can mend: one sentence with what is wrong, where, and the command that mends it."""
+
+
+@contextlib.contextmanager
+def explained(sentence, *kinds):
+    """Turn errors of these kinds into a DataError; {error} in the sentence is what the error says, or else its kind."""
+    try:
+        yield
+    except DataError:
+        raise
+    except kinds as error:
+        reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(sentence.replace("{error}", reason)) from error
+
+
+PREPARE = "python data.py --source python --encoding bytes --out {0}` or `python data.py --source fineweb --out {0}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+def write_shard(path, tokens):
+    """Write tokens (integers below 65536, shape (n,), 0 < n < 2**31) as one shard. Atomic: a reader sees all of it or the old file.
+    Raises DataError for other tokens or when the file cannot be written."""
+    path, tokens = Path(path), np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < len(tokens) < 2**31:
+        raise DataError(f"{path}: a shard holds 1 to 2**31-1 integers in one dimension, not {tokens.dtype} of shape {tokens.shape}")
+    if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
+        raise DataError(f"{path}: token ids {tokens.min()}..{tokens.max()} do not fit uint16; use an encoding with ids below 65536")
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with explained(f"{path} cannot be written ({{error}}): free some space or choose another --out", OSError):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(header.data)
+                file.write(np.ascontiguousarray(tokens, "<u2").data)
+                file.flush()
+                os.fsync(file.fileno())  # or a crash after the rename could leave a good name on missing bytes
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_shard(path):
+    """The tokens of one shard, memory-mapped: np.memmap (n,) uint16. Raises DataError unless magic, version, count and size agree."""
+    mend = "; remove it and prepare its folder again with `python data.py`"
+    with explained(f"{path} cannot be read ({{error}})" + mend, OSError):
+        size = os.path.getsize(path)
+        header = np.fromfile(path, "<i4", 3)
+    if size < HEADER_BYTES or header[0] != MAGIC:
+        raise DataError(f"{path} is not a token shard (no header with magic {MAGIC})" + mend)
+    if header[1] != VERSION:
+        raise DataError(f"{path} is a token shard of version {header[1]}, where {VERSION} is expected" + mend)
+    count = int(header[2])
+    if count <= 0 or size != HEADER_BYTES + 2 * count:
+        raise DataError(f"{path} is damaged: its header promises {count} tokens, its size is that of {(size - HEADER_BYTES) / 2:g}" + mend)
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encodings
+
+GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}
+ENCODINGS = ("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
+
+
+class Encoding:
+    """A vocabulary: `words[i]` is the bytes that id i stands for, b"" for special tokens. Made by `get_encoding`."""
+
+    def __init__(self, name, words, eot_token, encode):
+        self.name, self.words, self.eot_token, self.vocab_size, self._encode = name, words, eot_token, len(words), encode
+
+    def encode(self, text):
+        """Text -> ids, uint16 (n,). Special tokens written in the text are ordinary text; lone surrogates become `?`."""
+        return self._encode(text.encode("utf-8", "replace")).astype(np.uint16)
+
+    def decode_bytes(self, ids):
+        return b"".join([self.words[i] for i in np.asarray(ids).tolist()])
+
+    def decode(self, ids):
+        """Ids -> text. The end-of-text token decodes to "", bytes that are not UTF-8 to U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self):
+        """How many bytes of text each id stands for, int32 (vocab_size,): the link from loss per token to bits per byte."""
+        return np.array([len(word) for word in self.words], np.int32)
+
+
+def get_encoding(name):
+    """`bytes` (256 byte values, then end-of-text), or a tiktoken encoding by name. Raises DataError for an unknown name, for ids
+    that do not fit uint16, and when tiktoken cannot get the ranks (it downloads them once, into TIKTOKEN_CACHE_DIR)."""
+    if name == "bytes":
+        return Encoding("bytes", [bytes([i]) for i in range(256)] + [b""], 256, lambda text: np.frombuffer(text, np.uint8))
+    legal = f"choose one of {', '.join(ENCODINGS)}"
+    with explained(f"encoding {name} needs tiktoken: `pip install tiktoken`, or choose --encoding bytes", ImportError):
+        import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        raise DataError(f"there is no encoding {name!r}: {legal}")
+    if name.startswith(("cl100k", "o200k")):  # said before a download, not after
+        raise DataError(f"encoding {name} has ids above 65535, which uint16 shards cannot hold: {legal}")
+    with explained(f"the ranks of encoding {name} cannot be downloaded ({{error}}): connect to the internet once, point "
+                   "TIKTOKEN_CACHE_DIR at a filled cache, or choose --encoding bytes", Exception):  # requests, OSError, a wrong hash
+        bpe = tiktoken.get_encoding(name)
+    if bpe.max_token_value > 65535:
+        raise DataError(f"encoding {name} has ids above 65535, which uint16 shards cannot hold: {legal}")
+    words = [b""] * bpe.n_vocab
+    special = {bpe.encode_single_token(text) for text in bpe.special_tokens_set}
+    for i in set(range(bpe.n_vocab)) - special:
+        with contextlib.suppress(KeyError):  # p50k leaves holes in its numbering
+            words[i] = bpe.decode_single_token_bytes(i)
+
+    def encode(document):
+        text = document.decode("utf-8", "replace")
+        if hasattr(bpe, "encode_to_numpy"):  # 1.4 times as fast as through a list
+            return bpe.encode_to_numpy(text, disallowed_special=())
+        return np.array(bpe.encode_ordinary(text), np.int64)
+
+    return Encoding(name, words, bpe.eot_token, encode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of shards
+
+def load_meta(folder):
+    """meta.json of a folder as a dict; for shards made elsewhere, which have none, what is true of FineWeb's GPT-2 shards.
+    Raises DataError when the folder is missing, holds no shards, or its meta.json is damaged."""
+    folder = Path(folder)
+    if not any(folder.glob("*_train_*.bin")) and not any(folder.glob("*_val_*.bin")):
+        raise DataError(f"{folder} holds no token shards: run `{PREPARE.format(folder)}`")
+    unknown = dict.fromkeys(("source", "token_bytes", "split_seed", "splits", "shards", "gzip_bpb", "xz_bpb", "compressed_bytes"))
+    if not (folder / "meta.json").exists():
+        return unknown | GPT2
+    with explained(f"{folder}/meta.json is damaged ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`",
+                   ValueError, KeyError, TypeError, OSError):
+        meta = json.loads((folder / "meta.json").read_text())
+        return unknown | {key: meta[key] for key in GPT2} | meta
+
+
+def open_split(folder, split):
+    """[(path, tokens)] of the shards of one split, sorted by name, checked against meta.json where there is one."""
+    folder, meta = Path(folder), load_meta(folder)
+    shards = [(path, read_shard(path)) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+    found = {path.name: len(tokens) for path, tokens in shards}
+    for shard in meta["shards"] or []:
+        if f"_{split}_" in shard["file"] and found.get(shard["file"]) != shard["tokens"]:
+            raise DataError(f"{folder}/{shard['file']} is not the shard of {shard['tokens']} tokens that meta.json lists: remove {folder} "
+                            f"and run `{PREPARE.format(folder)}`")
+    if not shards:
+        raise DataError(f"{folder} holds no {split} shard (*_{split}_*.bin): remove it and run `{PREPARE.format(folder)}`")
+    return shards
+
+
+class Rows:
+    """All rows of one split, numbered through its shards. Row i of a shard of n tokens predicts tokens i*seq_len+1 ... (i+1)*seq_len,
+    so rows overlap by one token and a shard has (n-1) // seq_len of them, plus a shorter one if `tails`."""
+
+    def __init__(self, folder, split, seq_len, vocab_size, tails):
+        self.shards, self.seq_len = open_split(folder, split), seq_len
+        self.vocab_size = vocab_size or load_meta(folder)["vocab_size"]
+        counts = [(len(tokens) - 1 + (seq_len - 1) * tails) // seq_len for _, tokens in self.shards]
+        self.first = np.concatenate(([0], np.cumsum(counts)))  # number of each shard's first row, then of all rows
+        self.total = int(self.first[-1])
+
+    def read(self, numbers):
+        """inputs, targets: int64 (len(numbers), seq_len). Where there is no token, or no such row: input 0, target -1.
+        Raises DataError naming the shard that holds an id beyond the vocabulary."""
+        inputs = np.zeros((len(numbers), self.seq_len), np.int64)
+        targets = np.full_like(inputs, -1)
+        for i, number in enumerate(numbers):
+            if number < self.total:
+                shard = int(np.searchsorted(self.first, number, "right")) - 1
+                path, tokens = self.shards[shard]
+                start = int(number - self.first[shard]) * self.seq_len
+                piece = tokens[start : start + self.seq_len + 1]
+                if piece.max() >= self.vocab_size:
+                    raise DataError(f"{path} holds token id {piece.max()}, but the vocabulary ends at {self.vocab_size - 1}: it was made "
+                                    f"with another encoding; run `{PREPARE.format('<another folder>')}` and pass that to --data")
+                inputs[i, : len(piece) - 1], targets[i, : len(piece) - 1] = piece[:-1], piece[1:]
+        return inputs, targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+ROUNDS = 6  # of the Feistel network; 4 make a pseudo-random permutation (Luby and Rackoff 1988), two more for short halves
+
+
+def permute(index, n, seed, epoch):
+    """Where a pseudo-random permutation of range(n) sends each index (int array): a Feistel network over the next even number of
+    bits, walked along its cycles until it lands below n (Black and Rogaway 2002). O(1) memory, keyed by (seed, epoch) alone."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence((seed % 2**64, epoch)).generate_state(ROUNDS, np.uint64)
+    out = np.asarray(index).astype(np.uint64)
+    walking = np.arange(len(out))
+    while len(walking):
+        left, right = out[walking] >> half, out[walking] & mask
+        for key in keys:
+            mixed = right + key  # then the finaliser of splitmix64; arrays of uint64 wrap without a warning
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ (mixed & mask)
+        out[walking] = left << half | right
+        walking = walking[out[walking] >= n]
+    return out.astype(np.int64)
+
+
+class Batch(NamedTuple):
+    inputs_BT: "torch.Tensor"   # int64
+    targets_BT: "torch.Tensor"  # int64, inputs shifted by one; -1 is not to be predicted
+    first_row: int              # index of row 0 within the batch of all ranks (of the whole split, in validation)
+
+
+class Loader:
+    """Rows of seq_len tokens in an order that depends on `seed` alone: not on ranks, micro-batches or restarts.
+
+    The position is one integer, the number of rows consumed by all ranks together. Epoch e (a pass over all rows) visits them in the
+    order of `permute(., rows, seed, e)`. Step s consumes `batch_rows` positions; in micro-step m, rank r has those from
+    (m*world_size + r)*micro_rows on. A thread reads one step ahead. Raises DataError for damaged, foreign or too few data, and
+    when batch_rows is not a multiple of world_size*micro_rows; what the thread meets is raised by `next_step`."""
+
+    def __init__(self, data_dir, split="train", *, seq_len, batch_rows, micro_rows, rank=0, world_size=1, seed=0, vocab_size=None,
+                 device="cpu"):
+        import torch
+        if min(seq_len, batch_rows, micro_rows) < 1 or batch_rows % (world_size * micro_rows):
+            raise DataError(f"batch_rows={batch_rows} is not a multiple of world_size={world_size} x micro_rows={micro_rows}: "
+                            "change the batch, the micro-batch or the number of processes")
+        self.data = Rows(data_dir, split, seq_len, vocab_size, tails=False)
+        self.rows, self.seed, self.position = self.data.total, seed, 0
+        if self.rows < batch_rows:
+            raise DataError(f"{data_dir} has {self.rows} {split} rows of {seq_len} tokens, fewer than the {batch_rows} of one batch: "
+                            f"prepare more tokens (`{PREPARE.format('<another folder>')}`) or train with a smaller batch")
+        self.seq_len, self.batch_rows, self.micro_rows, self.device = seq_len, batch_rows, micro_rows, torch.device(device)
+        self.first_rows = range(rank * micro_rows, batch_rows, world_size * micro_rows)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._ahead = self._thread.submit(self._read, self.position)
+
+    def _read(self, position):
+        import torch
+        batches = []
+        for first_row in self.first_rows:
+            epoch, index = np.divmod(position + first_row + np.arange(self.micro_rows), self.rows)
+            numbers = np.concatenate([permute(index[epoch == e], self.rows, self.seed, int(e)) for e in np.unique(epoch)])
+            tensors = map(torch.from_numpy, self.data.read(numbers))
+            if self.device.type == "cuda":
+                tensors = [tensor.pin_memory() for tensor in tensors]  # only pinned memory copies without blocking
+            batches.append(Batch(*tensors, first_row))
+        return batches
+
+    def next_step(self):
+        """The next optimizer step of this rank: one Batch (micro_rows, seq_len) per micro-step."""
+        batches = self._ahead.result()
+        self.position += self.batch_rows
+        self._ahead = self._thread.submit(self._read, self.position)
+        return [Batch(inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), first_row)
+                for inputs, targets, first_row in batches]
+
+    @property
+    def epoch(self):
+        """Full passes over the data before the next row."""
+        return self.position // self.rows
+
+    def state_dict(self):
+        """The position of what `next_step` has returned, whatever was read ahead; the rest tells whether the data are the same."""
+        return {"position": self.position, "rows": self.rows, "seed": self.seed, "seq_len": self.seq_len}
+
+    def load_state_dict(self, state):
+        """Continue at a saved position, also with another number of ranks. Raises DataError if the order would not be the same."""
+        for key in ("rows", "seed", "seq_len"):
+            if state[key] != getattr(self, key):
+                raise DataError(f"the saved position belongs to {key}={state[key]}, but now {key}={getattr(self, key)}: resume with the "
+                                "data and flags that the run began with, or start a new run")
+        self.position = int(state["position"])
+        self._ahead = self._thread.submit(self._read, self.position)
+
+    def close(self):
+        self._thread.shutdown(cancel_futures=True)
+
+
+def validation_batches(data_dir, *, seq_len, rows, max_tokens=None, rank=0, world_size=1, vocab_size=None, device="cpu"):
+    """A generator of Batch (rows, seq_len) over the validation split, in order: batch j of rank r starts at row (j*world_size + r)*rows.
+    With max_tokens only the first max_tokens // seq_len rows count. Every token but the first of each shard is a target once; every
+    rank gets equally many batches, filled up with inputs 0 and targets -1. Raises DataError at the call if there is nothing."""
+    import torch
+    data = Rows(data_dir, "val", seq_len, vocab_size, tails=True)
+    if max_tokens is not None:
+        data.total = min(data.total, max_tokens // seq_len)
+    if data.total == 0:
+        raise DataError(f"{data_dir} gives no validation row: it needs at least 2 tokens, and max_tokens={max_tokens} at least seq_len={seq_len}")
+
+    def batch(first_row):
+        inputs, targets = map(torch.from_numpy, data.read(first_row + np.arange(rows)))
+        return Batch(inputs.to(device), targets.to(device), first_row)
+
+    steps = -(-data.total // (rows * world_size))
+    return (batch((j * world_size + rank) * rows) for j in range(steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents: (key, body) pairs. The key's hash chooses the split; the body is bytes of text, or uint16 ids
+
+PIECE = 2**18  # a .txt document longer than this is cut at a line end, so that memory stays bounded
+SEPARATOR = b"<|endoftext|>"
+
+
+def split_hash(key, split_seed=0):
+    """First 8 bytes of sha256(key), big-endian; the document is validation if that is 0 mod 50. A seed other than 0 goes before the key."""
+    prefix = b"%d:" % split_seed if split_seed else b""
+    return int.from_bytes(hashlib.sha256(prefix + key).digest()[:8], "big")
+
+
+def field_document(row, where, args, encoding):
+    """The (key, body) of one row (a dict) of a table, from --tokens_field or --text_field."""
+    field = args.tokens_field or args.text_field
+    if not isinstance(row, dict) or field not in row:
+        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where} has no field {field!r} (it has: {there}): name it with --text_field or --tokens_field")
+    if not args.tokens_field:
+        if not isinstance(row[field], str):
+            raise DataError(f"{where}: field {field!r} holds {type(row[field]).__name__}, not text: name another with --text_field")
+        body = row[field].encode("utf-8", "replace")
+        return body, body
+    wrong = f"{where}: field {field!r} is not a list of ids from 0 to {encoding.vocab_size - 1}: choose another --tokens_field, or the " \
+            "--encoding it was made with"
+    with explained(wrong, ValueError):  # a ragged list
+        ids = np.asarray(row[field])
+    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= encoding.vocab_size)):
+        raise DataError(wrong)
+    text = np.flatnonzero(ids != encoding.eot_token)  # end-of-text at either end goes: each document gets one in front
+    body = ids[text[0] : text[-1] + 1].astype("<u2") if len(text) else np.empty(0, "<u2")
+    return body.tobytes(), body
+
+
+def has_text(document):
+    return bool(document[1].strip() if isinstance(document[1], bytes) else len(document[1]))
+
+
+def text_documents(file, where, args, encoding):
+    """A text file is one document, unless lines <|endoftext|> separate several."""
+    if args.tokens_field:
+        raise DataError(f"{where} is plain text: --tokens_field needs .jsonl or .parquet")
+    lines, size = [], 0
+    while line := file.readline(PIECE):
+        while len(line) < PIECE + 3 and line[-1:] != b"\n" and (file.peek(1)[:1] or b" ")[0] & 0xC0 == 0x80:
+            line += file.read(1)  # PIECE fell inside a UTF-8 character
+        if separator := line.strip() == SEPARATOR:
+            line = b""
+        lines.append(line)
+        size += len(line)
+        if separator or size >= PIECE:
+            yield (body := b"".join(lines)), body
+            lines, size = [], 0
+    yield (body := b"".join(lines)), body
+
+
+def jsonl_documents(file, where, args, encoding):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            with explained(f"{where}, line {number} is not JSON ({{error}}): mend or remove it", ValueError):
+                row = json.loads(line)
+            yield field_document(row, f"{where}, line {number}", args, encoding)
+
+
+def parquet_documents(file, where, args, encoding):
+    import pyarrow.parquet
+    table = pyarrow.parquet.ParquetFile(file)
+    columns = [name for name in (args.tokens_field or args.text_field,) if name in table.schema_arrow.names]
+    if not columns:
+        field_document(dict.fromkeys(table.schema_arrow.names), where, args, encoding)  # raises with the names there are
+    for batch in table.iter_batches(64, columns=columns):
+        for row in batch.to_pylist():
+            yield field_document(row, where, args, encoding)
+
+
+def open_zst(path):
+    import pyarrow  # comes with datasets, reads zstandard, so no package of its own is needed
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+READERS = {".txt": text_documents, ".md": text_documents, ".jsonl": jsonl_documents, ".parquet": parquet_documents}
+OPENERS = {"": lambda path: open(path, "rb"), ".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
+FILE_NAME = re.compile(r".*?(\.txt|\.md|\.jsonl|\.parquet(?=$))(|\.gz|\.xz|\.zst)", re.DOTALL)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: each gives the documents in a fixed order, and facts for meta.json
+
+TORCH_CORPUS = {"2.13.0": "02e0de8d652b659a7ed1a9482f8afdefb99feeccd8d16dfbfabe63b16496d15f"}
+
+
+def python_corpus(site_packages):
+    """The *.py files below torch, in the order of their path, and the sha256 of it all: path, NUL, contents, for each file.
+    Files named version.py differ between builds of one version, so they are left out."""
+    files = {path.relative_to(site_packages).as_posix(): path for path in Path(site_packages, "torch").rglob("*.py") if path.name != "version.py"}
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    return [(name, files[name]) for name in sorted(files)], digest.hexdigest()
+
+
+def python_documents(args, encoding):
+    """Each file is one document, empty ones too; its path relative to site-packages chooses the split."""
+    site_packages = Path(importlib.util.find_spec("torch").origin).parents[1]
+    files, digest = python_corpus(site_packages)
+    pinned = TORCH_CORPUS.get(version := torch_version())
+    if digest != pinned:
+        state = f"differs from the pinned corpus of torch {version}" if pinned else f"is of torch {version}, which is not pinned"
+        print(f"note: the Python source in {site_packages} {state} ({', '.join(TORCH_CORPUS)}): "
+              "losses are not comparable with published ones", file=sys.stderr)
+    return ((name.encode(), path.read_bytes()) for name, path in files), \
+        {"torch": version, "corpus_sha256": digest, "corpus_is_pinned": digest == pinned}
+
+
+def torch_version():
+    with explained("--source python reads the source of torch, which is not installed: `pip install torch`", ImportError):
+        return importlib.metadata.version("torch").split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 hold the same files
+
+
+def files_documents(args, encoding):
+    paths = []
+    for path in map(Path, args.path):
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and FILE_NAME.fullmatch(p.name)) if path.is_dir() else [path]
+        if not path.exists() or not inside or not FILE_NAME.fullmatch(inside[0].name):
+            raise DataError(f"--path {path} is not a file or folder of {', '.join(READERS)} (text and jsonl also .gz, .xz, .zst)")
+        paths += inside
+
+    def documents():
+        for path in paths:
+            kind, compression = FILE_NAME.fullmatch(path.name).groups()
+            with explained(f"{path} cannot be read ({{error}}): mend it or leave it out of --path",
+                           OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError), OPENERS[compression](path) as file:
+                yield from filter(has_text, READERS[kind](file, path, args, encoding))
+
+    return documents(), {}
+
+
+def hf_documents(args, encoding):
+    import datasets
+
+    def documents():
+        with explained(f"data set {args.dataset} cannot be read ({{error}}): check --dataset, --subset, --split_name and the network, or use "
+                       "--source python, which needs none", Exception):  # hub, network and parser errors share no base class
+            stream = datasets.load_dataset(args.dataset, args.subset, split=args.split_name, streaming=True)
+            rows = (field_document(row, f"{args.dataset}, row {number}", args, encoding) for number, row in enumerate(stream, 1))
+            yield from filter(has_text, rows)
+
+    return documents(), {}
+
+
+def fineweb(args, folder):
+    """Download FineWeb's ready shards; each is checked before it gets its name, so an interrupted run continues."""
+    if args.encoding != "gpt2":
+        raise DataError("the FineWeb shards hold gpt2 tokens: leave --encoding out, or tokenise it with --source hf --dataset HuggingFaceFW/fineweb")
+    import huggingface_hub
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"fineweb_{'train' if number else 'val'}_{number:06d}.bin" for number in range(args.shards + 1)]
+    for path in {*folder.glob("*.bin")} - {folder / name for name in names}:
+        path.unlink()  # of an interrupted run with more shards
+    for name in names:
+        with contextlib.suppress(DataError):
+            read_shard(folder / name)
+            continue
+        with explained(f"{name} cannot be downloaded ({{error}}): check the network and run the same command again to continue, or use "
+                       "--source python, which needs none", Exception):  # hub and network errors share no base class
+            file = huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder / "download")
+        try:
+            read_shard(file)
+        except DataError:
+            os.unlink(file)  # or the next run would take it for downloaded
+            raise
+        os.replace(file, folder / name)
+    shutil.rmtree(folder / "download", ignore_errors=True)
+    try:
+        encoding = get_encoding("gpt2")
+    except DataError as error:
+        print(f"note: no bytes per token and no gzip/xz figures in meta.json, so no bits per byte: {error}", file=sys.stderr)
+        encoding = None
+    return describe(folder, encoding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding documents on every core
+
+CHUNK = 2**19  # bytes of text, or tokens, that go to a process at once
+
+
+def start_worker(name):
+    """Runs first in each process (a fresh interpreter, so it builds its own encoding)."""
+    global worker_encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent leaves no orphans
+    worker_encoding = get_encoding(name)
+
+
+def encode_in_worker(chunk, split_seed):
+    return encode_chunk(chunk, worker_encoding, split_seed)
+
+
+def encode_chunk(chunk, encoding, split_seed):
+    """[(split hash, ids)] of a list of documents; ids are uint16 and start with end-of-text."""
+    bodies = [encoding.encode(body.decode("utf-8", "replace")) if isinstance(body, bytes) else body for _, body in chunk]
+    return [(split_hash(key, split_seed), np.concatenate(([encoding.eot_token], ids), dtype=np.uint16, casting="unsafe"))
+            for (key, _), ids in zip(chunk, bodies)]
+
+
+def encode_documents(documents, encoding, num_proc, split_seed):
+    """Yield (split hash, ids) in the order of the documents, whatever num_proc; at most 2*num_proc chunks are in memory."""
+    def chunks():
+        chunk, size = [], 0
+        for document in documents:
+            chunk.append(document)
+            size += len(document[1]) + 64  # so that a million empty documents make a chunk too
+            if size >= CHUNK:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    if num_proc == 1 or encoding.name == "bytes":  # bytes cost less to encode than to send
+        for chunk in chunks():
+            yield from encode_chunk(chunk, encoding, split_seed)
+        return
+    context = multiprocessing.get_context("spawn")  # the same on Linux and Mac; safe beside threads
+    pool = concurrent.futures.ProcessPoolExecutor(num_proc, context, start_worker, (encoding.name,))
+    killed = "a tokenising process was killed, most often for want of memory: run again with a smaller --num_proc"
+    with explained(killed, BrokenProcessPool), contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting = collections.deque()
+        for chunk in chunks():  # not pool.map, which would read the whole input first
+            waiting.append(pool.submit(encode_in_worker, chunk, split_seed))
+            if len(waiting) == 2 * num_proc:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+class ShardWriter:
+    """Collects the tokens of one split and writes `<stem>_000001.bin`, ... of shard_tokens each."""
+
+    def __init__(self, stem, number, shard_tokens):
+        self.stem, self.number, self.paths, self.tokens = stem, number, [], 0
+        self.buffer, self.filled = np.empty(shard_tokens, np.uint16), 0
+
+    def add(self, ids):
+        self.tokens += len(ids)
+        while len(ids):
+            taken = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
+            ids = ids[len(taken) :]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self):
+        if self.filled:
+            self.paths.append(Path(f"{self.stem}_{self.number + len(self.paths):06d}.bin"))
+            write_shard(self.paths[-1], self.buffer[: self.filled])
+            self.filled = 0
+
+
+def tokenise(source, args, folder):
+    """Write the train and val shards of a source of documents. Returns meta.json's entries."""
+    from tqdm import tqdm
+    encoding = get_encoding(args.encoding)
+    documents, facts = source(args, encoding)
+    folder.mkdir(parents=True)
+    stem = folder / args.source
+    train, val = ShardWriter(f"{stem}_train", 1, args.shard_tokens), ShardWriter(f"{stem}_val", 0, args.shard_tokens)
+    lowest, held_out = (2**64, 0, 0), 0  # (hash, start, stop) of the training document with the smallest hash; text in validation
+    with tqdm(total=args.max_tokens, unit="tok", unit_scale=True, desc=args.source, mininterval=0.5) as bar, \
+            contextlib.closing(encode_documents(documents, encoding, args.num_proc, args.split_seed)) as encoded:
+        for hashed, ids in encoded:
+            ids = ids[: args.max_tokens and args.max_tokens - bar.n]
+            if hashed % 50 == 0:
+                val.add(ids)
+                held_out += len(ids) - 1
+            else:
+                if len(ids) > 1:
+                    lowest = min(lowest, (hashed, train.tokens, train.tokens + len(ids)))
+                train.add(ids)
+            bar.update(len(ids))
+            if bar.n == args.max_tokens:
+                break
+    train.flush()
+    val.flush()
+    if not held_out:
+        train = hold_out(lowest[1], lowest[2], train, val)
+    if not train.tokens:
+        raise DataError(f"source {args.source} gave {'one document, of which' if val.tokens else 'no document, so'} nothing is left to train on: "
+                        "give more text, or separate its documents by lines <|endoftext|>")
+    return describe(folder, encoding) | facts
+
+
+def hold_out(start, stop, train, val):
+    """A corpus too small for the hash rule: move training tokens [start, stop), the document with the smallest hash, to validation."""
+    rest, offset = ShardWriter(train.stem, train.number, len(train.buffer)), 0
+    for shard in [read_shard(path) for path in train.paths]:  # a mapped file outlives its replacement
+        begin, end = np.clip((start - offset, stop - offset), 0, len(shard))
+        rest.add(shard[:begin])
+        val.add(shard[begin:end])
+        rest.add(shard[end:])
+        offset += len(shard)
+    rest.flush()
+    val.flush()
+    for path in train.paths[len(rest.paths) :]:
+        path.unlink()
+    return rest
+
+
+COMPRESSED_BYTES = 10_000_000  # of validation text, at most: xz needs a second per megabyte
+
+
+def compressed_bpb(text):
+    """What general compressors need for a text (bytes), in bits per byte: gzip -9 and xz -9."""
+    return {"gzip_bpb": 8 * len(gzip.compress(text, 9)) / len(text), "xz_bpb": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+
+
+def describe(folder, encoding):
+    """meta.json's entries about finished shards, counted from the shards themselves. encoding None: GPT-2 without its ranks."""
+    known = GPT2 if encoding is None else {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    token_bytes = None if encoding is None else encoding.token_bytes()
+    splits, shards, text = {}, [], bytearray()
+    for split in ("train", "val"):
+        count_V = np.zeros(known["vocab_size"], np.int64)
+        for path in sorted(folder.glob(f"*_{split}_*.bin")):
+            tokens = read_shard(path)
+            for start in range(0, len(tokens), 2**20):
+                piece = tokens[start : start + 2**20]
+                if piece.max() >= len(count_V):
+                    raise DataError(f"{path} holds token id {piece.max()}, beyond the vocabulary of {known['encoding']}: remove it and run again")
+                count_V += np.bincount(piece, minlength=len(count_V))
+                if split == "val" and encoding is not None and len(text) < COMPRESSED_BYTES:
+                    text += encoding.decode_bytes(piece)
+            with open(path, "rb") as file:
+                shards.append({"file": path.name, "tokens": len(tokens), "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        splits[split] = {"documents": int(count_V[known["eot_token"]]), "tokens": int(count_V.sum()),
+                         "bytes": None if encoding is None else int(count_V @ token_bytes)}
+    text = bytes(text[:COMPRESSED_BYTES])
+    return {**known, "splits": splits, "compressed_bytes": len(text) or None,
+            **(compressed_bpb(text) if text else {"gzip_bpb": None, "xz_bpb": None}), "shards": shards, "token_bytes": None if encoding is None else token_bytes.tolist()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+TOKENISED = ("encoding", "max_tokens", "shard_tokens", "num_proc", "split_seed")
+SOURCES = {  # name: (function of the flags and a folder, the flags it uses)
+    "fineweb": (fineweb, ("encoding", "shards")),
+    "hf": (lambda *a: tokenise(hf_documents, *a), TOKENISED + ("dataset", "subset", "split_name", "text_field", "tokens_field")),
+    "files": (lambda *a: tokenise(files_documents, *a), TOKENISED + ("path", "text_field", "tokens_field")),
+    "python": (lambda *a: tokenise(python_documents, *a), TOKENISED),
+}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": CORES, "split_seed": 0, "split_name": "train", "text_field": "text"}
+
+
+def parse(argv):
+    def at_least(low, high=2**63):
+        def number(text):
+            if not text.replace("_", "").isdecimal() or not low <= int(text) < high:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high - 1}")
+            return int(text)
+        return number
+
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--source", choices=list(SOURCES), default="fineweb")
+    parser.add_argument("--out", metavar="DIR", help="default data/<source>")
+    parser.add_argument("--encoding", help=f"{', '.join(ENCODINGS)} (default gpt2)")
+    parser.add_argument("--max_tokens", type=at_least(2), metavar="N", help="of train and val together (default all)")
+    parser.add_argument("--path", nargs="+", metavar="P", help="files: files and folders")
+    parser.add_argument("--dataset", metavar="NAME", help="hf: name on the hub, or a local folder")
+    parser.add_argument("--subset", metavar="S", help="hf: its configuration")
+    parser.add_argument("--split_name", metavar="S", help="hf: its split to read (default train)")
+    field = parser.add_mutually_exclusive_group()
+    field.add_argument("--text_field", metavar="F", help="hf, jsonl, parquet: the field with the text (default text)")
+    field.add_argument("--tokens_field", metavar="F", help="hf, jsonl, parquet: a field with ids of --encoding instead")
+    parser.add_argument("--shards", type=at_least(1, 104), metavar="N", help="fineweb: training shards of 100M tokens (default 9)")
+    parser.add_argument("--shard_tokens", type=at_least(2, 2**31), metavar="N", help="tokens per shard (default 100_000_000)")
+    parser.add_argument("--num_proc", type=at_least(1, 1025), metavar="N", help="processes (default one per core)")
+    parser.add_argument("--split_seed", type=at_least(0), metavar="N", help="another choice of validation documents (default 0)")
+    argv = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    args = parser.parse_args(argv)
+    uses = SOURCES[args.source][1]
+    for flag, value in vars(args).items():
+        if value is not None and flag not in ("source", "out", *uses):
+            parser.error(f"--{flag} does not apply to --source {args.source}, which takes --{', --'.join(uses)}")
+    for flag in {"path", "dataset"} & set(uses):
+        if not getattr(args, flag):
+            parser.error(f"--source {args.source} needs --{flag}")
+    for flag, value in DEFAULTS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    return args
+
+
+def prepare(args):
+    """Prepare args.out in <out>.partial and rename it when all is done. Returns the line to print."""
+    start, out = time.perf_counter(), Path(args.out or f"data/{args.source}")
+    request = {flag: getattr(args, flag) for flag in ("source", *SOURCES[args.source][1]) if flag != "num_proc"}
+    if args.source == "python":
+        request["torch"] = torch_version()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if (out / "meta.json").exists() and load_meta(out).get("request") == request:
+            tokens = sum(len(tokens) for split in ("train", "val") for _, tokens in open_split(out, split))
+            return f"{out} is ready: {tokens:,} tokens, made by this same command"
+        raise DataError(f"{out} already exists and was made by another command: remove it or choose another --out")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it warns at each retry
+    partial = out.with_name(out.name + ".partial")
+    if args.source != "fineweb" and partial.exists():  # downloads go on, tokenising starts over
+        shutil.rmtree(partial)
+    meta = {"source": args.source, "split_seed": args.split_seed if args.source != "fineweb" else None, "request": request}
+    meta |= SOURCES[args.source][0](args, partial)
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())  # one line each, token_bytes too
+    (partial / "meta.json").write_text("{\n" + lines + "\n}\n")
+    os.replace(partial, out)
+    total = {key: sum(split[key] or 0 for split in meta["splits"].values()) for key in ("documents", "tokens", "bytes")}
+    seconds = time.perf_counter() - start
+    line = f"{out}: {total['documents']:,} documents, {total['tokens']:,} tokens ({meta['splits']['val']['tokens']:,} val), " \
+           f"{total['bytes']:,} bytes in {seconds:.1f} s ({total['tokens'] / seconds:,.0f} tokens/s)"
+    if meta["compressed_bytes"]:
+        line += f"; {meta['compressed_bytes']:,} bytes of validation text: gzip -9 {meta['gzip_bpb']:.3f}, xz -9 {meta['xz_bpb']:.3f} bits per byte"
+    return line
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        print(prepare(args))
+    except (DataError, OSError) as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("data.py: interrupted; run the same command again", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""README.md tells the truth: every code block is run or parsed, and what it says of files, flags and tests exists."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import logger
+import model
+import train_adamw
+import train_muon
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```", README, re.M | re.S)
+MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes))")
+
+# what is added to a command so that it ends in seconds
+SHORT = {
+    "data.py": "--max_tokens 400000",
+    "train_muon.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
+    "train_adamw.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
+    "profile.sh": "--batch_tokens 1024 --warmup_steps 0",
+    "pip": "--no-index --quiet",  # what it names must be installed already
+    "pytest": "--collect-only",
+}
+
+
+def commands(block: str) -> list[list[str]]:
+    """The commands of a block: lines joined over backslashes, split at && and cleared of comments."""
+    lines = re.sub(r"\\\n", " ", block).splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if shlex.split(part, comments=True)]
+
+
+def script_of(command: list[str]) -> tuple[str, list[str]]:
+    """Which of our scripts (or pip, pytest) a command runs, and that script's arguments."""
+    for i, word in enumerate(command):
+        if Path(word).name in [*SHORT, "logger.py", "model.py"]:
+            return Path(word).name, command[i + 1 :]
+    raise AssertionError(f"the README runs {command}, which no test knows how to shorten")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what a fresh clone holds."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_every_block_is_marked():
+    assert len(BLOCKS) >= 5
+    for mark, body in BLOCKS:
+        assert MARKS.fullmatch(mark), f"mark this block as `bash run` or `bash needs: gpu|internet|nodes`:\n{body}"
+
+
+def test_run_blocks_run(clone):
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    for mark, body in BLOCKS:
+        if mark == "bash run":
+            for command in commands(body):
+                script, _ = script_of(command)
+                command = [*command, *shlex.split(SHORT.get(script, ""))]
+                done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
+                assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    for left in ("data/python/meta.json", "logs/muon/run.log", "logs/muon/checkpoint", "logs/adamw/metrics.jsonl", "logs/plots/val_loss.png"):
+        assert (clone / left).exists(), f"the README's commands should have left {left}"
+    assert list((clone / "logs").glob("*/profile/trace.json"))
+
+
+PARSERS = {
+    "train_muon.py": lambda argv: train_muon.parse(train_muon.MUON, argv),
+    "train_adamw.py": lambda argv: train_muon.parse(train_adamw.ADAMW, argv),
+    "profile.sh": lambda argv: train_muon.parse(train_muon.MUON, argv),
+    "data.py": data.parse,
+    "model.py": model.parse,
+    "logger.py": logger.parse,
+}
+
+
+def test_other_blocks_parse():
+    """Blocks that need a GPU, the internet or several hosts: their flags are legal and their configuration can be built."""
+    for mark, body in BLOCKS:
+        if mark != "bash run":
+            for command in commands(body):
+                script, argv = script_of(command)
+                PARSERS[script](argv)
+
+
+def test_a_wrong_flag_would_be_noticed():
+    for parse in PARSERS.values():
+        with pytest.raises(SystemExit) as stopped:
+            parse(["--no_such_flag", "1"])
+        assert stopped.value.code == 2
+
+
+def test_ci_runs_the_readmes_commands():
+    ci = (ROOT / ".ci/run").read_text()
+    install, test = (next(line for mark, body in BLOCKS for line in body.splitlines() if word in line) for word in ("requirements.txt", "pytest"))
+    strip = lambda line: line.replace("--quiet ", "").strip()
+    assert strip(install.split("&&")[0]) in strip(ci) and strip(test) in strip(ci)
+
+
+def test_links_and_named_files_exist():
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert (ROOT / target.split("#")[0]).exists(), f"README.md links to {target}, which is not there"
+
+
+def test_checklist_points_at_code_and_tests():
+    """Each row of the speedrun checklist names code that exists and a test that exists."""
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    source = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\| \d+", line)]
+    assert len(rows) >= 21
+    for _, item, where, test in rows:
+        for file, name in re.findall(r"`(\w+\.py): (\w+)`", where):
+            assert re.search(rf"\b{name}\b", source[file]), f"{item}: {name} is not in {file}"
+        named = re.findall(r"`(test_\w+)`", test)
+        assert named and all(f"def {name}(" in tests for name in named), f"{item}: {test} names no existing test"

@@ -90,6 +90,8 @@ class Config:
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap"):
             check(field, getattr(self, field) > 0, "above 0")
+        for field in ("mlp_ratio", "router_noise", "balance_coef", "z_coef", "bias_update_factor", "attn_scale", "softcap"):
+            check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", HEADS), ("dtype", DTYPES)):
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
@@ -98,6 +100,7 @@ class Config:
         check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
         check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        check("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
               f"such that mlp_ratio * n_embd / top_k = {self.mlp_ratio * self.n_embd / self.top_k} is a multiple of 8")
@@ -135,11 +138,14 @@ def norm(x: Tensor) -> Tensor:
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = x / rms(x), keeping y and 1 / rms. On a CPU in bf16 forward + backward take a quarter of F.rms_norm's time."""
+    """y = x / rms(x), keeping y and 1 / rms. On a CPU in bf16 forward + backward take a quarter of F.rms_norm's time.
+
+    In bf16 the factor 1 / rms is rounded too: a row may come out up to 0.4% too long or short, as a whole."""
 
     @staticmethod
     def forward(ctx, x):
-        y_scale = math.sqrt(x.size(-1)) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-6)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        y_scale = (length.square() / x.size(-1) + torch.finfo(torch.float32).eps).rsqrt()
         y = x * y_scale
         ctx.save_for_backward(y, y_scale)
         return y
@@ -214,10 +220,10 @@ def hashed_normal(seed: Tensor, step: Tensor, layer: int, token_T: Tensor, num: 
     """Standard normal noise (T, num): a pure function of its arguments, so any rank layout or resumed run draws the same.
 
     token_T holds token numbers within the global batch. Box-Muller on two counter-based hashes."""
-    key = mix_bits(mix_bits(mix_bits(seed) + step) + layer)
+    key = mix_bits(mix_bits(mix_bits(seed + 0x9E3779B9) + step) + layer)
     lane = torch.arange(num, device=token_T.device)
-    counter = mix_bits(key + token_T)[:, None] * (2 * num) + 2 * lane
-    u, v = ((mix_bits(counter + i).float() + 1) / 2**32 for i in (0, 1))
+    counter_T1 = mix_bits(key + token_T)[:, None]
+    u, v = ((mix_bits(counter_T1 ^ mix_bits(2 * lane + 1 + i)).float() + 1) / 2**32 for i in (0, 1))
     return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)
 
 
@@ -317,15 +323,17 @@ class FlexMask:
             order = mask_Bnn.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
             return mask_Bnn.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
-        self.block_mask = BlockMask.from_kv_blocks(*listed(some_Bnn & ~full_Bnn), *listed(full_Bnn), BLOCK_SIZE=self.BLOCK, mask_mod=mask_mod)
+        blocks = (*listed(some_Bnn & ~full_Bnn), *listed(full_Bnn))
+        self.block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=self.BLOCK, mask_mod=mask_mod)
+        self.flex_attention = compiled_flex_attention()
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-        return compiled_flex_attention()(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block_mask, scale=scale)
+        return self.flex_attention(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block_mask, scale=scale)
 
 
 @functools.cache
 def compiled_flex_attention():
-    """Uncompiled, flex_attention builds all scores; inside a compiled block this inner compilation is inlined."""
+    """Made once and outside the blocks: uncompiled, flex_attention builds all scores; a compiled block inlines it."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
@@ -334,11 +342,16 @@ def compiled_flex_attention():
 WINDOWS = {"L": 1, "S": 2}  # letter of `window` -> divisor of the long window
 
 
-def make_masks(position_T: Tensor, doc_BT: Tensor, window: Tensor) -> dict[str, object]:
-    """The masks of a whole sequence, one per window letter, in the fastest form that the device has."""
-    whole_blocks = position_T.numel() % FlexMask.BLOCK == 0
-    kind = {("cpu", True): BlockedMask, ("cpu", False): BlockedMask, ("cuda", True): FlexMask}.get((doc_BT.device.type, whole_blocks), DenseMask)
-    return {letter: kind(position_T, position_T, doc_BT, doc_BT, window // divisor) for letter, divisor in WINDOWS.items()}
+def mask_kind(device_type: str, T: int) -> type:
+    """The fastest mask over a whole sequence of T tokens that the device has."""
+    kinds = {"cpu": BlockedMask, "cuda": FlexMask if T % FlexMask.BLOCK == 0 else DenseMask}
+    return kinds.get(device_type, DenseMask)
+
+
+def make_masks(kind: type, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor) -> dict:
+    """One mask per window letter; even the shortest window sees its own token."""
+    windows = {letter: (window // divisor).clamp(min=1) for letter, divisor in WINDOWS.items()}
+    return {letter: kind(q_position, kv_position, q_doc_BT, kv_doc_BT, tokens) for letter, tokens in windows.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -406,14 +419,17 @@ class Cache:
         self.doc_BT = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
         self.length = 0  # tokens of finished forward passes
 
-    def claim(self, doc_BT: Tensor):
-        """Note the documents of the next T tokens, numbered on from the last cached token's."""
+    def last_doc(self) -> Tensor:
+        """The document (B, 1) of the last cached token, 0 for an empty cache."""
+        return self.doc_BT[:, max(0, self.length - 1), None]
+
+    def claim(self, doc_BT: Tensor) -> Tensor:
+        """Note the documents of the next T tokens; return those of all tokens so far."""
         end = self.length + doc_BT.size(1)
         if end > self.doc_BT.size(1):
             raise ValueError(f"the cache has room for {self.doc_BT.size(1)} tokens and {end} were fed; make it with a larger max_len")
-        last = self.doc_BT[:, self.length - 1 : self.length].sum(1, keepdim=True)  # 0 for an empty cache
-        self.doc_BT[:, self.length : end] = doc_BT + last
-        return self.doc_BT[:, self.length : end], self.doc_BT[:, :end]
+        self.doc_BT[:, self.length : end] = doc_BT
+        return self.doc_BT[:, :end]
 
     def extend(self, layer: int, k_BTHC: Tensor, v_BTHC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; return all of them so far."""
@@ -479,6 +495,33 @@ ROUTERS = {"linear": LinearRouter, "hash": HashRouter}
 # Experts: fn(rows_RD sorted by expert, offs_E the end of each expert's rows) -> rows_RD
 
 
+@torch.library.custom_op("nanomoe::grouped_mm", mutates_args=())
+def grouped_mm(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
+    """Each row times its expert's matrix, transposed as in F.linear: (R, K), (E, N, K) -> (R, N). Row r belongs to the first
+    expert whose end offs_E (int32) lies beyond r. An operator of our own because torch's fake kernel, which compilation and
+    the meta device need, knows bf16 only."""
+    return F.grouped_mm(rows_RK, weight_ENK.mT, offs=offs_E)
+
+
+@torch.library.custom_op("nanomoe::grouped_outer", mutates_args=())
+def grouped_outer(dy_RN: Tensor, rows_RK: Tensor, offs_E: Tensor) -> Tensor:
+    """The gradient of grouped_mm by the weights: each expert's dy^T rows, (E, N, K); zero for an expert without rows."""
+    return F.grouped_mm(dy_RN.mT, rows_RK, offs=offs_E)
+
+
+grouped_mm.register_fake(lambda rows, weight, offs: rows.new_empty(len(rows), weight.size(1)))
+grouped_outer.register_fake(lambda dy, rows, offs: rows.new_empty(len(offs), dy.size(1), rows.size(1)))
+
+
+def grouped_mm_backward(ctx, dy_RN: Tensor):
+    rows_RK, weight_ENK, offs_E = ctx.saved_tensors
+    dy_RN = dy_RN.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
+    return grouped_mm(dy_RN, weight_ENK.mT, offs_E), grouped_outer(dy_RN, rows_RK, offs_E), None
+
+
+grouped_mm.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 class MLPExperts(nn.Module):
     """E ReLU^2 MLPs as two grouped GEMMs; an expert without rows costs nothing and gets an exactly zero gradient."""
 
@@ -488,8 +531,8 @@ class MLPExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, config.n_embd, config.hidden_size))
 
     def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
-        hidden_RF = F.grouped_mm(rows_RD, self.up.type_as(rows_RD).mT, offs=offs_E)
-        return F.grouped_mm(relu_squared(hidden_RF), self.down.type_as(rows_RD).mT, offs=offs_E)
+        hidden_RF = grouped_mm(rows_RD, self.up.type_as(rows_RD), offs_E)
+        return grouped_mm(relu_squared(hidden_RF), self.down.type_as(rows_RD), offs_E)
 
 
 EXPERTS = {"mlp": MLPExperts}
@@ -709,13 +752,16 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
 LOSS_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time, in fp32
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of the head, a chunk of tokens at a time: forward also makes the gradients, so no logits are kept.
+def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: HeadMatmul, chunk_nll) -> Tensor:
+    """Summed cross-entropy (nats) of the head w_VD (fp32), a chunk of tokens at a time: no more logits than LOSS_CHUNK ever exist."""
+    return ChunkedLoss.apply(x_TD, w_VD, target_T, head, chunk_nll, torch.is_grad_enabled())
 
-    x_TD, w_VD (fp32), target_T -> nats. Backward only scales what forward computed."""
+
+class ChunkedLoss(torch.autograd.Function):
+    """Forward makes the gradients too, where they are wanted, so that no logits are kept; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_VD, target_T, head: HeadMatmul, chunk_nll):
+    def forward(ctx, x_TD, w_VD, target_T, head, chunk_nll, with_gradients):
         nats = torch.zeros((), device=x_TD.device)
         dx_TD, dw_VD = torch.empty_like(x_TD), torch.zeros_like(w_VD)
         rows = max(64, LOSS_CHUNK.get(x_TD.device.type, 2**24) // len(w_VD))
@@ -723,7 +769,7 @@ class ChunkedLoss(torch.autograd.Function):
             z, saved = head.forward(x, w_VD)
             nll, dz = chunk_nll(z, target)
             nats += nll.sum()
-            if any(ctx.needs_input_grad):
+            if with_gradients:
                 dx_chunk, dw_chunk = head.backward(dz, saved)
                 dx.copy_(dx_chunk)
                 dw_VD += dw_chunk
@@ -733,7 +779,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dnats):
         dx_TD, dw_VD = ctx.saved_tensors
-        return dx_TD * dnats, dw_VD * dnats, None, None, None
+        return dx_TD * dnats, dw_VD * dnats, None, None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -788,7 +834,7 @@ class GPT(nn.Module):
 
         Documents are told apart by doc_ids_BT (counting up along a row), by default by the end-of-text tokens."""
         ids_BT, embedding_BTD, value_embeds = self.look_up(tokens_BT)
-        ctx = self.context(ids_BT, self.documents(tokens_BT, doc_ids_BT), cache)
+        ctx = self.context(ids_BT, self.documents(tokens_BT, doc_ids_BT, cache), cache)
         x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), value_embeds, ctx)
         x_BTD, stats = norm(x_BTD), self.summary(stats)
         if cache is not None:
@@ -796,7 +842,7 @@ class GPT(nn.Module):
         if targets_BT is None:
             return Output(self.logits(x_BTD), None, stats)
         head = HEADS[self.config.head if self.training else "bf16"]
-        nats = ChunkedLoss.apply(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.chunk_nll)
+        nats = chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.chunk_nll)
         ce = nats / targets_BT.numel()
         loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
@@ -812,12 +858,12 @@ class GPT(nn.Module):
         value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
         return tokens_BT, F.embedding(tokens_BT, self.embed).to(dtype), value_embeds
 
-    def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
+    def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None, cache: Cache | None) -> Tensor:
+        """The caller's numbers, or one more at each end-of-text token, counting on from the cache."""
         if doc_ids_BT is not None:
             return doc_ids_BT
-        if tokens_BT.is_floating_point():
-            return torch.zeros(tokens_BT.shape[:2], dtype=torch.int64, device=tokens_BT.device)
-        return (tokens_BT == self.config.eot_token).cumsum(1)
+        starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
+        return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
 
     def context(self, ids_BT: Tensor | None, doc_BT: Tensor, cache: Cache | None) -> Context:
         (B, T), device = doc_BT.shape, doc_BT.device
@@ -825,13 +871,12 @@ class GPT(nn.Module):
         position_T = torch.arange(start, start + T, device=device)
         seed, step, first_token, window = self.clock.unbind()
         if cache is None:
-            masks = make_masks(position_T, doc_BT, window)
+            masks = make_masks(mask_kind(device.type, T), position_T, position_T, doc_BT, doc_BT, window)
         else:
-            doc_BT, all_doc_BT = cache.claim(doc_BT)
-            everything = torch.arange(start + T, device=device)
-            masks = {letter: DenseMask(position_T, everything, doc_BT, all_doc_BT, window // divisor) for letter, divisor in WINDOWS.items()}
+            masks = make_masks(DenseMask, position_T, torch.arange(start + T, device=device), doc_BT, cache.claim(doc_BT), window)
         noise_key = (seed, step, first_token + torch.arange(B * T, device=device))
-        return Context(ids_BT, masks, *rotary_tables(position_T, self.config.head_dim, DTYPES[self.config.dtype]), noise_key, self.bias_LE, cache)
+        rotary = rotary_tables(position_T, self.config.head_dim, DTYPES[self.config.dtype])
+        return Context(ids_BT, masks, *rotary, noise_key, self.bias_LE, cache)
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
@@ -869,18 +914,20 @@ class GPT(nn.Module):
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")
         training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
-        self.eval()
         cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
-        for _ in range(max_new_tokens):
-            logits_BV = self(new_BT, cache=cache).logits[:, -1]
-            kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
-            if temperature > 0:
-                pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
-            else:
-                pick_B1 = torch.zeros_like(id_BK[:, :1])
-            new_BT = id_BK.gather(1, pick_B1)
-            tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
-        self.train(training)
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                logits_BV = self(new_BT, cache=cache).logits[:, -1]
+                kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
+                if temperature > 0:
+                    pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
+                else:
+                    pick_B1 = torch.zeros_like(id_BK[:, :1])
+                new_BT = id_BK.gather(1, pick_B1)
+                tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
+        finally:
+            self.train(training)
         return tokens_BT
 
     # ---- parameters
@@ -1100,7 +1147,8 @@ def add_flags(parser: argparse.ArgumentParser, fields_of: type):
     """One flag per field of a dataclass, in both spellings, all defaulting to absent."""
     for field in dataclasses.fields(fields_of):
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        parser.add_argument(*sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(), help=f"default {field.default!r}")
+        parser.add_argument(*sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(),
+                            help=f"default {field.default!r}")  # fmt: skip
 
 
 def flag_type(annotation):
@@ -1130,18 +1178,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
 def parse(argv: list[str] | None = None) -> dict:
     """Flags -> their values; under `config`, the preset with the given fields changed. Raises ConfigError."""
     parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint.")
     parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
-    parser.add_argument("--seq_len", "--seq-len", type=int, help="tokens per row on the card (default: the window)")
+    parser.add_argument("--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)")
     parser.add_argument("--checkpoint", type=Path, help="a run's checkpoint folder: sample from it")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--sample_top_k", "--sample-top-k", type=int, default=0)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
-    add_flags(parser, Config)
+    add_flags(parser, Config)  # beside --checkpoint, --top_k keeps that many likeliest tokens instead
     args = vars(parser.parse_args(argv))
     overrides = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
     return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **overrides)}
@@ -1162,7 +1216,7 @@ def sample(args: dict) -> str:
     model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
     encoding = get_encoding(manifest["encoding"])
     ids = torch.tensor([[encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]], device=model.head.device)
-    ids = model.generate(ids, args["max_new_tokens"], args["temperature"], args["sample_top_k"], args["seed"])
+    ids = model.generate(ids, args["max_new_tokens"], args["temperature"], args.get("top_k", 0), args["seed"])
     return encoding.decode(ids[0, 1:].tolist())
 
 

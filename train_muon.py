@@ -353,7 +353,8 @@ def save_checkpoint(folder: Path, step: int, exchange: Exchange, optimizers: lis
         for slab in exchange.owned:
             slabs[slab.name] |= optimizer.state.get(slab.tensor, {})
     if world.rank == 0:
-        slabs |= {name: {"value": buffer} for name, buffer in exchange.model.state_dict().items() if name in dict(exchange.model.named_buffers())}
+        buffers = dict(exchange.model.named_buffers())
+        slabs |= {name: {"value": buffers[name]} for name in exchange.model.state_dict() if name in buffers}
     slabs = {name: {key: value.clone() for key, value in slab.items()} for name, slab in slabs.items()}  # views would save whole storages
     failure, entry = None, {}
     try:
@@ -378,7 +379,7 @@ def save_checkpoint(folder: Path, step: int, exchange: Exchange, optimizers: lis
             shutil.rmtree(old)
     if failures:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failures[0]}); free some space and start again with --resume")
+        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failures[0]}); free some space, then go on with --resume")
     gather_objects(None, world)  # nobody goes on before the folder is in place
 
 
@@ -404,7 +405,7 @@ def load_checkpoint(path: Path, exchange: Exchange, optimizers: list) -> dict:
     return manifest
 
 
-RESUME_FREE = {"data", "out_dir", "device", "compile", "micro_batch_tokens", "val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps"}
+RESUME_FREE = set("data out_dir device compile micro_batch_tokens val_every val_tokens checkpoint_every sample_tokens warmup_steps".split())
 
 
 def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
@@ -413,7 +414,8 @@ def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
     then = manifest["model"] | manifest["hyperparameters"]
     for field, value in now.items():
         if then.get(field) != value:
-            raise RunError(f"{path} was saved with {field} = {then.get(field)} and this run asks for {value}; pass --{field} {then.get(field)} or another --experiment_name")
+            was = then.get(field)
+            raise RunError(f"{path} was saved with {field} = {was}, not {value}; pass --{field} {was}, or another --experiment_name")
 
 
 # -----------------------------------------------------------------------------
@@ -452,7 +454,8 @@ def phase(timer: PhaseTimer, name: str):
     timer.mark(name)
 
 
-def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe, timer: PhaseTimer) -> dict[str, Tensor]:
+def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
+               timer: PhaseTimer) -> dict[str, Tensor]:  # fmt: skip
     """One optimizer step over the global batch; returns the global batch's statistics as tensors on the device.
 
     next_step() gives this rank's micro-batches. Router counts travel with the losses in the one small all-reduce."""
@@ -526,8 +529,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     for optimizer in optimizers:
         optimizer.state.clear()
     if enable_profiling:
-        loader_step = loader.next_step
-        return profile(folder / "profile", lambda step: train_step(model, exchange, optimizers, loader_step, step, hp, recipe, timer), config, hp, world)
+        one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer)
+        return profile(folder / "profile", one_step, config, hp, world)
 
     # ---- where a resumed run goes on
     start, train_time, resume_step = 0, 0.0, None
@@ -575,8 +578,9 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             values = evaluate(model, hp, micro_rows, token_bytes, world)
             run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
             run.flush()
-            bpb = f" val_bpb:{values['val/bpb']:.4f}" if "val/bpb" in values else ""
-            run.print(f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s step_avg:{1000 * train_time / max(step, 1):.2f}ms{bpb}")
+            line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
+            line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
+            run.print(line + (f" val_bpb:{values['val/bpb']:.4f}" if "val/bpb" in values else ""))
             synchronize(device)
             clock = time.perf_counter()
         if save_now and step != resume_step:
@@ -622,7 +626,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
 def micro_batch_rows(rows: int, hp: Common, world: World) -> int:
     """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
     if rows % world.size:
-        raise RunError(f"batch_tokens / seq_len = {rows} rows per step cannot be split over {world.size} ranks; change --batch_tokens or --nproc_per_node")
+        raise RunError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
+                       "change --batch_tokens or --nproc_per_node")  # fmt: skip
     most = max(1, hp.micro_batch_tokens // hp.seq_len)
     return max(n for n in range(1, rows // world.size + 1) if rows // world.size % n == 0 and n <= most)
 
@@ -746,7 +751,8 @@ def profile(folder: Path, step_function, config: Config, hp: Common, world: Worl
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     lines = [
         f"{seconds * 1000:.1f} ms per step under the profiler, {hp.batch_tokens / seconds:,.0f} tokens/s",
-        f"MFU {100 * rate / world.size / matmul_rate(world.device, config.dtype):.1f}% on active parameters, peak memory {peak_bytes / 2**20:,.0f} MiB",
+        f"MFU {100 * rate / world.size / matmul_rate(world.device, config.dtype):.1f}% on active parameters",
+        f"peak memory {peak_bytes / 2**20:,.0f} MiB",
         "share of the step: " + ", ".join(f"{name} {100 * t / sum(phases.values()):.1f}%" for name, t in phases.items()),
         events.table(sort_by=order, row_limit=10, max_name_column_width=45),
         f"trace: {folder / 'trace.json'} (open it in https://ui.perfetto.dev or chrome://tracing)",

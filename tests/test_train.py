@@ -1,0 +1,1547 @@
+"""train_muon.py and train_adamw.py: the mathematics of the optimizers, equality over ranks and accumulation, resuming, the command line,
+and whole runs of a tiny model. CPU, no network, about two minutes: `pytest tests/test_train.py`.
+
+Runs happen in this process where they can (an import of torch costs more than sixty steps of the tiny model), and in processes of
+their own where the claim is about processes: several ranks, kill -9, blocked imports."""
+
+import ast
+import contextlib
+import dataclasses
+import errno
+import functools
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import logger  # noqa: E402
+import model  # noqa: E402
+import train_muon  # noqa: E402
+from model import DTYPES, GPT, Config, slab_view  # noqa: E402
+from train_adamw import ADAMW  # noqa: E402
+from train_muon import MUON, Exchange, Muon, World, assign_owners, cut_slabs, lr_scale, newton_schulz, window  # noqa: E402
+
+BOTH = pytest.mark.parametrize("recipe", [MUON, ADAMW], ids=lambda recipe: recipe.name)
+CPU = torch.device("cpu")
+TINY_MODEL = dict(n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, window_size=64, dtype="fp32")
+TINY_RUN = dict(preset="cpu", device="cpu", **TINY_MODEL, ns_dtype="fp32", seq_len=32, batch_tokens=384, micro_batch_tokens=384, window_start=64,
+                num_iterations=4, val_every=0, val_tokens=0, sample_tokens=0, warmup_steps=0)  # fmt: skip
+
+# -----------------------------------------------------------------------------
+# Helpers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into each other's way at this size, and the same number everywhere makes runs comparable bit by bit."""
+    threads, rate = torch.get_num_threads(), train_muon.matmul_rate
+    torch.set_num_threads(1)
+    train_muon.matmul_rate = lambda device, dtype: 1e11  # half a second per run
+    yield
+    torch.set_num_threads(threads)
+    train_muon.matmul_rate = rate
+
+
+WORDS = {"greek": ["alpha ", "beta ", "gamma ", "delta "], "birds": ["wren ", "owl ", "swift ", "kite "]}
+
+
+def write_data(folder: Path, words: list[str]) -> str:
+    """Shards of documents in which four words follow each other at random: quickly learnt, but not to loss 0."""
+    encoding, random = data.get_encoding("bytes"), np.random.default_rng(0)
+    document = lambda: np.concatenate(([256], encoding.encode("".join(random.choice(words, 40))))).astype(np.uint16)
+    folder.mkdir()
+    data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(100)]))
+    data.write_shard(folder / "words_val_000000.bin", np.concatenate([document() for _ in range(4)]))
+    (folder / "meta.json").write_text(json.dumps(data.describe(folder, encoding)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "greek", WORDS["greek"])
+
+
+def flags(recipe, **values) -> list[str]:
+    """The command line of a tiny run with these values; None leaves a flag out."""
+    values = {name: value for name, value in (TINY_RUN | values).items() if value is not None}
+    if recipe is ADAMW:
+        values.pop("ns_dtype", None)
+    return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def call(main, words) -> tuple[int, str, str]:
+    """A script's main() under this command line, as Python would run it: (exit status, stdout, stderr)."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["script.py", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        err.write(f"\n{stop.code}" if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
+def train(out, recipe=MUON, **values) -> Path:
+    """A tiny run that must succeed; its folder."""
+    status, _, err = call(lambda: train_muon.main(recipe), flags(recipe, out_dir=out, **values))
+    assert status == 0, err
+    return Path(out) / values.get("experiment_name", recipe.name)
+
+
+def refused(out, recipe=MUON, **values) -> str:
+    """A tiny run that must fail; the one sentence that it says."""
+    status, _, err = call(lambda: train_muon.main(recipe), flags(recipe, out_dir=out, **values))
+    return sentence(status, err, recipe)
+
+
+def sentence(status: int, err: str, recipe=MUON) -> str:
+    start = f"train_{recipe.name}.py: error: "
+    said = [line for line in re.split(r"[\r\n]", err) if "error" in line.lower()]
+    assert status != 0 and len(said) == 1 and said[0].startswith(start) and "Traceback" not in err, (status, err)
+    return said[0].removeprefix(start)
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(run: Path) -> list[dict]:
+    return [row for row in rows_of(run) if "train/loss" in row]
+
+
+def series(run: Path, key: str) -> list:
+    return [(row["step"], row[key]) for row in rows_of(run) if key in row]
+
+
+TIMED = ("train_time", "time/", "train/tok_per_sec", "train/mfu", "memory/")
+
+
+def untimed(run: Path) -> list[dict]:
+    """The rows without what a clock or the machine puts in."""
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows_of(run)]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """`slab/key` -> tensor of the newest checkpoint: parameters, buffers and optimizer state."""
+    slabs = model.read_checkpoint(model.latest_checkpoint(run / "checkpoint"))[1]
+    return {f"{name}/{key}": tensor for name, slab in slabs.items() for key, tensor in slab.items()}
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Names of the tensors that are not bitwise equal."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_near(a: dict, b: dict, tolerance: float):
+    """Every pair of whole tensors (all slabs of a name together) is within this relative norm."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    square = lambda x: float(x.double().square().sum())
+    apart, size = {}, {}
+    for name in a:
+        tensor = re.sub(r"\[.*?\]", "", name)
+        apart[tensor] = apart.get(tensor, 0) + square(a[name].double() - b[name].double())
+        size[tensor] = size.get(tensor, 0) + square(b[name])
+    errors = {name: math.sqrt(apart[name] / max(size[name], 1e-60)) for name in apart}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e}"
+
+
+def assert_near_series(a: list, b: list, tolerance: float):
+    assert [step for step, _ in a] == [step for step, _ in b] and a
+    assert max(abs(x - y) for (_, x), (_, y) in zip(a, b)) <= tolerance, list(zip(a, b))
+
+
+def python(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)  # fmt: skip
+
+
+def torchrun(ranks: int, *words) -> subprocess.CompletedProcess:
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words)
+
+
+def once(function):
+    """`function`, called once for each set of arguments. Recipes hold dicts, so functools.cache cannot."""
+    kept = {}
+
+    def get(*words):
+        key = tuple(getattr(word, "name", word) for word in words)
+        if key not in kept:
+            kept[key] = function(*words)
+        return kept[key]
+
+    return get
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+# -----------------------------------------------------------------------------
+# Newton-Schulz
+
+
+def with_spectrum(rows: int, cols: int, seed: int, *batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """G = U diag(s) V^T with s between 0.1 and 1, and U, V."""
+    generator = torch.Generator().manual_seed(seed)
+    G = torch.randn(*batch, rows, cols, generator=generator, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    s = 10 ** -torch.rand(*batch, 1, min(rows, cols), generator=generator, dtype=torch.float64)
+    return (U * s @ Vh).float(), U.float(), Vh.mT.float()
+
+
+SHAPES = pytest.mark.parametrize("rows, cols", [(48, 48), (96, 32), (32, 96), (1, 64), (64, 1)])
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_newton_schulz_brings_singular_values_near_one(rows, cols, dtype):
+    for scale in (1e-3, 1, 1e3):
+        O = newton_schulz(scale * with_spectrum(rows, cols, 1)[0], DTYPES[dtype])
+        assert O.dtype == DTYPES[dtype] and O.shape == (rows, cols)
+        values = torch.linalg.svdvals(O.float())
+        slack = 0.02 * (dtype == "bf16")
+        assert values.min() >= 0.68 - slack and values.max() <= 1.21 + slack, values
+
+
+@SHAPES
+def test_newton_schulz_keeps_the_singular_vectors_and_their_signs(rows, cols):
+    G, U, V = with_spectrum(rows, cols, 2)
+    inside = U.mT @ newton_schulz(G, torch.float32) @ V
+    assert inside.diag().min() > 0.67
+    assert (inside - inside.diag().diag()).abs().max() < 1e-3
+
+
+def test_newton_schulz_of_a_batch_is_that_of_each_matrix():
+    G = with_spectrum(24, 40, 3, 2, 3)[0]
+    O = newton_schulz(G, torch.float32)
+    assert O.shape == G.shape
+    for i in range(2):
+        assert torch.allclose(newton_schulz(G[i], torch.float32), O[i], atol=1e-6)
+        for j in range(3):
+            assert torch.allclose(newton_schulz(G[i, j], torch.float32), O[i, j], atol=1e-6)
+    assert torch.allclose(newton_schulz(G.mT, torch.float32), O.mT, atol=1e-6)
+
+
+def test_newton_schulz_leaves_zero_zero_and_its_neighbours_alone():
+    G = with_spectrum(16, 24, 4, 3)[0]
+    expected = newton_schulz(G, torch.float32)
+    G[1] = 0
+    O = newton_schulz(G, torch.float32)
+    assert torch.equal(O[1], torch.zeros(16, 24))
+    assert torch.allclose(O[[0, 2]], expected[[0, 2]], atol=1e-6)
+
+
+@SHAPES
+def test_newton_schulz_in_bf16_is_near_fp32(rows, cols):
+    G = with_spectrum(rows, cols, 5)[0]
+    exact, rough = newton_schulz(G, torch.float32), newton_schulz(G).float()
+    assert newton_schulz(G).dtype == torch.bfloat16
+    assert (exact - rough).norm() / exact.norm() < 0.05
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+def plain_newton_schulz(G):
+    X = G.T if len(G) > G.size(1) else G
+    X = X / (X.square().sum().sqrt() + 1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ (A @ X)
+    return X.T if len(G) > G.size(1) else X
+
+
+class PlainMuon:
+    """One matrix at a time, as the formulas say it, in fp64."""
+
+    def __init__(self, W, lr, momentum, weight_decay):
+        self.W, self.M, self.lr, self.momentum, self.weight_decay = W.double().clone(), torch.zeros_like(W).double(), lr, momentum, weight_decay
+
+    def step(self, G):
+        G = G.double()
+        self.M = self.momentum * self.M + (1 - self.momentum) * G
+        O = plain_newton_schulz((1 - self.momentum) * G + self.momentum * self.M)
+        self.W = (1 - self.lr * self.weight_decay) * self.W
+        self.W = self.W - self.lr * max(1, len(G) / G.size(1)) ** 0.5 * O
+
+
+def test_muon_is_the_plain_formula_on_matrices_and_on_each_expert():
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (12, 12), (3, 8, 24), (2, 24, 8), (2, 2, 12, 12)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.3)
+    muon = Muon(params, ns_dtype=torch.float32, **settings)
+    plain = [[PlainMuon(W, **settings) for W in p.detach().reshape(-1, *p.shape[-2:])] for p in params]
+    assert isinstance(muon, torch.optim.Optimizer)
+    for _ in range(5):
+        for p, matrices in zip(params, plain):
+            p.grad = torch.randn_like(p)
+            for matrix, G in zip(matrices, p.grad.reshape(-1, *p.shape[-2:])):
+                matrix.step(G)
+        muon.step()
+        for p, matrices in zip(params, plain):
+            expected = torch.stack([matrix.W for matrix in matrices]).view_as(p)
+            assert (p - expected).norm() / expected.norm() < 1e-5, p.shape
+
+
+def test_muon_orthogonalises_each_expert_as_if_it_were_alone():
+    torch.manual_seed(1)
+    together = torch.nn.Parameter(torch.randn(4, 16, 8))
+    alone = [torch.nn.Parameter(W.clone()) for W in together.detach()]
+    one, many = Muon([together], ns_dtype=torch.float32), Muon(alone, ns_dtype=torch.float32)
+    for _ in range(3):
+        together.grad = torch.randn_like(together) * torch.tensor([1e-3, 1, 10, 1e3])[:, None, None]
+        for p, G in zip(alone, together.grad):
+            p.grad = G.clone()
+        one.step()
+        many.step()
+    assert torch.allclose(together, torch.stack(list(alone)), atol=1e-6)
+
+
+def test_muon_leaves_a_matrix_with_zero_gradient_alone_until_it_has_one_again():
+    torch.manual_seed(2)
+    p = torch.nn.Parameter(torch.randn(3, 8, 8))
+    muon = Muon([p], lr=0.1)
+    p.grad = torch.randn_like(p)
+    muon.step()
+    for _ in range(2):
+        before = p.detach().clone()
+        p.grad = torch.randn_like(p)
+        p.grad[1] = 0
+        muon.step()
+        assert muon.state[p]["momentum"][1].norm() > 0
+        assert torch.equal(p[1], before[1])
+        assert (p - before).detach().norm(dim=(1, 2))[[0, 2]].min() > 0.1
+    p.grad = torch.randn_like(p)
+    before = p.detach().clone()
+    muon.step()
+    assert (p - before).detach().norm(dim=(1, 2)).min() > 0.1
+
+
+def test_muon_skips_parameters_without_a_gradient():
+    p, q = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    p.grad = torch.eye(4)
+    Muon([p, q], lr=0.1).step()
+    assert not torch.equal(p, torch.ones(4, 4)) and torch.equal(q, torch.ones(4, 4))
+
+
+def test_muon_refuses_vectors():
+    with pytest.raises(ValueError, match=r"\(7,\)"):
+        Muon([torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(7))])
+
+
+def test_muon_goes_on_from_its_state_dict_bit_by_bit(tmp_path):
+    torch.manual_seed(3)
+    grads = torch.randn(4, 2, 8, 6)
+    p = torch.nn.Parameter(torch.randn(2, 8, 6))
+    muon = Muon([p], lr=0.03, momentum=0.8, weight_decay=0.1)
+    for step, G in enumerate(grads):
+        if step == 2:
+            torch.save(muon.state_dict(), tmp_path / "muon.pt")
+            q = torch.nn.Parameter(p.detach().clone())
+        p.grad = G
+        muon.step()
+    again = Muon([q], lr=1.0)
+    again.load_state_dict(torch.load(tmp_path / "muon.pt", weights_only=True))
+    for G in grads[2:]:
+        q.grad = G
+        again.step()
+    assert torch.equal(p, q)
+
+
+# -----------------------------------------------------------------------------
+# Slabs, owners, optimizer groups
+
+
+def tiny_model(**changes) -> GPT:
+    return GPT(Config(**({"vocab_size": 257, "eot_token": 256} | TINY_MODEL | changes)))
+
+
+@functools.cache
+def models() -> dict[str, GPT]:
+    """A model with every kind of parameter, and the presets without their memory."""
+    with torch.device("meta"):
+        presets = {name: GPT(config) for name, config in model.PRESETS.items()}
+    return {"tiny": tiny_model(pattern="MD")} | presets
+
+
+def test_slabs_cover_every_parameter_element_exactly_once():
+    net = models()["tiny"]
+    counts = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in net.named_parameters()}
+    for slab in cut_slabs(net):
+        slab_view(counts, slab.name).add_(1)
+        assert slab_view(counts, slab.name).shape == slab.tensor.shape
+        assert slab.kind == net.parameter_kinds()[slab.name.partition("[")[0]]
+    assert all((count == 1).all() for count in counts.values())
+
+
+def test_a_slab_is_one_matrix_or_some_rows_and_its_tensor_is_the_parameter():
+    net = models()["tiny"]
+    parameters, names = dict(net.named_parameters()), set()
+    for slab in cut_slabs(net):
+        assert slab.name not in names
+        names.add(slab.name)
+        assert slab.kind not in ("matrix", "expert") or slab.tensor.ndim == 2
+        slab.tensor.fill_(1 + len(names))
+        assert (slab_view(parameters, slab.name) == 1 + len(names)).all()
+    net.init_weights()
+    assert len([name for name in names if name.startswith("blocks.0.ffn.experts.up[")]) == 4
+    assert len([name for name in names if name.startswith("blocks.0.attention.qkv[")]) == 3
+    assert len([name for name in names if name.startswith("embed[")]) > 1
+
+
+def test_slab_view_reads_and_writes_whole_entry_and_rows():
+    t = {"a.b": torch.arange(24.0).view(4, 3, 2).clone()}
+    assert torch.equal(slab_view(t, "a.b"), t["a.b"])
+    assert torch.equal(slab_view(t, "a.b[2]"), t["a.b"][2])
+    assert torch.equal(slab_view(t, "a.b[1:3]"), t["a.b"][1:3])
+    for name in ("a.b[2]", "a.b[0:2]", "a.b[3:4]"):
+        slab_view(t, name).fill_(-1)
+        assert (slab_view(t, name) == -1).all()
+    assert (t["a.b"] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["tiny", *model.PRESETS])
+def test_owners_are_deterministic_cover_all_ranks_and_share_the_work(name):
+    net = models()[name]
+    reference = [(slab.name, slab.kind, slab.cost, slab.tensor.shape) for slab in cut_slabs(net)]
+    for size in (1, 2, 3, 4, 8):
+        slabs = cut_slabs(net)
+        owners = assign_owners(slabs, size)
+        assert [(slab.name, slab.kind, slab.cost, slab.tensor.shape) for slab in slabs] == reference
+        assert owners == assign_owners(cut_slabs(net), size) and len(owners) == len(slabs)
+        assert set(owners) <= set(range(size)) and (set(owners) == set(range(size)) or len(slabs) < size)
+        for matrices in (True, False):
+            family = [(slab.cost, owner) for slab, owner in zip(slabs, owners) if (slab.kind in ("matrix", "expert")) == matrices]
+            loads = [sum(cost for cost, owner in family if owner == rank) for rank in range(size)]
+            if len(family) >= 4 * size:
+                assert max(loads) <= 1.5 * sum(loads) / size, (size, matrices, loads)
+
+
+def test_ranks_cut_the_same_slabs_whatever_their_number():
+    net = models()["tiny"]
+    names = [slab.name for slab in cut_slabs(net)]
+    for size in (1, 2, 3, 5):
+        exchanges = [Exchange(net, World(rank, size, CPU)) for rank in range(size)]
+        assert all([slab.name for slab in exchange.slabs] == names for exchange in exchanges)
+        assert sorted(slab.name for exchange in exchanges for slab in exchange.owned) == sorted(names)
+
+
+MUON_RATES = {"embed": 1.0, "value_embed": 2.0, "head": 3.0, "router": 4.0, "scalar": 5.0, "matrix": 6.0, "expert": 6.0}
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe, size):
+    matrix_rate = {"muon_lr": 6.0} if recipe is MUON else {"matrix_lr": 6.0}
+    hp = dataclasses.replace(recipe.presets["cpu"], embed_lr=1.0, value_embed_lr=2.0, head_lr=3.0, router_lr=4.0, scalar_lr=5.0,
+                             weight_decay=0.125, **matrix_rate)  # fmt: skip
+    for rank in range(size):
+        exchange = Exchange(models()["tiny"], World(rank, size, CPU))
+        optimizers = recipe.make_optimizers(exchange.owned_by_kind(), hp)
+        train_muon.check_cover(exchange, optimizers)
+        groups = [(id(p), group, optimizer) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert len(groups) == len(exchange.owned) == len({key for key, _, _ in groups})
+        for slab in exchange.owned:
+            [(group, optimizer)] = [(group, optimizer) for key, group, optimizer in groups if key == id(slab.tensor)]
+            matrix = slab.kind in ("matrix", "expert")
+            assert group["base_lr"] == MUON_RATES[slab.kind], slab.name
+            assert group["weight_decay"] == (0.125 if matrix else 0), slab.name
+            assert isinstance(optimizer, Muon if matrix and recipe is MUON else torch.optim.AdamW), slab.name
+
+
+@BOTH
+def test_a_parameter_left_out_of_the_groups_is_noticed(recipe):
+    exchange = Exchange(models()["tiny"], World(0, 1, CPU))
+    tensors = exchange.owned_by_kind()
+    tensors["router"] = tensors["router"][1:]
+    with pytest.raises(AssertionError):
+        train_muon.check_cover(exchange, recipe.make_optimizers(tensors, recipe.presets["cpu"]))
+
+
+# -----------------------------------------------------------------------------
+# Schedules
+
+
+def hyper(recipe, **values):
+    return recipe.hyperparameters(**({"seq_len": 32, "batch_tokens": 384} | values))
+
+
+def test_rates_stay_then_fall_linearly_to_their_final_share():
+    hp = hyper(MUON, num_iterations=1000, cooldown_frac=0.4, final_lr_scale=0.1)
+    assert [lr_scale(step, hp) for step in (0, 1, 300, 600)] == [1, 1, 1, 1]
+    assert lr_scale(601, hp) < 1
+    assert lr_scale(1000, hp) == pytest.approx(0.1)
+    for step in (600, 650, 700, 800, 900, 999):
+        assert lr_scale(step, hp) == pytest.approx(1 - 0.9 * (step - 600) / 400)
+    assert lr_scale(5, hyper(MUON, num_iterations=10, cooldown_frac=1, final_lr_scale=0)) == pytest.approx(0.5)
+    assert {lr_scale(step, hyper(MUON, num_iterations=10, cooldown_frac=0)) for step in range(10)} == {1}
+
+
+def test_the_window_grows_in_blocks_of_128_from_start_to_full():
+    config, hp = Config(window_size=1792), hyper(MUON, num_iterations=1000, window_start=128)
+    windows = [window(step, hp, config) for step in range(1001)]
+    assert windows[0] == 128 and windows[-1] == 1792
+    assert windows == sorted(windows) and set(windows) == set(range(128, 1793, 128))
+    assert all(128 + 1664 * step / 1000 - 1 <= wide < 128 + 1664 * step / 1000 + 128 for step, wide in enumerate(windows))
+    assert window(0, hyper(MUON, window_start=64), Config(window_size=64)) == 64
+    assert window(0, hyper(MUON, window_start=9999), Config(window_size=256)) == 256
+
+
+@BOTH
+def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
+    extra = dict(momentum_start=0.5, momentum=0.9, momentum_warmup=8) if recipe is MUON else dict(lr_warmup=8)
+    hp = hyper(recipe, num_iterations=100, cooldown_frac=0.5, final_lr_scale=0.0, **extra)
+    optimizers = recipe.make_optimizers(Exchange(models()["tiny"], World(0, 1, CPU)).owned_by_kind(), hp)
+    for step in (0, 1, 4, 7, 8, 50, 75, 99):
+        recipe.set_rates(optimizers, step, hp)
+        warm = min(1, (step + 1) / 8) if recipe is ADAMW else 1
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(group["base_lr"] * warm * min(1, (100 - step) / 50))
+                if isinstance(optimizer, Muon):
+                    assert group["momentum"] == pytest.approx(0.5 + 0.4 * min(1, step / 8))
+
+
+# -----------------------------------------------------------------------------
+# Equality: the same global batch gives the same run however it is cut
+#
+# The router's noise and the balance loss are on: noise is a function of the token's place in the global batch, and the balance
+# loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than the preset's, the
+# scalars' most: in the first steps the true gradient of a skip weight is zero (what follows is normalised), and AdamW divides what
+# rounding leaves of it by its own size. The seeds are those, of a few, whose closest choice between two experts is the clearest.
+
+LAYOUT_RUN = dict(val_every=6, checkpoint_every=6, router_noise=1.0, balance_coef=0.01,
+                  embed_lr=0.2, value_embed_lr=0.2, head_lr=0.003, router_lr=0.0015, scalar_lr=0.001)  # fmt: skip
+LAYOUT_RUNS = {
+    "muon": LAYOUT_RUN | dict(seed=5, num_iterations=30, muon_lr=0.015),
+    "adamw": LAYOUT_RUN | dict(seed=28, num_iterations=12, matrix_lr=0.001),
+}
+# With this seed some experts get exactly their share of the tokens, so that their bias must stay where it is.
+BIAS_RUN = LAYOUT_RUNS["muon"] | dict(seed=12, num_iterations=8, bias_update_factor=0.01, experiment_name="bias")
+
+
+def first_gradients(patch, store: dict):
+    """Keep every owned slab's gradient of the first step in `store`."""
+    reduce = Exchange.reduce_gradients
+
+    def spy(self):
+        reduce(self)
+        if not store:
+            store.update({slab.name: slab.tensor.grad.clone() for slab in self.owned})
+
+    patch.setattr(Exchange, "reduce_gradients", spy)
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory, shards):
+    """recipe -> (folder, first gradients) of the run on one rank with all 12 rows at once."""
+
+    @once
+    def get(recipe):
+        gradients = {}
+        with pytest.MonkeyPatch.context() as patch:
+            first_gradients(patch, gradients)
+            run = train(tmp_path_factory.mktemp("whole"), recipe, data=shards, **LAYOUT_RUNS[recipe.name])
+        return run, gradients
+
+    return get
+
+
+def assert_same_run(run, gradients, whole):
+    whole_run, whole_gradients = whole
+    assert_near(gradients, whole_gradients, 1e-5)
+    for key in ("train/loss", "val/loss", "train/balance_loss", "train/z_loss", "moe/router_entropy"):
+        assert_near_series(series(run, key), series(whole_run, key), 1e-5)
+    assert np.allclose([load for _, load in series(run, "moe/load")], [load for _, load in series(whole_run, "moe/load")], atol=1e-6)
+    assert_near(state_of(run), state_of(whole_run), 1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("micro_steps", [2, 3, 4])
+def test_accumulation_changes_nothing(recipe, micro_steps, shards, tmp_path, monkeypatch, whole_batch):
+    whole, gradients, forwards = whole_batch(recipe), {}, []
+    first_gradients(monkeypatch, gradients)
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, *words, **names: forwards.append(self.training) or forward(self, *words, **names))
+    run = train(tmp_path, recipe, data=shards, micro_batch_tokens=384 // micro_steps, **LAYOUT_RUNS[recipe.name])
+    assert sum(forwards) == micro_steps * LAYOUT_RUNS[recipe.name]["num_iterations"]
+    assert_same_run(run, gradients, whole)
+
+
+def test_router_and_balance_are_in_play_in_these_runs(whole_batch):
+    run, gradients = whole_batch(MUON)
+    rows = training_rows(run)
+    assert all(row["moe/load_max_over_mean"] > 1.01 for row in rows)
+    assert any(gradient.abs().max() > 0 for name, gradient in gradients.items() if "router" in name)
+    assert rows[0]["train/loss"] - rows[-1]["train/loss"] > 1
+
+
+WORKER = """
+import json, sys
+root, out, jobs = sys.argv[1:]
+sys.path.insert(0, root)
+import torch, torch.distributed as dist
+import train_adamw, train_muon
+from train_muon import Exchange
+
+reduce, gather = Exchange.reduce_gradients, Exchange.gather_parameters
+
+def spy_reduce(self):
+    reduce(self)
+    if steps == 0:
+        torch.save({slab.name: slab.tensor.grad.clone() for slab in self.owned}, f"{out}/{name}_gradients{dist.get_rank()}.pt")
+
+def spy_gather(self):
+    global steps
+    gather(self)
+    steps += 1
+    flat = torch.cat([t.detach().flatten().double() for t in (*self.model.parameters(), self.model.load_WLE, self.model.bias_LE)])
+    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, flat)
+    if not all(torch.equal(part, flat) for part in parts):
+        apart.append(steps)
+
+Exchange.reduce_gradients, Exchange.gather_parameters = spy_reduce, spy_gather
+dist.init_process_group("gloo")
+destroy, dist.init_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None, lambda: None
+for name, words in json.loads(jobs).items():
+    steps, apart, sys.argv[1:] = 0, [], words
+    train_muon.main(train_adamw.ADAMW if name == "adamw" else train_muon.MUON)
+    print(f"{steps} steps, the ranks differ after {apart}", file=open(f"{out}/{name}_ranks", "a"))
+destroy()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, shards):
+    """recipe -> folder of the run under torchrun, its first gradients, and what each rank said of the others' parameters."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "worker.py").write_text(WORKER)
+    jobs = {recipe.name: flags(recipe, data=shards, out_dir=out, **LAYOUT_RUNS[recipe.name]) for recipe in (MUON, ADAMW)}
+    jobs["bias"] = flags(MUON, data=shards, out_dir=out, **BIAS_RUN)
+    done = torchrun(2, out / "worker.py", ROOT, out, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def get(recipe):
+        gradients = [torch.load(out / f"{recipe.name}_gradients{rank}.pt") for rank in range(2)]
+        assert not gradients[0].keys() & gradients[1].keys()
+        return out / recipe.name, gradients[0] | gradients[1], (out / f"{recipe.name}_ranks").read_text().splitlines()
+
+    return get
+
+
+@BOTH
+def test_two_ranks_together_train_the_run_of_one(recipe, two_ranks, whole_batch):
+    run, gradients, _ = two_ranks(recipe)
+    files = json.loads((model.latest_checkpoint(run / "checkpoint") / "manifest.json").read_text())["files"]
+    assert sorted(files) == ["rank0.pt", "rank1.pt"]
+    assert_same_run(run, gradients, whole_batch(recipe))
+
+
+@BOTH
+def test_ranks_are_bit_identical_after_every_step(recipe, two_ranks):
+    assert two_ranks(recipe)[2] == [f"{LAYOUT_RUNS[recipe.name]['num_iterations']} steps, the ranks differ after []"] * 2
+
+
+def test_two_ranks_move_the_selection_bias_as_one_does(shards, tmp_path, two_ranks):
+    one, two = train(tmp_path, data=shards, **BIAS_RUN), two_ranks(MUON)[0].with_name("bias")
+    bias = state_of(one)["bias_LE/value"]
+    assert bias.abs().max() > 0
+    assert torch.allclose(state_of(two)["bias_LE/value"], bias, atol=1e-6), (bias, state_of(two)["bias_LE/value"])
+
+
+def test_accumulation_in_bf16_keeps_losses_within_a_hundredth(shards, tmp_path):
+    whole, parts = (train(tmp_path / str(micro), data=shards, num_iterations=15, dtype="bf16", ns_dtype="bf16", micro_batch_tokens=micro)
+                    for micro in (384, 128))  # fmt: skip
+    assert_near_series(series(whole, "train/loss"), series(parts, "train/loss"), 1e-2)
+
+
+# -----------------------------------------------------------------------------
+# Resuming
+
+RESUMED_RUN = dict(scalar_lr=0.001, num_iterations=10, checkpoint_every=2, val_every=4, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, shards):
+    """recipe -> the folder of a run that nothing interrupted."""
+    return once(lambda recipe: train(tmp_path_factory.mktemp("straight"), recipe, data=shards, **RESUMED_RUN))
+
+
+def kill_in_step(patch, fatal: int, kind=Killed):
+    """Stop inside step `fatal`, after its backward pass."""
+    step = train_muon.train_step
+
+    def fatal_step(*words):
+        row = step(*words)
+        if words[4] == fatal:
+            raise kind
+        return row
+
+    patch.setattr(train_muon, "train_step", fatal_step)
+
+
+def interrupt(out, recipe=MUON, plant=kill_in_step, at=7, **values):
+    """A run that is stopped where `plant` says."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        plant(patch, at)
+        train(out, recipe, **RESUMED_RUN | values)
+
+
+def assert_equal_run(run, expected):
+    assert differing(state_of(run), state_of(expected)) == []
+    drop = lambda rows: [row for row in rows if row.get("event") != "end"]
+    assert drop(untimed(run)) == drop(untimed(expected))
+    assert [row["step"] for row in training_rows(run)] == list(range(1, 11))
+
+
+@BOTH
+def test_an_interrupted_run_goes_on_bit_by_bit(recipe, shards, tmp_path, straight):
+    interrupt(tmp_path, recipe, data=shards)
+    assert [row["step"] for row in training_rows(tmp_path / recipe.name)] == list(range(1, 8))
+    run = train(tmp_path, recipe, data=shards, resume=True, **RESUMED_RUN)
+    assert_equal_run(run, straight(recipe))
+    times = [row["train_time"] for row in training_rows(run)]
+    assert times == sorted(times)
+    assert "the run continues from step 6" in (run / "run.log").read_text()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train_muon
+step = train_muon.train_step
+def fatal_step(*words):
+    if words[4] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*words)
+train_muon.train_step = fatal_step
+train_muon.main(train_muon.MUON)
+"""
+
+
+def test_a_run_goes_on_after_kill_9(shards, tmp_path, straight):
+    done = python("-c", KILLED, ROOT, *flags(MUON, data=shards, out_dir=tmp_path, **RESUMED_RUN))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert_equal_run(train(tmp_path, data=shards, resume=True, **RESUMED_RUN), straight(MUON))
+
+
+def kill_while_saving(moment):
+    """Stop in the middle of writing the checkpoint of step `at`."""
+
+    def plant(patch, at):
+        save, rename, write, remove = torch.save, Path.rename, Path.write_text, shutil.rmtree
+        name = f"step_{at:06d}"
+
+        def fatal_save(value, file, *words, **names):
+            save(value, file, *words, **names)
+            if name in file.name:
+                file.truncate(1000)
+                raise Killed
+
+        def fatal_rename(self, target):
+            if target.name == name:
+                raise Killed
+            return rename(self, target)
+
+        def fatal_write(self, text, *words, **names):
+            if self.name == "manifest.json" and name in str(self):
+                write(self, text[: len(text) // 2])
+                raise Killed
+            return write(self, text, *words, **names)
+
+        def fatal_remove(path, *words, **names):
+            if Path(path).name == f"step_{at - 4:06d}":
+                raise Killed
+            return remove(path, *words, **names)
+
+        patch.setattr(*{"tensors": (torch, "save", fatal_save), "manifest": (Path, "write_text", fatal_write),
+                        "rename": (Path, "rename", fatal_rename), "removal": (shutil, "rmtree", fatal_remove)}[moment])  # fmt: skip
+
+    return plant
+
+
+@pytest.mark.parametrize("moment", ["tensors", "manifest", "rename", "removal"])
+def test_a_run_goes_on_after_a_kill_while_saving(moment, shards, tmp_path, straight):
+    interrupt(tmp_path, plant=kill_while_saving(moment), at=6, data=shards)
+    run = train(tmp_path, data=shards, resume=True, **RESUMED_RUN)
+    assert_equal_run(run, straight(MUON))
+    assert sorted(path.name for path in (run / "checkpoint").glob("step_??????")) == ["step_000008", "step_000010"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(shards, tmp_path, straight):
+    interrupt(tmp_path, at=1, data=shards)
+    assert_equal_run(train(tmp_path, data=shards, resume=True, **RESUMED_RUN), straight(MUON))
+
+
+def test_a_run_that_torchrun_restarts_resumes_by_itself(shards, tmp_path, straight, monkeypatch):
+    interrupt(tmp_path, data=shards)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_equal_run(train(tmp_path, data=shards, **RESUMED_RUN), straight(MUON))
+
+
+def test_one_rank_s_checkpoint_is_continued_by_three(shards, tmp_path, whole_batch):
+    run, whole = Path(shutil.copytree(whole_batch(MUON)[0], tmp_path / "muon")), whole_batch(MUON)[0]
+    shutil.rmtree(run / "checkpoint/step_000030")
+    done = torchrun(3, ROOT / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path, resume=True, **LAYOUT_RUNS["muon"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the run continues from step 24" in (run / "run.log").read_text()
+    assert len(json.loads((run / "checkpoint/step_000030/manifest.json").read_text())["files"]) == 3
+    for key in ("train/loss", "val/loss"):
+        assert_near_series(series(run, key), series(whole, key), 1e-5)
+    assert_near(state_of(run), state_of(whole), 1e-4)
+
+
+def test_two_ranks_checkpoint_is_continued_by_one(shards, tmp_path, two_ranks, whole_batch):
+    shutil.copytree(two_ranks(MUON)[0], tmp_path / "muon")
+    shutil.rmtree(tmp_path / "muon/checkpoint/step_000030")
+    run, whole = train(tmp_path, data=shards, resume=True, **LAYOUT_RUNS["muon"]), whole_batch(MUON)[0]
+    assert "the run continues from step 24" in (run / "run.log").read_text()
+    for key in ("train/loss", "val/loss"):
+        assert_near_series(series(run, key), series(whole, key), 1e-5)
+    assert_near(state_of(run), state_of(whole), 1e-4)
+
+
+def flip_a_byte(folder: Path):
+    contents = bytearray((folder / "rank0.pt").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (folder / "rank0.pt").write_bytes(contents)
+
+
+DAMAGES = {
+    "flipped": flip_a_byte,
+    "truncated": lambda folder: os.truncate(folder / "rank0.pt", 5000),
+    "missing": lambda folder: (folder / "rank0.pt").unlink(),
+    "no manifest text": lambda folder: (folder / "manifest.json").write_text('{"step": 6, "fil'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_unopened(damage, shards, tmp_path, monkeypatch):
+    interrupt(tmp_path, data=shards)
+    DAMAGES[damage](tmp_path / "muon/checkpoint/step_000006")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def forbidden(*words, **names):
+        raise AssertionError("a damaged checkpoint was opened")
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    said = refused(tmp_path, data=shards, resume=True, **RESUMED_RUN)
+    assert "step_000006" in said and ("rank0.pt" in said or "manifest.json" in said)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_without_the_damaged_checkpoint_the_previous_one_serves(shards, tmp_path, straight):
+    interrupt(tmp_path, data=shards)
+    shutil.rmtree(tmp_path / "muon/checkpoint/step_000006")
+    run = train(tmp_path, data=shards, resume=True, **RESUMED_RUN)
+    assert "the run continues from step 4" in (run / "run.log").read_text()
+    assert_equal_run(run, straight(MUON))
+
+
+def test_the_latest_and_the_previous_checkpoint_are_kept(shards, tmp_path, straight):
+    assert sorted(path.name for path in (straight(MUON) / "checkpoint").iterdir()) == ["step_000008", "step_000010"]
+    interrupt(tmp_path, at=5, data=shards)
+    assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, straight, monkeypatch):
+    run = Path(shutil.copytree(straight(MUON), tmp_path / "muon"))
+    steps, step = [], train_muon.train_step
+    monkeypatch.setattr(train_muon, "train_step", lambda *words: steps.append(words[4]) or step(*words))
+    assert train(tmp_path, data=shards, resume=True, **RESUMED_RUN | {"warmup_steps": 0}) == run
+    assert steps == []
+    assert_equal_run(run, straight(MUON))
+
+
+CHANGED = [
+    *((MUON, name, value) for name, value in dict(muon_lr=0.123, seed=7, num_iterations=12, batch_tokens=768, seq_len=64).items()),
+    *((MUON, name, value) for name, value in dict(top_k=1, n_layer=3, n_embd=40, num_experts=8, balance_window=2, value_embeds=0).items()),
+    (ADAMW, "lr_warmup", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, shards):
+    """recipe -> out_dir of a run stopped in step 7; not to be changed."""
+
+    @once
+    def get(recipe):
+        out = tmp_path_factory.mktemp("interrupted")
+        interrupt(out, recipe, data=shards)
+        return out
+
+    return get
+
+
+@pytest.mark.parametrize("recipe, field, value", CHANGED, ids=[f"{recipe.name}-{field}" for recipe, field, _ in CHANGED])
+def test_resuming_with_another_hyperparameter_is_refused_by_name(recipe, field, value, shards, interrupted):
+    out = interrupted(recipe)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert field in refused(out, recipe, data=shards, resume=True, **RESUMED_RUN | {field: value})
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_muon_s_run_with_adamw_is_refused(shards, tmp_path, interrupted):
+    shutil.copytree(interrupted(MUON) / "muon", tmp_path / "adamw")
+    refused(tmp_path, ADAMW, data=shards, resume=True, **RESUMED_RUN)
+
+
+def test_what_does_not_change_the_mathematics_may_change_on_resume(shards, tmp_path, straight):
+    interrupt(tmp_path, data=shards)
+    values = RESUMED_RUN | dict(micro_batch_tokens=192, checkpoint_every=3, val_every=5, warmup_steps=0, sample_tokens=1)
+    run = train(tmp_path, data=shards, resume=True, **values)
+    assert_near(state_of(run), state_of(straight(MUON)), 1e-4)
+
+
+@pytest.mark.parametrize("what", ["tensors", "manifest"])
+def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(what, shards, tmp_path, monkeypatch):
+    def full(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save, write = torch.save, Path.write_text
+    if what == "tensors":
+        monkeypatch.setattr(torch, "save", lambda value, file: full() if "step_000004" in file.name else save(value, file))
+    else:
+        monkeypatch.setattr(Path, "write_text", lambda self, text, **names: full() if "step_000004" in str(self) else write(self, text, **names))
+    said = refused(tmp_path, data=shards, **RESUMED_RUN)
+    assert "step 4" in said and "No space left" in said and "--resume" in said
+    assert [path.name for path in (tmp_path / "muon/checkpoint").iterdir()] == ["step_000002"]
+    model.read_checkpoint(tmp_path / "muon/checkpoint/step_000002")
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+@BOTH
+def test_flags_are_the_fields_of_config_and_hyperparameters(recipe):
+    status, text, _ = call(lambda: train_muon.main(recipe), ["--help"])
+    assert status == 0
+    fields = {field.name for cls in (Config, recipe.hyperparameters) for field in dataclasses.fields(cls)}
+    own = {"experiment_name", "preset", "resume", "enable_profiling"}
+    offered = set(re.findall(r"--([a-z][\w-]*)", text))
+    assert {name for name in fields | own} <= offered
+    assert {name.replace("_", "-") for name in fields | own} <= offered
+    assert {name.replace("-", "_") for name in offered} - fields - own <= {"help", "plan", "world_size"}
+
+
+@BOTH
+def test_every_flag_sets_its_field_in_both_spellings(recipe):
+    for cls in (Config, recipe.hyperparameters):
+        for field in dataclasses.fields(cls):
+            value, companions = legal_value(field.name)
+            others = [f"--{name}={other}" for name, other in (dict(value_embeds=1, seq_len=32, batch_tokens=384) | companions).items()]
+            for name in (field.name, field.name.replace("_", "-")):
+                for words in ([f"--{name}", str(value)], [f"--{name}={value}"]):
+                    config, hp, _ = train_muon.parse(recipe, ["--preset", "cpu", *others, *words])
+                    assert getattr(config if cls is Config else hp, field.name) == value, words
+
+
+def test_presets_differ_by_what_their_flags_say():
+    for recipe in (MUON, ADAMW):
+        assert set(recipe.presets) == set(model.PRESETS)
+        for name in recipe.presets:
+            config, hp, _ = train_muon.parse(recipe, ["--preset", name])
+            assert config == model.PRESETS[name] and hp == recipe.presets[name]
+
+
+def test_without_a_preset_the_machine_chooses_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_muon.parse(MUON, [])[1] == MUON.presets["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train_muon.parse(MUON, [])[1] == MUON.presets["speedrun"]
+
+
+def test_the_preset_speedrun_has_the_default_values():
+    for recipe in (MUON, ADAMW):
+        assert recipe.presets["speedrun"] == recipe.hyperparameters()
+
+
+BAD_FLAGS = [  # words, what the sentence must contain
+    (["--no_such_flag", "3"], ["no_such_flag"]),
+    (["--num_iter", "3"], ["num_iter"]),
+    (["--expe", "x"], ["expe"]),
+    (["stray"], ["stray"]),
+    (["--n_layer", "two"], ["n_layer", "int", "two"]),
+    (["--muon_lr", "fast"], ["muon_lr", "float", "fast"]),
+    (["--compile", "maybe"], ["compile", "true", "false", "maybe"]),
+    (["--preset", "huge"], ["preset", "huge", "cpu", "speedrun"]),
+    (["--router", "psychic"], ["router", "psychic", "linear", "hash"]),
+    (["--dtype", "fp4"], ["dtype", "fp4", "bf16", "fp32"]),
+    (["--ns_dtype", "fp4"], ["ns_dtype", "fp4", "bf16", "fp32"]),
+    (["--pattern", "MX"], ["pattern", "MX", "M", "D"]),
+    (["--device", "tpu"], ["device", "tpu", "cpu", "cuda"]),
+    (["--num_iterations", "0"], ["num_iterations", "0", "at least 1"]),
+    (["--val_every", "-1"], ["val_every", "-1", "at least 0"]),
+    (["--muon_lr", "-0.1"], ["muon_lr", "-0.1", "at least 0"]),
+    (["--muon_lr", "nan"], ["muon_lr", "nan"]),
+    (["--weight_decay", "-1"], ["weight_decay", "-1"]),
+    (["--beta2", "1.5"], ["beta2", "1.5", "between 0 and 1"]),
+    (["--momentum", "1.5"], ["momentum", "1.5"]),
+    (["--momentum_start", "-1"], ["momentum_start", "-1"]),
+    (["--momentum_warmup", "-3"], ["momentum_warmup", "-3"]),
+    (["--cooldown_frac", "2"], ["cooldown_frac", "2"]),
+    (["--batch_tokens", "100"], ["batch_tokens", "100", "32"]),
+    (["--top_k", "5"], ["top_k", "5", "4"]),
+    (["--seed", "99999999999999999999999"], ["seed"]),
+]
+
+
+@pytest.mark.parametrize("words, expected", BAD_FLAGS, ids=["=".join(words) for words, _ in BAD_FLAGS])
+def test_a_bad_flag_is_one_sentence_before_anything_is_made(words, expected, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_muon, "GPT", lambda config: pytest.fail("it was taken, and a model made"))
+    base = flags(MUON, data=shards, out_dir=tmp_path / "logs")
+    status, _, err = call(lambda: train_muon.main(MUON), base + words)
+    said = sentence(status, err)
+    assert all(part in said for part in expected), said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_adamw_does_not_take_muon_s_flags(shards, tmp_path):
+    assert "muon_lr" in refused(tmp_path / "logs", ADAMW, data=shards, muon_lr=0.1)
+    assert "lr_warmup" in refused(tmp_path / "logs", MUON, data=shards, lr_warmup=1)
+
+
+def test_adamw_refuses_a_negative_warm_up(shards, tmp_path):
+    assert "lr_warmup" in refused(tmp_path / "logs", ADAMW, data=shards, lr_warmup=-1)
+
+
+def test_a_process_with_a_bad_flag_says_one_line_and_fails():
+    done = python(ROOT / "train_adamw.py", "--n_layer", "0")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train_adamw.py: error: ") and "n_layer is 0" in done.stderr
+
+
+def test_an_existing_experiment_is_refused_and_left_as_it_is(shards, tmp_path):
+    run = train(tmp_path, data=shards, num_iterations=1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    said = refused(tmp_path, data=shards, num_iterations=1)
+    assert "--resume" in said and str(run) in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_data_folder_is_one_sentence_with_the_command_that_makes_it(tmp_path):
+    said = refused(tmp_path / "logs", data=tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in said and "python data.py" in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_vocabulary_too_small_for_the_data_is_one_sentence(shards, tmp_path):
+    said = refused(tmp_path / "logs", data=shards, vocab_size=64, eot_token=63)
+    assert "vocabulary" in said and "63" in said
+
+
+def test_too_few_tokens_for_a_batch_is_one_sentence(shards, tmp_path):
+    said = refused(tmp_path / "logs", data=shards, batch_tokens=32 * 100_000, micro_batch_tokens=384)
+    assert "100000" in said and shards in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_rows_that_the_ranks_cannot_share_are_one_sentence(shards, tmp_path):
+    words = flags(MUON, data=shards, out_dir=tmp_path / "logs")
+    config, hp, args = train_muon.parse(MUON, words)
+    for size in (5, 8, 24):
+        with pytest.raises(logger.RunError, match=rf"12 rows .*{size} ranks.*--batch_tokens.*--nproc_per_node"):
+            train_muon.train(config, hp, MUON, "muon", False, False, World(0, size, CPU))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_micro_batches_are_the_largest_that_fit_and_divide():
+    rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU))
+    assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]
+    assert [rows_at_once(384, size) for size in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+    assert rows_at_once(64, 4) == 1
+
+
+def test_cuda_where_there_is_none_is_one_sentence(shards, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert "cuda" in refused(tmp_path / "logs", data=shards, device="cuda").lower()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(shards, tmp_path, monkeypatch):
+    step = train_muon.train_step
+    monkeypatch.setattr(train_muon, "train_step", lambda *words: step(*words) | ({"train/loss": torch.tensor(math.nan)} if words[4] == 5 else {}))
+    said = refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=2)
+    assert "finite" in said and "6" in said and "--resume" in said
+    assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]
+    assert training_rows(tmp_path / "muon")[-1]["train/loss"] is None  # JSON knows no NaN
+    assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]
+    model.read_checkpoint(tmp_path / "muon/checkpoint/step_000004")
+
+
+@BOTH
+def test_an_absurd_rate_stops_the_run(recipe, shards, tmp_path):
+    rates = {"embed_lr": 3e38, "router_lr": 3e38} | ({} if recipe is MUON else {"lr_warmup": 0})
+    assert "finite" in refused(tmp_path, recipe, data=shards, num_iterations=20, **rates)
+    assert not (tmp_path / recipe.name / "checkpoint/step_000020").exists()
+
+
+# -----------------------------------------------------------------------------
+# No dead option: another value of any field changes what a short run does
+#
+# field -> (another legal value, the settings under which it acts). A new field needs a row here, or a check of its own below.
+
+CHANGES = {
+    # Config
+    "vocab_size": (300, {}),
+    "eot_token": (255, {}),
+    "n_layer": (3, {}),
+    "n_embd": (40, {}),
+    "n_head": (2, {}),
+    "head_dim": (16, {}),
+    "pattern": ("MD", {}),
+    "mlp_ratio": (2.0, {}),
+    "num_experts": (8, {}),
+    "top_k": (1, {}),
+    "router": ("hash", {}),
+    "router_noise": (0.5, {}),
+    "balance_coef": (0.5, {}),
+    "z_coef": (0.5, {}),
+    "bias_update_factor": (0.1, {}),
+    "balance_window": (2, {}),
+    "depth": (None, {}),
+    "attention": ("A-", {}),
+    "window": ("S", {"window_size": 16}),
+    "window_size": (8, {}),
+    "attn_scale": (1.0, {}),
+    "value_embeds": (0, {}),
+    "softcap": (30.0, {}),
+    "head": ("fp8", {}),
+    "dtype": ("bf16", {}),
+    # Hyperparameters of both
+    "seed": (1, {}),
+    "num_iterations": (4, {}),
+    "batch_tokens": (768, {}),
+    "seq_len": (64, {}),
+    "micro_batch_tokens": (192, {}),
+    "val_every": (1, {}),
+    "val_tokens": (64, {}),
+    "checkpoint_every": (1, {}),
+    "sample_tokens": (8, {}),
+    "warmup_steps": (1, {}),
+    "cooldown_frac": (1.0, {}),
+    "final_lr_scale": (0.5, {"cooldown_frac": 1.0}),
+    "window_start": (256, {"window_size": 256, "seq_len": 192, "batch_tokens": 384}),
+    "embed_lr": (0.1, {}),
+    "value_embed_lr": (0.1, {}),
+    "head_lr": (0.1, {}),
+    "router_lr": (0.1, {}),
+    "scalar_lr": (0.1, {}),
+    "beta1": (0.5, {}),
+    "beta2": (0.5, {}),
+    # Muon's
+    "muon_lr": (0.1, {}),
+    "momentum": (0.5, {"momentum_warmup": 2}),
+    "momentum_start": (0.5, {}),
+    "momentum_warmup": (2, {}),
+    "weight_decay": (0.5, {}),
+    "ns_dtype": ("bf16", {}),
+    # AdamW's
+    "matrix_lr": (0.1, {}),
+    "lr_warmup": (2, {}),
+}
+
+
+def data_acts(shards, tmp_path, monkeypatch):
+    birds = write_data(tmp_path / "birds", WORDS["birds"])
+    assert not same(observe(tmp_path / "a", data=shards), observe(tmp_path / "b", data=birds))
+
+
+def out_dir_acts(shards, tmp_path, monkeypatch):
+    train(tmp_path / "here" / "below", data=shards, num_iterations=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"] and (tmp_path / "here/below/muon/run.log").exists()
+
+
+def device_acts(shards, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_muon, "train", lambda *words: seen.append(words[-1].device.type))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cpu", "cuda", None):
+        train(tmp_path, data=shards, device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train(tmp_path, data=shards, device=None)
+    assert seen == ["cpu", "cuda", "cuda", "cpu"]
+
+
+def compile_acts(shards, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **names: compiled.append(self))
+    monkeypatch.setattr(torch, "compile", lambda function, **names: compiled.append(function) or function)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    train(tmp_path / "default", data=shards, num_iterations=1)
+    train(tmp_path / "no", data=shards, num_iterations=1, compile="false")
+    assert compiled == []
+    train(tmp_path / "yes", data=shards, num_iterations=1, compile="true")
+    assert len(compiled) == 2 + 1  # two blocks and the loss
+
+
+CHECKS = {"data": data_acts, "out_dir": out_dir_acts, "device": device_acts, "compile": compile_acts}
+ALIKE = {"data": "elsewhere", "out_dir": "elsewhere", "device": "cpu", "compile": True}  # legal values, for the test of the flags
+OBSERVED_RUN = dict(num_iterations=3, window_start=64)
+
+
+def legal_value(field: str):
+    if field in ALIKE:
+        return ALIKE[field], {}
+    value, companions = CHANGES[field]
+    if field == "depth":
+        value = list(model.DEPTHS)[-1]
+    return value, companions
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def observe(out, recipe=MUON, **values) -> dict:
+    """What a short run did: its state, its rows, its files, its forward passes. Nothing in it merely repeats an option."""
+    forwards, forward = [], GPT.forward
+
+    def spy(self, tokens, *words, **names):
+        forwards.append((self.training, tuple(tokens.shape)))
+        return forward(self, tokens, *words, **names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", spy)
+        run = train(out, recipe, **OBSERVED_RUN | values)
+    echoes = ("train/flops", "train/lr_scale")  # computed from options alone
+    rows = [{key: value for key, value in row.items() if key not in echoes} for row in untimed(run)]
+    sampled = (run / "run.log").read_text().rpartition("=" * 100)[2].partition("- sample")[2]
+    files = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    state = {name: tensor for name, tensor in state_of(run).items() if name != "load_WLE/value"}  # its shape is balance_window
+    return {"state": state, "rows": rows, "files": files, "forwards": forwards, "sample": sampled}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, shards):
+    """(recipe, companions) -> what a run without the change did."""
+    return once(lambda recipe, companions: observe(tmp_path_factory.mktemp("plain"), recipe, data=shards, **dict(companions)))
+
+
+FIELDS = [(MUON, field.name) for cls in (Config, MUON.hyperparameters) for field in dataclasses.fields(cls)]
+FIELDS += [(ADAMW, field.name) for field in dataclasses.fields(ADAMW.hyperparameters)]
+
+
+@pytest.mark.parametrize("recipe, field", FIELDS, ids=[f"{recipe.name}-{field}" for recipe, field in FIELDS])
+def test_no_option_is_dead(recipe, field, shards, tmp_path, monkeypatch, plain_run):
+    if field in CHECKS:
+        return CHECKS[field](shards, tmp_path, monkeypatch)
+    assert field in CHANGES, f"{field} is new: give it a row in CHANGES, so that this test can see what it does"
+    value, companions = CHANGES[field]
+    if field == "depth":
+        if len(model.DEPTHS) == 1:
+            return
+        value = next(name for name in model.DEPTHS if name != Config().depth)
+    before = plain_run(recipe, tuple(companions.items()))
+    after = observe(tmp_path, recipe, data=shards, **companions | {field: value})
+    assert not same(before, after), f"--{field} {value} changed nothing"
+
+
+def test_the_test_of_dead_options_would_notice_one(shards, tmp_path, plain_run):
+    assert same(plain_run(MUON, ()), observe(tmp_path, data=shards))
+
+
+# -----------------------------------------------------------------------------
+# Whole runs
+
+LONG_RUN = dict(num_iterations=60, val_every=20, sample_tokens=16, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shards):
+    """recipe -> the folder of a run of 60 steps; not to be changed."""
+    return once(lambda recipe: train(tmp_path_factory.mktemp("finished"), recipe, data=shards, **LONG_RUN))
+
+
+@BOTH
+def test_sixty_steps_learn(recipe, finished):
+    losses = dict(series(finished(recipe), "val/loss"))
+    assert sorted(losses) == [0, 20, 40, 60]
+    assert losses[0] == pytest.approx(math.log(257), abs=1e-3)
+    assert losses[60] < 1.5 and losses[60] < losses[20] < losses[0] - 1
+    training = [loss for _, loss in series(finished(recipe), "train/loss")]
+    assert np.mean(training[-5:]) == pytest.approx(losses[60], abs=0.3)
+
+
+@BOTH
+def test_a_run_leaves_its_files(recipe, finished):
+    run = finished(recipe)
+    assert {path.name for path in run.iterdir()} == {"run.log", "metrics.jsonl", "config.json", "checkpoint"}
+    text = (run / "run.log").read_text()
+    for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py"):
+        assert (ROOT / name).read_text().strip() in text
+    tail = text.rpartition("=" * 100)[2]
+    line = re.compile(r"^step:(\d+)/(\d+) val_loss:([0-9.]+) train_time:[0-9.]+s step_avg:[0-9.]+ms", re.M)
+    found = [(int(step), int(total), float(loss)) for step, total, loss in line.findall(tail)]
+    assert [(step, total) for step, total, _ in found] == [(0, 60), (20, 60), (40, 60), (60, 60)]
+    assert_near_series([(step, loss) for step, _, loss in found], series(run, "val/loss"), 1e-5)
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["hyperparameters"]["num_iterations"] == 60 and settings["model"]["n_embd"] == 32 and settings["optimizer"] == recipe.name
+    assert set(settings["model"]) == {field.name for field in dataclasses.fields(Config)}
+    assert set(settings["hyperparameters"]) == {field.name for field in dataclasses.fields(recipe.hyperparameters)}
+
+
+@BOTH
+def test_every_training_step_is_a_row_with_what_the_plots_need(recipe, finished):
+    rows = training_rows(finished(recipe))
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    needed = {"train/loss", "train_time", "train/tok_per_sec", "train/mfu", "moe/load", "moe/load_max_over_mean", "moe/router_entropy"}
+    needed |= {f"time/{phase}" for phase in ("data", "forward", "backward", "communication", "optimizer")}
+    for row in rows:
+        assert needed <= row.keys(), needed - row.keys()
+        assert np.array(row["moe/load"]).shape == (2, 4) and np.allclose(np.sum(row["moe/load"], axis=1), 1)
+        assert row["moe/load_max_over_mean"] == pytest.approx(np.mean(np.max(row["moe/load"], axis=1) * 4))
+        assert 0 <= row["moe/router_entropy"] <= 1.0001
+    times = [row["train_time"] for row in rows_of(finished(recipe)) if "train_time" in row]
+    assert times == sorted(times) and times[-1] > 0
+
+
+def test_the_sample_continues_the_validation_text(finished, shards):
+    text = (finished(MUON) / "run.log").read_text()
+    prompt, _, rest = text.rpartition("- sample\n")[2].partition("|>")
+    start = data.read_shard(Path(shards) / "words_val_000000.bin")[:32]
+    assert prompt == data.get_encoding("bytes").decode(start)
+    assert len(rest.rpartition("\n----")[0]) > 0
+
+
+def validation_rows(shards, seq_len=32):
+    """All rows of the validation shard cut by hand: inputs, targets, -1 where the last row has none."""
+    tokens = data.read_shard(Path(shards) / "words_val_000000.bin").astype(np.int64)
+    rows = -(-(len(tokens) - 1) // seq_len)
+    inputs, targets = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, -1)
+    inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+    return torch.from_numpy(inputs).view(rows, seq_len), torch.from_numpy(targets).view(rows, seq_len), tokens
+
+
+@BOTH
+def test_the_last_validation_is_the_mean_over_every_token_and_bpb_follows(recipe, finished, shards):
+    run = finished(recipe)
+    net, _ = model.load_checkpoint(run / "checkpoint")
+    inputs, targets, tokens = validation_rows(shards)
+    nats = count = 0
+    for row, target in zip(inputs, targets):
+        log_p = net(row[None]).logits[0].double().log_softmax(-1)
+        kept = target >= 0
+        nats -= log_p[kept].gather(1, target[kept, None]).sum().item()
+        count += int(kept.sum())
+    assert count == len(tokens) - 1
+    assert series(run, "val/loss")[-1][1] == pytest.approx(nats / count, abs=1e-5)
+    nbytes = int((tokens < 256).sum())
+    assert series(run, "val/bpb")[-1][1] == pytest.approx(nats / math.log(2) / nbytes, abs=1e-5)
+    assert nbytes == data.load_meta(shards)["splits"]["val"]["bytes"]
+
+
+def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
+    net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
+    inputs, targets, _ = validation_rows(shards)
+    hp = hyper(MUON, data=shards, val_tokens=96)
+    values = train_muon.evaluate(net, hp, 2, None, World(0, 1, CPU))
+    expected = np.mean([net.eval()(inputs[i : i + 1], targets[i : i + 1]).loss.item() for i in range(3)])
+    assert values == {"val/loss": pytest.approx(expected, abs=1e-5)}
+
+
+def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, finished):
+    net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
+    hp = hyper(MUON, data=shards, val_tokens=0)
+    first = train_muon.evaluate(net, hp, 3, None, World(0, 1, CPU))
+    assert net.training
+    net.set_step(5, 6, 7)
+    assert train_muon.evaluate(net, hp, 3, None, World(0, 1, CPU)) == first
+    assert train_muon.evaluate(net, hp, 7, None, World(0, 1, CPU))["val/loss"] == pytest.approx(first["val/loss"], abs=1e-6)
+
+
+def test_the_checkpoint_answers_a_prompt(finished):
+    words = ["--checkpoint", finished(MUON) / "checkpoint", "--prompt", "alpha be", "--max_new_tokens", 24, "--temperature", 0]
+    status, out, err = call(model.main, words)
+    assert status == 0, err
+    assert out.startswith("alpha beta ") and len(out) > 30
+    assert set(out.split()[:-1]) <= {"alpha", "beta", "gamma", "delta"}
+
+
+@BOTH
+def test_the_same_command_gives_the_same_run_bit_by_bit(recipe, finished, shards, tmp_path):
+    again = train(tmp_path, recipe, data=shards, **LONG_RUN)
+    assert differing(state_of(again), state_of(finished(recipe))) == []
+    assert untimed(again) == untimed(finished(recipe))
+
+
+def test_warm_up_steps_leave_no_trace(shards, tmp_path):
+    settings = dict(data=shards, num_iterations=4, val_every=1, sample_tokens=8, window_size=256, seq_len=192, batch_tokens=384, window_start=128)
+    none, two = (train(tmp_path / str(steps), warmup_steps=steps, **settings) for steps in (0, 2))
+    assert differing(state_of(none), state_of(two)) == []
+    assert untimed(none) == untimed(two)
+
+
+def test_another_seed_gives_another_run_and_the_seed_is_all_it_takes(shards, tmp_path):
+    torch.manual_seed(1)
+    one = train(tmp_path / "1", data=shards, seed=5)
+    torch.manual_seed(2)
+    two = train(tmp_path / "2", data=shards, seed=5)
+    assert differing(state_of(one), state_of(two)) == []
+
+
+def test_the_clock_stands_still_during_validation_saving_and_warm_up(shards, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def takes(seconds, function):
+        def slow(*words):
+            now[0] += seconds
+            return function(*words)
+
+        return slow
+
+    monkeypatch.setattr(train_muon, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_muon, "evaluate", takes(1000, train_muon.evaluate))
+    monkeypatch.setattr(train_muon, "save_checkpoint", takes(1000, train_muon.save_checkpoint))
+    monkeypatch.setattr(train_muon, "random_batches", takes(1000, train_muon.random_batches))
+    monkeypatch.setattr(Exchange, "reduce_gradients", takes(1, Exchange.reduce_gradients))  # once in each step
+    run = train(tmp_path, data=shards, num_iterations=5, val_every=2, checkpoint_every=3, warmup_steps=2)
+    assert now[0] == 1000 * 7 + 7
+    for row in rows_of(run):
+        assert row.get("train_time", row["step"]) == row["step"], row
+
+
+def test_a_dense_model_trains_too(shards, tmp_path):
+    run = train(tmp_path, data=shards, pattern="D", num_iterations=40)
+    losses = [loss for _, loss in series(run, "train/loss")]
+    assert losses[-1] < losses[0] - 2
+    assert all("moe/load" not in row or row["moe/load"] == [] for row in training_rows(run))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_blocks_compile_whole_and_train_the_same_run(dtype, shards, tmp_path, monkeypatch):
+    """Tracing only: generating code would take minutes."""
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **names: compile_function(function, **{"backend": "eager"} | names))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    torch._dynamo.reset()
+    eager, traced = (train(tmp_path / flag, data=shards, dtype=dtype, num_iterations=3, compile=flag) for flag in ("false", "true"))
+    assert "activations " + dtype + "; compiled" in (traced / "run.log").read_text()
+    assert_near_series(series(eager, "train/loss"), series(traced, "train/loss"), 1e-5)
+
+
+def test_data_without_byte_lengths_is_validated_without_bits_per_byte(shards, tmp_path):
+    folder = Path(shutil.copytree(shards, tmp_path / "bare"))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"token_bytes": None, "gzip_bpb": None, "xz_bpb": None}))
+    run = train(tmp_path, data=folder, num_iterations=1)
+    assert series(run, "val/loss") and not series(run, "val/bpb")
+
+
+# -----------------------------------------------------------------------------
+# Profiling
+
+
+def check_profile(folder: Path):
+    assert {"trace.json", "summary.txt"} <= {path.name for path in folder.iterdir()}
+    names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
+    assert {"data", "forward", "backward", "optimizer", "communication"} <= names
+    summary = (folder / "summary.txt").read_text()
+    assert "ms per step" in summary and "MFU" in summary and "peak memory" in summary and str(folder / "trace.json") in summary
+    assert all(phase in summary for phase in ("forward", "backward", "optimizer"))
+
+
+def test_profiling_writes_a_trace_and_a_summary_and_nothing_else(shards, tmp_path):
+    run = train(tmp_path, data=shards, enable_profiling=True)
+    assert [path.name for path in run.iterdir()] == ["profile"]
+    check_profile(run / "profile")
+    assert [row["step"] for row in training_rows(train(tmp_path, data=shards, num_iterations=1))] == [1]  # the name is still free
+
+
+def test_profiling_an_existing_experiment_touches_only_its_profile(shards, tmp_path, finished):
+    run = Path(shutil.copytree(finished(MUON), tmp_path / "muon"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train(tmp_path, data=shards, enable_profiling=True, **LONG_RUN)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path for path in after if path not in before} == set((run / "profile").iterdir())
+    assert {path: after[path] for path in before} == before
+    check_profile(run / "profile")
+
+
+# -----------------------------------------------------------------------------
+# Imports
+
+BARE = """
+import socket, sys
+root = sys.argv.pop(1)
+for name in ("tiktoken", "datasets", "matplotlib", "tqdm"):
+    sys.modules[name] = None  # an import of it fails
+def forbidden(*words, **names):
+    raise AssertionError("the network was asked for")
+socket.socket.connect = socket.getaddrinfo = forbidden
+sys.path.insert(0, root)
+import data, logger, model, train_adamw, train_muon
+import torch
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+train_muon.main(train_muon.MUON)
+"""
+
+
+def test_training_needs_only_torch_and_numpy_and_no_network(shards, tmp_path):
+    done = python("-c", BARE, ROOT, *flags(MUON, data=shards, out_dir=tmp_path, sample_tokens=4, val_every=2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "muon/checkpoint/step_000004/manifest.json").exists()
+    assert "step:4/4 val_loss:" in done.stdout and "step:4/4 val_loss:" in (tmp_path / "muon/run.log").read_text()
+
+
+LOCAL = {"train_muon", "train_adamw", "model", "data", "logger"}
+
+
+def local_imports(name: str) -> set[str]:
+    """Which of our own files are imported when this one is: imports outside functions."""
+    found, waiting = set(), [ast.parse((ROOT / f"{name}.py").read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found.add(node.module.partition(".")[0])
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return found & LOCAL
+
+
+def test_imports_run_one_way():
+    assert local_imports("train_adamw") == {"train_muon"}
+    assert local_imports("train_muon") == {"model", "data", "logger"}
+    for name in ("model", "data", "logger"):
+        assert local_imports(name) == set()
+
+
+def test_the_training_scripts_import_heavy_packages_nowhere_at_the_top():
+    allowed = sys.stdlib_module_names | {"torch", "numpy"} | LOCAL
+    for name in LOCAL:
+        for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert {module.partition(".")[0] for module in modules} <= allowed, (name, modules)

@@ -661,7 +661,7 @@ def test_norm_and_relu_squared_are_what_they_are_called():
     assert far(M.norm(x), F.rms_norm(x, (32,))) < 1e-5
     assert far(M.norm(x[1:]), x[1:] / x[1:].square().mean(-1, keepdim=True).sqrt()) < 1e-4
     assert norm_error(M.norm(x.bfloat16()), M.norm(x)) < 1e-2 and M.norm(x.bfloat16()).dtype == torch.bfloat16
-    assert far(M.norm(x.bfloat16()).float().square().mean(-1), torch.ones(5, 7)) < 2e-2
+    assert far(M.norm(x[1:].bfloat16()).float().square().mean(-1), torch.ones(4, 7)) < 2e-2
     assert (M.norm(x * 0) == 0).all()
     assert torch.equal(M.relu_squared(x), torch.where(x > 0, x, 0) ** 2)
 

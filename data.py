@@ -252,8 +252,8 @@ def permute(index, n, seed, epoch):
 
 
 class Batch(NamedTuple):
-    inputs_BT: "torch.Tensor"   # int64
-    targets_BT: "torch.Tensor"  # int64, inputs shifted by one; -1 is not to be predicted
+    inputs_BT: "torch.Tensor"  # noqa: F821; int64
+    targets_BT: "torch.Tensor"  # noqa: F821; int64, inputs shifted by one; -1 is not to be predicted
     first_row: int              # index of row 0 within the batch of all ranks (of the whole split, in validation)
 
 
@@ -683,7 +683,8 @@ def describe(folder, encoding):
                          "bytes": None if encoding is None else int(count_V @ token_bytes)}
     text = bytes(text[:COMPRESSED_BYTES])
     return {**known, "splits": splits, "compressed_bytes": len(text) or None,
-            **(compressed_bpb(text) if text else {"gzip_bpb": None, "xz_bpb": None}), "shards": shards, "token_bytes": None if encoding is None else token_bytes.tolist()}
+            **(compressed_bpb(text) if text else {"gzip_bpb": None, "xz_bpb": None}), "shards": shards,
+            "token_bytes": None if encoding is None else token_bytes.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,7 +698,8 @@ SOURCES = {  # name: (function of the flags and a folder, the flags it uses)
     "python": (lambda *a: tokenise(python_documents, *a), TOKENISED),
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": CORES, "split_seed": 0, "split_name": "train", "text_field": "text"}
+DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": CORES, "split_seed": 0, "split_name": "train",
+            "text_field": "text"}
 
 
 def parse(argv):

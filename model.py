@@ -1090,7 +1090,7 @@ def latest_checkpoint(folder: Path) -> Path:
     """The newest step inside `folder` (or `folder` itself if it is one step's). Raises CheckpointError if there is none."""
     if (folder / "manifest.json").exists():
         return folder
-    steps = sorted(folder.glob("step_*/manifest.json"))
+    steps = sorted(folder.glob("step_??????/manifest.json"))  # not a half-written step_NNNNNN.partial
     if not steps:
         raise CheckpointError(f"{folder} holds no checkpoint; train first, or name another folder")
     return steps[-1].parent

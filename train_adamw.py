@@ -23,6 +23,10 @@ class Hyperparameters(Common):
     lr_warmup: int = 250  # steps
     weight_decay: float = 0.0  # decoupled, on matrices, times the rate
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("lr_warmup", self.lr_warmup >= 0, "at least 0")
+
 
 PRESETS = {
     "cpu": Hyperparameters(**CPU_RUN, matrix_lr=0.003, lr_warmup=50),

@@ -76,11 +76,12 @@ class Common:
     beta1: float = 0.8
     beta2: float = 0.95
 
-    def __post_init__(self):
-        def check(field: str, fine: bool, legal: str):
-            if not fine:
-                raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
+    def check(self, field: str, fine: bool, legal: str):
+        if not fine:
+            raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
 
+    def __post_init__(self):
+        check = self.check
         for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps"):
@@ -90,7 +91,9 @@ class Common:
                 check(field.name, getattr(self, field.name) >= 0, "at least 0")
         for field in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
             check(field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
-        check("device", self.device in (None, "cpu", "cuda"), "cpu, cuda or none")
+        check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+        check("device", self.device in (None, "cpu", "cuda")[: 2 + torch.cuda.is_available()], "one that this machine has: cpu, cuda or none")
+        check("val_tokens", self.val_tokens == 0 or self.val_tokens >= self.seq_len, f"0 (all) or at least seq_len = {self.seq_len}")
         check("batch_tokens", self.batch_tokens % self.seq_len == 0, f"a multiple of seq_len = {self.seq_len}")
 
 
@@ -107,8 +110,10 @@ class Hyperparameters(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.ns_dtype not in DTYPES:
-            raise ConfigError(f"ns_dtype is {self.ns_dtype!r}; it must be one of {', '.join(DTYPES)}")
+        for field in ("momentum", "momentum_start"):
+            self.check(field, 0 <= getattr(self, field) < 1, "at least 0 and below 1")
+        self.check("momentum_warmup", self.momentum_warmup >= 0, "at least 0")
+        self.check("ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
 CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=4096, val_every=150, val_tokens=0,
@@ -147,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
     params: tensors (..., rows, cols); every leading index is a matrix of its own (an expert, a part of QKV). The update is
     scaled by sqrt(max(1, rows / cols)). Momentum is a lerp, so its buffers hold a mean gradient. A matrix whose gradient is
-    exactly zero (an expert that saw no token) is left alone: stale momentum would still move it by a full-norm step.
+    exactly zero (an expert that saw no token) only decays: stale momentum would still move it by a full-norm step.
     Raises ValueError for parameters with fewer than two dimensions."""
 
     def __init__(self, params, lr: float = 0.05, momentum: float = 0.95, weight_decay: float = 0.0, ns_dtype: torch.dtype = torch.bfloat16):
@@ -372,15 +377,18 @@ def save_checkpoint(folder: Path, step: int, exchange: Exchange, optimizers: lis
     failures = [failure for failure, _ in reports if failure]
     if world.rank == 0 and not failures:
         manifest = {"step": step, **facts, "files": {name: file for _, entry in reports for name, file in entry.items()}}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in sorted(folder.glob("step_??????"))[:-2]:
-            shutil.rmtree(old)
+        try:
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for old in sorted(folder.glob("step_??????"))[:-2]:
+                shutil.rmtree(old)
+        except OSError as error:
+            failures = [str(error)]
+    failures = gather_objects(failures, world)[0]  # nobody goes on before the folder is in place
     if failures:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failures[0]}); free some space, then go on with --resume")
-    gather_objects(None, world)  # nobody goes on before the folder is in place
 
 
 def gather_objects(value, world: World) -> list:
@@ -391,9 +399,12 @@ def gather_objects(value, world: World) -> list:
     return values
 
 
-def load_checkpoint(path: Path, exchange: Exchange, optimizers: list) -> dict:
-    """Put a checkpoint's values and optimizer state in place, at any world size; returns the manifest."""
+def load_checkpoint(path: Path, exchange: Exchange, optimizers: list, config: Config, hp: Common) -> dict:
+    """Put a checkpoint's values and optimizer state in place, at any world size; returns the manifest.
+
+    Raises CheckpointError for damaged files, RunError when it was saved by another configuration."""
     manifest, slabs = model_file.read_checkpoint(path)
+    check_same_run(manifest, config, hp, path)
     tensors = {name: p.detach() for name, p in exchange.model.named_parameters()} | dict(exchange.model.named_buffers())
     for name, slab in slabs.items():
         slab_view(tensors, name).copy_(slab["value"])
@@ -423,9 +434,10 @@ def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World) -> dict[str, float]:
+def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World) -> dict[str, float]:
     """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known."""
     model.eval()
+    model.set_step(hp.seed, step, window=window(step, hp, model.config))
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
@@ -477,7 +489,7 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
         if world.size > 1:
             numbers = torch.cat([scalars, counts_LE.flatten().double()])
             dist.all_reduce(numbers)
-            scalars, counts_LE = numbers[:4], numbers[4:].view_as(counts_LE)
+            scalars, counts_LE = numbers[:4], numbers[4:].view_as(counts_LE).long()
         exchange.reduce_gradients()
     with phase(timer, "optimizer"):
         recipe.set_rates(optimizers, step, hp)
@@ -502,6 +514,8 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
 def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World):
     """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
     device, folder = world.device, Path(hp.out_dir) / experiment_name
+    if resume and not folder.exists():
+        raise RunError(f"there is no {folder} to resume; start the run without --resume, or correct --experiment_name or --out_dir")
     if not (resume or enable_profiling):
         logger.refuse_existing(folder)  # before anything is allocated
     meta = data.load_meta(hp.data)
@@ -538,8 +552,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         resume_step = -1  # a run that left no checkpoint starts over
         if list((folder / "checkpoint").glob("step_??????/manifest.json")):
             path = model_file.latest_checkpoint(folder / "checkpoint")
-            manifest = load_checkpoint(path, exchange, optimizers)
-            check_same_run(manifest, config, hp, path)
+            manifest = load_checkpoint(path, exchange, optimizers, config, hp)
             loader.load_state_dict(manifest["loader"])
             start, train_time, resume_step = manifest["step"], manifest["train_time"], manifest["step"]
             if start == hp.num_iterations:
@@ -575,7 +588,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         if validate_now and step != resume_step:
             synchronize(device)
             train_time += time.perf_counter() - clock
-            values = evaluate(model, hp, micro_rows, token_bytes, world)
+            values = evaluate(model, step, hp, micro_rows, token_bytes, world)
             run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
             run.flush()
             line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
@@ -618,7 +631,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             end |= {f"val/{name}": bpb for name, bpb in rivals.items()}
             ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
             run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
-            run.print(sample(model, encoding, hp, device))
+            if hp.sample_tokens:
+                run.print(sample(model, encoding, hp, device))
     run.log(end)
     run.close()
 
@@ -790,6 +804,8 @@ def fit_to_data_and_machine(config: Config, hp: Common, args: argparse.Namespace
     meta, changes = data.load_meta(hp.data), {}
     if "vocab_size" not in args:
         changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
+    elif config.vocab_size < meta["vocab_size"]:
+        raise ConfigError(f"vocab_size is {config.vocab_size}; it must be at least {meta['vocab_size']}, the vocabulary of {hp.data}")
     if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
         changes["dtype"] = "fp32"
     return dataclasses.replace(config, **changes)
@@ -812,7 +828,7 @@ def main(recipe: Recipe):
         config = fit_to_data_and_machine(config, hp, args, device)
         if distributed:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (Path(hp.out_dir) / args.experiment_name).exists()
         train(config, hp, recipe, args.experiment_name, args.resume or restarted, args.enable_profiling, World(rank, size, device))
     except (ConfigError, CheckpointError, data.DataError, RunError) as error:
         sys.exit(f"train_{recipe.name}.py: error: {error}" if rank == 0 else 1)

@@ -108,7 +108,8 @@ def corrupt(raw, where, value):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda raw: b"", lambda raw: raw[:100], lambda raw: raw[:-2], lambda raw: raw + b"\0\0", lambda raw: raw[:1024], lambda raw: b"a foreign file" * 100,
+    lambda raw: b"", lambda raw: raw[:100], lambda raw: raw[:-2], lambda raw: raw + b"\0\0", lambda raw: raw[:1024],
+    lambda raw: b"a foreign file" * 100,
     lambda raw: corrupt(raw, 0, 20240521), lambda raw: corrupt(raw, 1, 2), lambda raw: corrupt(raw, 2, 0), lambda raw: corrupt(raw, 2, -3)])
 def test_bad_shards_are_refused_by_name(tmp_path, damage):
     path = tmp_path / "odd_val_000000.bin"
@@ -283,7 +284,8 @@ def test_small_corpus_still_gets_a_validation_document(tmp_path):
     assert [bytes(ids) for ids in documents(tmp_path / "out", "train")] == [body for body in bodies if body != held_out]
     assert max(shard["tokens"] for shard in load_meta(tmp_path / "out")["shards"]) == 50
     (tmp_path / "b.txt").write_text("one document")
-    assert "one document" in sentence(cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1))
+    said = sentence(cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1))
+    assert "one document" in said
     assert not (tmp_path / "b").exists()
 
 
@@ -321,7 +323,8 @@ def test_hf_reads_a_local_folder(tmp_path):
     command = ("--source", "hf", "--dataset", tmp_path / "set", "--encoding", "bytes", "--out", tmp_path / "out")
     cli(*command, "--text_field", "body", HF_HOME=str(tmp_path / "hf"))
     assert texts(tmp_path / "out") == sorted(row.encode() for row in rows)
-    wrong = sentence(cli("--source", "hf", "--dataset", "nobody/nothing", "--encoding", "bytes", "--out", tmp_path / "no", expect=1, HF_HOME=str(tmp_path / "hf")))
+    wrong = sentence(cli("--source", "hf", "--dataset", "nobody/nothing", "--encoding", "bytes", "--out", tmp_path / "no", expect=1,
+                         HF_HOME=str(tmp_path / "hf")))
     assert "nobody/nothing cannot be read" in wrong and not (tmp_path / "no").exists()
 
 
@@ -349,7 +352,8 @@ def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
             body = (served / name).read_bytes()
             asked.append((self.command, name))
             self.send_response(200)
-            for key, value in {"ETag": f'"{hashlib.sha256(name.encode()).hexdigest()}"', "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
+            etag = f'"{hashlib.sha256(name.encode()).hexdigest()}"'
+            for key, value in {"ETag": etag, "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
                 self.send_header(key, str(value))
             self.end_headers()
             if self.command == "GET":
@@ -453,7 +457,8 @@ def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, 
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--source", "books"], "'fineweb', 'hf', 'files', 'python'"), (["--sourc", "python"], "unrecognized"), (["--max_tokens", "many"], "whole number from 2"),
+    (["--source", "books"], "'fineweb', 'hf', 'files', 'python'"), (["--sourc", "python"], "unrecognized"),
+        (["--max_tokens", "many"], "whole number from 2"),
     (["--source", "python", "--shards", "3"], "--shards does not apply to --source python"), (["--source", "files"], "needs --path"),
     (["--source", "hf", "--dataset", "d", "--text_field", "a", "--tokens_field", "b"], "not allowed with")])
 def test_bad_flags_exit_2(capsys, words, message):

@@ -152,7 +152,8 @@ def differing(a: dict, b: dict) -> list[str]:
 
 
 def assert_near(a: dict, b: dict, tolerance: float):
-    """Every pair of whole tensors (all slabs of a name together) is within this relative norm."""
+    """Every pair of whole tensors (all slabs of a name together) is within this relative norm; the moments of the few scalars within
+    ten times that, for the gradient of one is a sum over all activations that nearly cancels."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     square = lambda x: float(x.double().square().sum())
     apart, size = {}, {}
@@ -160,7 +161,8 @@ def assert_near(a: dict, b: dict, tolerance: float):
         tensor = re.sub(r"\[.*?\]", "", name)
         apart[tensor] = apart.get(tensor, 0) + square(a[name].double() - b[name].double())
         size[tensor] = size.get(tensor, 0) + square(b[name])
-    errors = {name: math.sqrt(apart[name] / max(size[name], 1e-60)) for name in apart}
+    scalar_moment = re.compile(r".*(_mix|skip_weights)/exp_avg(_sq)?")
+    errors = {name: math.sqrt(apart[name] / max(size[name], 1e-60)) / (10 if scalar_moment.fullmatch(name) else 1) for name in apart}
     worst = max(errors, key=errors.get)
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e}"
 
@@ -1062,7 +1064,7 @@ def test_a_missing_data_folder_is_one_sentence_with_the_command_that_makes_it(tm
 
 def test_a_vocabulary_too_small_for_the_data_is_one_sentence(shards, tmp_path):
     said = refused(tmp_path / "logs", data=shards, vocab_size=64, eot_token=63)
-    assert "vocabulary" in said and "63" in said
+    assert "vocab_size is 64" in said and "257" in said and not (tmp_path / "logs").exists()
 
 
 def test_too_few_tokens_for_a_batch_is_one_sentence(shards, tmp_path):
@@ -1375,7 +1377,7 @@ def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
     net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
     inputs, targets, _ = validation_rows(shards)
     hp = hyper(MUON, data=shards, val_tokens=96)
-    values = train_muon.evaluate(net, hp, 2, None, World(0, 1, CPU))
+    values = train_muon.evaluate(net, 0, hp, 2, None, World(0, 1, CPU))
     expected = np.mean([net.eval()(inputs[i : i + 1], targets[i : i + 1]).loss.item() for i in range(3)])
     assert values == {"val/loss": pytest.approx(expected, abs=1e-5)}
 
@@ -1383,11 +1385,11 @@ def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
 def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, finished):
     net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
     hp = hyper(MUON, data=shards, val_tokens=0)
-    first = train_muon.evaluate(net, hp, 3, None, World(0, 1, CPU))
+    first = train_muon.evaluate(net, 0, hp, 3, None, World(0, 1, CPU))
     assert net.training
     net.set_step(5, 6, 7)
-    assert train_muon.evaluate(net, hp, 3, None, World(0, 1, CPU)) == first
-    assert train_muon.evaluate(net, hp, 7, None, World(0, 1, CPU))["val/loss"] == pytest.approx(first["val/loss"], abs=1e-6)
+    assert train_muon.evaluate(net, 0, hp, 3, None, World(0, 1, CPU)) == first
+    assert train_muon.evaluate(net, 0, hp, 7, None, World(0, 1, CPU))["val/loss"] == pytest.approx(first["val/loss"], abs=1e-6)
 
 
 def test_the_checkpoint_answers_a_prompt(finished):

@@ -252,8 +252,8 @@ def permute(index, n, seed, epoch):
 
 
 class Batch(NamedTuple):
-    inputs_BT: "torch.Tensor"  # noqa: F821; int64
-    targets_BT: "torch.Tensor"  # noqa: F821; int64, inputs shifted by one; -1 is not to be predicted
+    inputs_BT: "torch.Tensor"  # int64  # noqa: F821
+    targets_BT: "torch.Tensor"  # int64, inputs shifted by one; -1 is not to be predicted  # noqa: F821
     first_row: int              # index of row 0 within the batch of all ranks (of the whole split, in validation)
 
 

@@ -3,7 +3,7 @@
     python train_adamw.py --experiment_name adamw
 
 Everything else (model, data order, loop, clock, AdamW on tables and scalars) is imported from train_muon.py. What AdamW needs of
-its own is here: rates for matrices and experts, and a linear warm-up, without which it diverges at these rates.
+its own is here: the rate of matrices and experts, and a linear warm-up of all rates, as in modded-nanogpt's AdamW baseline.
 """
 
 from dataclasses import dataclass

@@ -116,12 +116,12 @@ class Hyperparameters(Common):
         self.check("ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
-CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=4096, val_every=150, val_tokens=0,
+CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=4096, val_every=150, val_tokens=2**18,
                warmup_steps=1, window_start=256)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
 PRESETS = {
-    "cpu": Hyperparameters(**CPU_RUN, momentum_warmup=100),
+    "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.03, momentum_warmup=100),
     "small": Hyperparameters(**SMALL_RUN),
     "speedrun": Hyperparameters(),
 }
@@ -556,7 +556,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             loader.load_state_dict(manifest["loader"])
             start, train_time, resume_step = manifest["step"], manifest["train_time"], manifest["step"]
             if start == hp.num_iterations:
-                print(f"{folder} has all its {start} steps; nothing is left to do" if world.rank == 0 else "", end="\n" * (world.rank == 0))
+                if world.rank == 0:
+                    print(f"{folder} has all its {start} steps; nothing is left to do")
                 return
 
     # ---- the log

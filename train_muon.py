@@ -585,7 +585,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         validate_now = last or (hp.val_every and step % hp.val_every == 0)
         save_now = last or (hp.checkpoint_every and step and step % hp.checkpoint_every == 0)
         if (validate_now or save_now or step % look_every == 0) and not finite:
-            raise RunError(f"the loss is no longer finite at step {step}; lower the learning rates, or go on from the last checkpoint with --resume")
+            raise RunError(f"the loss is no longer finite at step {step}; lower the learning rates and start again under another --experiment_name")
         if validate_now and step != resume_step:
             synchronize(device)
             train_time += time.perf_counter() - clock

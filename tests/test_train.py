@@ -1099,7 +1099,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
     step = train_muon.train_step
     monkeypatch.setattr(train_muon, "train_step", lambda *words: step(*words) | ({"train/loss": torch.tensor(math.nan)} if words[4] == 5 else {}))
     said = refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=2)
-    assert "finite" in said and "6" in said and "--resume" in said
+    assert "finite" in said and "6" in said and "--experiment_name" in said
     assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]
     assert training_rows(tmp_path / "muon")[-1]["train/loss"] is None  # JSON knows no NaN
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]

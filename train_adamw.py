@@ -29,7 +29,7 @@ class Hyperparameters(Common):
 
 
 PRESETS = {
-    "cpu": Hyperparameters(**CPU_RUN, matrix_lr=0.003, lr_warmup=50),
+    "cpu": Hyperparameters(**CPU_RUN, matrix_lr=0.003, lr_warmup=50, embed_lr=0.1, value_embed_lr=0.1, head_lr=0.012, scalar_lr=0.01),
     "small": Hyperparameters(**SMALL_RUN),
     "speedrun": Hyperparameters(),
 }

@@ -116,7 +116,7 @@ class Hyperparameters(Common):
         self.check("ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
-CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=4096, val_every=150, val_tokens=2**18,
+CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=2048, val_every=150, val_tokens=2**18,
                warmup_steps=1, window_start=256)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
@@ -685,13 +685,13 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3
 
 
 def matmul_rate(device: torch.device, dtype: str) -> float:
-    """FLOP/s that MFU is a share of: a known GPU's dense bf16 peak, else the best of five 1024^3 matmuls on this machine."""
+    """FLOP/s that MFU is a share of: a known GPU's dense bf16 peak, else the best of fifty 1024^3 matmuls on this machine."""
     if device.type == "cuda":
         for name, peak in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name():
                 return peak
     x, best = torch.randn(1024, 1024, device=device).to(DTYPES[dtype]), math.inf
-    for _ in range(6):
+    for _ in range(50):
         synchronize(device)
         began = time.perf_counter()
         x @ x

@@ -116,7 +116,7 @@ class Hyperparameters(Common):
         self.check("ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
-CPU_RUN = dict(data="data/python", num_iterations=600, batch_tokens=4096, seq_len=512, micro_batch_tokens=2048, val_every=150, val_tokens=2**18,
+CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=512, micro_batch_tokens=2048, val_every=125, val_tokens=2**18,
                warmup_steps=1, window_start=256)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 

@@ -176,6 +176,28 @@ class ReLUSquared(torch.autograd.Function):
         return (dy * positive).mul_(2)
 
 
+def blend(weight_2: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """weight[0] x + weight[1] y, for the learned skips; y may be a 0-d zero."""
+    return Blend.apply(weight_2, x, y)
+
+
+class Blend(torch.autograd.Function):
+    """Its scalar gradients are summed row by row in fp32: the same for any number of threads, as one long bf16 sum is not."""
+
+    @staticmethod
+    def forward(ctx, weight_2, x, y):
+        ctx.save_for_backward(weight_2, x, y)
+        a, b = weight_2.type_as(x)
+        return a * x + b * y
+
+    @staticmethod
+    def backward(ctx, dout):
+        weight_2, x, y = ctx.saved_tensors
+        a, b = weight_2.type_as(x)
+        dots = [torch.linalg.vecdot(dout, z.expand_as(dout)).float().sum(-1).sum() for z in (x, y)]
+        return torch.stack(dots).type_as(weight_2), a * dout, b * dout if ctx.needs_input_grad[2] else None
+
+
 def rotary_tables(position_T: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, C/4) of the half-truncated rotary: base 1024, over the quarter of the channel pairs that turns fastest."""
     frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, device=position_T.device)
@@ -386,8 +408,7 @@ class Attention(nn.Module):
         qkv = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1))
         q, k, v = qkv.unbind(2)
         q, k = rotate(norm(q), ctx.cos, ctx.sin), rotate(norm(k), ctx.cos, ctx.sin)
-        mix = self.value_mix.type_as(v)
-        v = mix[0] * v + mix[1] * value_embed_BTHC
+        v = blend(self.value_mix, v, value_embed_BTHC)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.layer, k, v)
         y = ctx.masks[self.window].attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
@@ -644,8 +665,7 @@ class Block(nn.Module):
         self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, route_layer)
 
     def forward(self, x_BTD, embedding_BTD, value_embed_BTHC, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
-        mix = self.stream_mix.type_as(x_BTD)
-        x_BTD = mix[0] * x_BTD + mix[1] * embedding_BTD
+        x_BTD = blend(self.stream_mix, x_BTD, embedding_BTD)
         x_BTD = x_BTD + self.attention(norm(x_BTD), value_embed_BTHC, ctx)
         y_BTD, stats = self.ffn(norm(x_BTD), ctx)
         return x_BTD + y_BTD, stats
@@ -670,8 +690,9 @@ class Stack(nn.Module):
             outputs.append(x_BTD)
             all_stats += stats
         outputs = outputs[: len(self.skip_weights)]
-        for block, value_embed, weight in zip(blocks[num_down:], value_embeds[num_down:], self.skip_weights.type_as(x_BTD)):
-            x_BTD, stats = block(x_BTD + weight * outputs.pop(), embedding_BTD, value_embed, ctx)
+        for block, value_embed, weight in zip(blocks[num_down:], value_embeds[num_down:], self.skip_weights):
+            x_BTD = blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, outputs.pop())
+            x_BTD, stats = block(x_BTD, embedding_BTD, value_embed, ctx)
             all_stats += stats
         return x_BTD, all_stats
 

@@ -1632,3 +1632,17 @@ def test_a_bf16_block_compiles_whole_and_never_again_when_routes_change():
         assert backend.frame_count == 1, f"recompiled at step {step}"
     assert len(routes) == 4
     torch._dynamo.reset()
+
+
+def test_gradients_in_bf16_do_not_depend_on_the_number_of_threads():
+    """So that processes that share a machine train the very run of one process: the long sums are taken in a fixed order."""
+    model, x, y = tiny(dtype="bf16", n_embd=64, window_size=128).train(), text(4, 512, 8), text(4, 512, 9)
+    grads, threads = [], torch.get_num_threads()
+    try:
+        for torch_threads in (1, 2):
+            torch.set_num_threads(torch_threads)
+            grads.append(gradients(model, step_loss(model, x, y)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name

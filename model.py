@@ -683,7 +683,7 @@ class Stack(nn.Module):
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
 
     def forward(self, blocks, embedding_BTD: Tensor, value_embeds: list[Tensor], ctx: Context) -> tuple[Tensor, list[RouteStats]]:
-        x_BTD, all_stats, outputs = embedding_BTD, [], []
+        x_BTD, all_stats, outputs = embedding_BTD.clone(), [], []  # a compiled Function refuses one tensor twice
         num_down = len(blocks) - len(self.skip_weights)
         for block, value_embed in zip(blocks[:num_down], value_embeds[:num_down]):
             x_BTD, stats = block(x_BTD, embedding_BTD, value_embed, ctx)

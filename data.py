@@ -196,6 +196,33 @@ def open_split(folder, split):
     return shards
 
 
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder, rank=0, world_size=1):
+    """Raises DataError unless every shard (every world_size-th, if ranks share the work) has the sha256 that meta.json promises.
+    Shards made elsewhere come without promises."""
+    for shard in (load_meta(folder)["shards"] or [])[rank::world_size]:
+        path = Path(folder) / shard["file"]
+        with explained(f"{path} cannot be read ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`", OSError):
+            if sha256_of(path) != shard.get("sha256", sha256_of(path)):
+                raise DataError(f"{path} does not match the sha256 in meta.json: remove {folder} and run `{PREPARE.format(folder)}`")
+
+
+def fingerprint(folder):
+    """{shard: tokens and sha256}: meta.json's promise where there is one, else that of 16 pages spread over the shard."""
+    promised = {shard["file"]: shard["sha256"] for shard in load_meta(folder)["shards"] or []}
+
+    def sampled(tokens):
+        pages = np.linspace(0, max(0, len(tokens) - 2048), 16).astype(int)
+        return hashlib.sha256(b"".join(tokens[page : page + 2048].tobytes() for page in pages)).hexdigest()
+
+    shards = open_split(folder, "train") + open_split(folder, "val")
+    return {path.name: f"{len(tokens)} tokens, sha256 {promised.get(path.name) or sampled(tokens)}" for path, tokens in shards}
+
+
 class Rows:
     """All rows of one split, numbered through its shards. Row i of a shard of n tokens predicts tokens i*seq_len+1 ... (i+1)*seq_len,
     so rows overlap by one token and a shard has (n-1) // seq_len of them, plus a shorter one if `tails`."""

@@ -232,6 +232,8 @@ class PhaseTimer:
 
     A name marked several times in a step (forward and backward of each micro-batch) adds up. On CUDA the times are
     those of the GPU's own queue, and row() holds promises that Run.flush() keeps: no call here waits for the GPU.
+
+    place: ("step 7, forward", time.monotonic() when that began), for a thread that watches whether there is progress.
     """
 
     def __init__(self, device_type: str):
@@ -240,10 +242,16 @@ class PhaseTimer:
         self._sum = _EventSeconds if on_cuda else lambda spans: sum(end - begin for begin, end in spans)
         self.start()
 
-    def start(self):
+    def start(self, step: int = 0):
         """Begins a step and forgets the one before."""
         self._spans = {}  # name -> [(begin, end), ...]
         self._last = self._now()
+        self._step = step
+        self.begin("start")
+
+    def begin(self, name: str):
+        """Says what begins now; mark() times it."""
+        self.place = (f"step {self._step}, {name}", time.monotonic())
 
     def mark(self, name: str):
         """Ends the phase that began at the last mark() or start(), and calls it `name`."""

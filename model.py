@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -546,10 +547,10 @@ grouped_mm.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inpu
 class MLPExperts(nn.Module):
     """E ReLU^2 MLPs as two grouped GEMMs; an expert without rows costs nothing and gets an exactly zero gradient."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, num_experts: int):
         super().__init__()
-        self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.n_embd))
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.n_embd, config.hidden_size))
+        self.up = nn.Parameter(torch.empty(num_experts, config.hidden_size, config.n_embd))
+        self.down = nn.Parameter(torch.empty(num_experts, config.n_embd, config.hidden_size))
 
     def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
         hidden_RF = grouped_mm(rows_RD, self.up.type_as(rows_RD), offs_E)
@@ -559,18 +560,24 @@ class MLPExperts(nn.Module):
 EXPERTS = {"mlp": MLPExperts}
 
 # -----------------------------------------------------------------------------
-# Dispatch: the only code that sorts, moves and combines rows
+# Dispatch: the only code that sorts, moves, exchanges and combines rows
 
 
-def dispatch(x_TD: Tensor, route: Route, fn) -> Tensor:
+def stay(fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+    """Where this rank holds all experts, rows travel nowhere."""
+    return fn(rows_RD, offs_E)
+
+
+def dispatch(x_TD: Tensor, route: Route, fn, carry=stay) -> Tensor:
     """Send every token to its K experts and add up what comes back, weighted: dropless, whatever the load.
 
-    Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
+    `carry` brings rows to the ranks that hold their experts. Gates multiply after the experts: ReLU^2 is of degree 2, so a gate
+    before them would count twice."""
     T, K = route.expert_TK.shape
     choice_R = route.expert_TK.flatten().to(torch.int16).argsort(stable=True)  # a radix sort: 5 times faster than on int64
     row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
     offs_E = route.counts_E().cumsum(0).int()
-    rows_RD = fn(Gather.apply(x_TD, choice_R // K, row_TK), offs_E)
+    rows_RD = carry(fn, Gather.apply(x_TD, choice_R // K, row_TK), offs_E)
     return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK)
 
 
@@ -604,6 +611,57 @@ class Combine(torch.autograd.Function):
         return dy_RD * weight_TK.flatten()[choice_R, None], dweight_R[row_TK], None, None
 
 
+class ExpertRanks(NamedTuple):
+    """The N ranks that share the experts of every layer, a run of E / N on each. By default this rank holds all."""
+
+    rank: int = 0
+    size: int = 1
+    group: "dist.ProcessGroup | None" = None
+
+    def first(self, num_experts: int) -> int:
+        """Number of the first expert that this rank holds."""
+        return self.rank * num_experts // self.size
+
+
+ALL_HERE = ExpertRanks()
+
+
+@torch.compiler.disable
+def exchanged(group, fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+    """fn over experts that are spread over the ranks of `group`: rows travel to their expert and back.
+
+    One host synchronisation: an all-to-all needs the number of rows on the host. Dropless, so a rank may receive none or all."""
+    N = dist.get_world_size(group)
+    sent_NE = offs_E.diff(prepend=offs_E.new_zeros(1)).view(N, -1)  # rows from here, for each rank and each of its experts
+    received_NE = torch.empty_like(sent_NE)
+    dist.all_to_all_single(received_NE, sent_NE.contiguous(), group=group)
+    sent_N, received_N = torch.stack([sent_NE.sum(1), received_NE.sum(1)]).tolist()
+    expert_R = torch.arange(sent_NE.size(1), dtype=torch.int16, device=rows_RD.device).repeat(N)
+    expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))  # rows arrive sorted by (rank, expert)
+    by_expert_R = expert_R.argsort(stable=True)
+    by_rank_R = torch.empty_like(by_expert_R).scatter_(0, by_expert_R, torch.arange(len(by_expert_R), device=rows_RD.device))
+    rows_RD = AllToAll.apply(rows_RD, sent_N, received_N, group)
+    rows_RD = fn(Gather.apply(rows_RD, by_expert_R, by_rank_R[:, None]), received_NE.sum(0).cumsum(0).int())
+    return AllToAll.apply(Gather.apply(rows_RD, by_rank_R, by_expert_R[:, None]), received_N, sent_N, group)
+
+
+class AllToAll(torch.autograd.Function):
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; its backward sends them home."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, sent_N, received_N, group):
+        ctx.sent_N, ctx.received_N, ctx.group = sent_N, received_N, group
+        out_RD = rows_RD.new_empty(sum(received_N), rows_RD.size(1))
+        dist.all_to_all_single(out_RD, rows_RD.contiguous(), received_N, sent_N, group=group)
+        return out_RD
+
+    @staticmethod
+    def backward(ctx, dout_RD):
+        drows_RD = dout_RD.new_empty(sum(ctx.sent_N), dout_RD.size(1))
+        dist.all_to_all_single(drows_RD, dout_RD.contiguous(), ctx.sent_N, ctx.received_N, group=ctx.group)
+        return drows_RD, None, None, None
+
+
 # -----------------------------------------------------------------------------
 # Feed-forwards: each returns (y_BTD, [statistics of each routing decision])
 
@@ -626,21 +684,22 @@ def route_stats(route: Route) -> RouteStats:
 class MoE(nn.Module):
     """A router, a pool of experts, and the dispatch between them."""
 
-    def __init__(self, config: Config, route_layer: int):
+    def __init__(self, config: Config, route_layer: int, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         self.router = ROUTERS[config.router](config, route_layer)
-        self.experts = EXPERTS["mlp"](config)
+        self.experts = EXPERTS["mlp"](config, config.num_experts // ranks.size)
+        self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         route = self.router(x_BTD, ctx)
-        y_TD = dispatch(x_BTD.flatten(0, 1), route, self.experts)
+        y_TD = dispatch(x_BTD.flatten(0, 1), route, self.experts, self.carry)
         return y_TD.view_as(x_BTD), [route_stats(route)]
 
 
 class DenseMLP(nn.Module):
     """The dense twin: the same ReLU^2 MLP at the same active width, plain matmuls."""
 
-    def __init__(self, config: Config, route_layer: int):
+    def __init__(self, config: Config, route_layer: int, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         width = config.hidden_size * config.top_k
         self.up = nn.Parameter(torch.empty(width, config.n_embd))
@@ -657,12 +716,12 @@ FEED_FORWARDS = {"M": MoE, "D": DenseMLP}
 class Block(nn.Module):
     """Mix the embedding back in, attend, feed forward."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, layer: int, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         self.stream_mix = nn.Parameter(torch.empty(2))
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
         route_layer = config.tiled("pattern")[:layer].count("M")
-        self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, route_layer)
+        self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, route_layer, ranks)
 
     def forward(self, x_BTD, embedding_BTD, value_embed_BTHC, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         x_BTD = blend(self.stream_mix, x_BTD, embedding_BTD)
@@ -816,13 +875,13 @@ class Output(NamedTuple):
 class GPT(nn.Module):
     """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
         width, routed = config.n_head * config.head_dim, config.routed_layers
         self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
         self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
         self.depth = DEPTHS[config.depth](config)
         self.head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
         self.chunk_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
@@ -959,13 +1018,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> "GPT":
-        """Give every parameter its value, drawn on the CPU so that any device starts equal. Returns the model."""
+        """Give every parameter its value, drawn on the CPU so that any device starts equal. Returns the model.
+
+        A rank that holds some of the experts draws all of them, layer by layer, and keeps its own."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
-            rule = parameter_rule(name)
+            rule, shape = parameter_rule(name), self.whole_shape(name)
             if not parameter.is_meta:
-                parameter.copy_(rule.init(torch.empty(parameter.shape, device="cpu"), generator))
+                first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
+                parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
         return self
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape with the experts of all ranks."""
+        shape = tuple(self.get_parameter(name).shape)
+        return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
 
 
 def constant(*values):
@@ -1040,7 +1107,8 @@ def count_parameters(config: Config) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         kind = parameter_rule(name).kind
         counts[kind] += parameter.numel()
-        share = {"expert": config.top_k / config.num_experts, "embed": 1 / len(parameter), "value_embed": 1 / len(parameter)}
+        one_row = 1 / max(1, len(parameter))  # one layer has no skip weights
+        share = {"expert": config.top_k / config.num_experts, "embed": one_row, "value_embed": one_row}
         active += round(parameter.numel() * share.get(kind, 1))
     return counts | {"total": sum(counts.values()), "active": active}
 
@@ -1107,46 +1175,67 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says which, why, and what to do."""
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest step inside `folder` (or `folder` itself if it is one step's). Raises CheckpointError if there is none."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The steps saved inside `folder`, newest first (or `folder` itself if it is one step's)."""
     if (folder / "manifest.json").exists():
-        return folder
-    steps = sorted(folder.glob("step_??????/manifest.json"))  # not a half-written step_NNNNNN.partial
+        return [folder]
+    return [path.parent for path in sorted(folder.glob("step_??????/manifest.json"), reverse=True)]  # no half-written step_NNNNNN.partial
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest step inside `folder`. Raises CheckpointError if there is none."""
+    steps = checkpoints(folder)
     if not steps:
         raise CheckpointError(f"{folder} holds no checkpoint; train first, or name another folder")
-    return steps[-1].parent
+    return steps[0]
 
 
-def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """(manifest, slab name -> its tensors) of one step's folder; every file's size and sha256 is verified before any is opened."""
+def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
+    """The manifest of one step's folder, after the size and sha256 of every file (of every world_size-th, if ranks share the work)
+    were found to be what it says. Raises CheckpointError."""
     import hashlib
 
     mend = f"remove {folder} to fall back on the previous step, or start over under another name"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = manifest["files"]
+        files = sorted(manifest["files"].items())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
-    for name, expected in files.items():
+    for name, expected in files[rank::world_size]:
         path = folder / name
         if not path.exists() or path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path} is missing or cut short; {mend}")
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise CheckpointError(f"{path} does not match its sha256; {mend}")
+    return manifest
+
+
+def read_slabs(folder: Path, manifest: dict) -> dict[str, dict[str, Tensor]]:
+    """Slab name -> its tensors, memory-mapped: only what is looked at is read."""
     slabs = {}
-    for name in files:
-        slabs |= torch.load(folder / name, map_location="cpu", weights_only=True)
-    return manifest, slabs
+    for name in manifest["files"]:
+        slabs |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    return slabs
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """(manifest, slab name -> its tensors) of one step's folder; every file is verified before any is opened."""
+    manifest = verified_manifest(folder)
+    return manifest, read_slabs(folder, manifest)
+
+
+def slab_part(name: str) -> tuple[str, int | slice]:
+    """Which tensor a slab is of and which part of dimension 0: `a.b` is all of it, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8."""
+    base, _, part = name.rstrip("]").partition("[")
+    start, _, stop = part.partition(":")
+    return base, int(start) if start and not stop else slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def slab_view(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The part of a named tensor that a slab covers: `a.b` whole, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8 of dimension 0."""
-    base, _, part = name.rstrip("]").partition("[")
-    if not part:
-        return tensors[base]
-    start, _, stop = part.partition(":")
-    return tensors[base][int(start) : int(stop)] if stop else tensors[base][int(start)]
+    """The part of a named tensor that a slab covers."""
+    base, part = slab_part(name)
+    return tensors[base][part]
 
 
 def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:

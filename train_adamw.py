@@ -49,7 +49,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparam
             group["lr"] = group["base_lr"] * scale
 
 
-ADAMW = Recipe("adamw", Hyperparameters, PRESETS, make_optimizers, set_rates)
+ADAMW = Recipe("adamw", Hyperparameters, PRESETS, make_optimizers, set_rates, matrix_state=2, newton_schulz=0)
 
 if __name__ == "__main__":
     train_muon.main(ADAMW)

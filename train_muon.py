@@ -14,16 +14,25 @@ Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon), distributed as
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import heapq
+import itertools
 import json
 import math
 import os
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
+import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +45,7 @@ import data
 import logger
 import model as model_file
 from logger import PhaseTimer, Run, RunError
-from model import DTYPES, GPT, CheckpointError, Config, ConfigError, Parser, add_flags, slab_view
+from model import DTYPES, GPT, CheckpointError, Config, ConfigError, ExpertRanks, Parser, add_flags
 
 # -----------------------------------------------------------------------------
 # Hyperparameters: every field is a flag
@@ -63,6 +72,11 @@ class Common:
     checkpoint_every: int = 0  # steps; 0 = at the end only
     sample_tokens: int = 256  # generated at the end
     warmup_steps: int = 10  # untimed steps on random tokens, undone before the clock starts
+    stuck_after: float = 600.0  # seconds without progress on some rank, after which the run ends and names it
+    # several ranks
+    expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
+    bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
+    overlap: bool = True  # gradients leave during backward; false: after it, one bucket at a time, with the same result
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
     final_lr_scale: float = 0.1  # ... to this share
@@ -82,7 +96,7 @@ class Common:
 
     def __post_init__(self):
         check = self.check
-        for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start"):
+        for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start", "expert_parallel"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps"):
             check(field, getattr(self, field) >= 0, "at least 0")
@@ -91,6 +105,8 @@ class Common:
                 check(field.name, getattr(self, field.name) >= 0, "at least 0")
         for field in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
             check(field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
+        check("bucket_mb", 0 <= self.bucket_mb < math.inf, "at least 0")
+        check("stuck_after", 1 <= self.stuck_after < math.inf, "at least 1 second")
         check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         check("device", self.device in (None, "cpu", "cuda")[: 2 + torch.cuda.is_available()], "one that this machine has: cpu, cuda or none")
         check("val_tokens", self.val_tokens == 0 or self.val_tokens >= self.seq_len, f"0 (all) or at least seq_len = {self.seq_len}")
@@ -117,7 +133,7 @@ class Hyperparameters(Common):
 
 
 CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=512, micro_batch_tokens=2048, val_every=125, val_tokens=2**18,
-               warmup_steps=1, window_start=256)  # fmt: skip
+               warmup_steps=1, window_start=256, bucket_mb=1.0)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
 PRESETS = {
@@ -237,16 +253,12 @@ class Recipe(NamedTuple):
     presets: dict
     make_optimizers: callable  # (kind -> owned slabs, hyperparameters) -> optimizers
     set_rates: callable  # (optimizers, step, hyperparameters): writes the groups' values for this step
+    matrix_state: int  # floats of optimizer state for each element of a matrix
+    newton_schulz: int  # of each matrix in a step
 
 
 # -----------------------------------------------------------------------------
-# Slabs and their owners
-
-
-class World(NamedTuple):
-    rank: int
-    size: int
-    device: torch.device
+# Slabs, their owners and the buckets they travel in: pure functions of the model and the number of ranks
 
 
 class Slab(NamedTuple):
@@ -254,19 +266,26 @@ class Slab(NamedTuple):
 
     name: str  # blocks.3.ffn.experts.up[5]
     kind: str
-    tensor: Tensor  # a view of the parameter, with its gradient in .grad while stepping
+    numel: int
     cost: int  # what updating it takes, comparable within a family (matrices, the rest)
 
+    @property
+    def family(self) -> bool:
+        return self.kind in ("matrix", "expert")
 
-TABLE_BLOCKS = 8  # row blocks that an embedding table or the head is cut into
+
+TABLE_BLOCKS = 64  # row blocks that a table is cut into; padded vocabularies are multiples of 64
 
 
-def cut_slabs(model: GPT) -> list[Slab]:
-    """Every parameter exactly once: 3-D ones by matrix, tables by blocks of rows, the others whole."""
+def cut_slabs(config: Config) -> list[Slab]:
+    """Every parameter of the whole model exactly once: 3-D ones by matrix, tables by blocks of rows, the others whole."""
+    with torch.device("meta"):
+        model = GPT(config)
     slabs, kinds = [], model.parameter_kinds()
-    for name, parameter in model.named_parameters():
-        kind, p = kinds[name], parameter.detach()
-        if kind in ("matrix", "expert"):
+    for name, p in model.named_parameters():
+        if p.numel() == 0:  # the skips of a single layer
+            continue
+        if kinds[name] in ("matrix", "expert"):
             rows, cols = sorted(p.shape[-2:])
             names = [f"{name}[{i}]" for i in range(len(p))] if p.ndim == 3 else [name]
             cost = 10 * rows**2 * (2 * cols + rows)  # FLOPs of newton_schulz
@@ -274,149 +293,515 @@ def cut_slabs(model: GPT) -> list[Slab]:
             edges = [len(p) * i // TABLE_BLOCKS for i in range(TABLE_BLOCKS + 1)]
             names = [f"{name}[{a}:{b}]" for a, b in zip(edges, edges[1:])] if p.ndim == 2 and len(p) >= TABLE_BLOCKS else [name]
             cost = p.numel() // len(names)
-        slabs += [Slab(slab_name, kind, slab_view({name: p}, slab_name), cost) for slab_name in names]
+        tensors = {name: p}
+        slabs += [Slab(slab, kinds[name], model_file.slab_view(tensors, slab).numel(), cost) for slab in names]
     return slabs
 
 
-def assign_owners(slabs: list[Slab], world_size: int) -> list[int]:
-    """The owner of each slab: dearest first, each to the rank with least work so far, matrices and the rest apart."""
-    owners, load = [0] * len(slabs), {}
+class Bucket(NamedTuple):
+    """Slabs that travel together, in one reduce-scatter and one all-gather among `ranks`."""
+
+    ranks: tuple[int, ...]
+    slabs: tuple[Slab, ...]
+    owners: tuple[int, ...]  # the rank that updates each slab
+
+    @property
+    def part(self) -> int:
+        """Elements of the longest owner's part, to which all parts are padded: the collectives want equal ones."""
+        lengths = collections.Counter()
+        for slab, owner in zip(self.slabs, self.owners):
+            lengths[owner] += slab.numel
+        return max(lengths.values())
+
+    @property
+    def padding(self) -> float:
+        """Padded elements per real one."""
+        return self.part * len(self.ranks) / sum(slab.numel for slab in self.slabs) - 1
+
+
+BACKWARD_ORDER = {"head": 0, "blocks": 1, "depth": 2, "value_embeds": 3}  # then the embedding, which every block reads
+
+
+def backward_order(slab: Slab) -> tuple[int, int]:
+    """When in the backward pass its gradient is ready: the head's first, then block by block from the last, then skips and tables."""
+    module, number, *_ = *slab.name.partition("[")[0].split("."), ""
+    return BACKWARD_ORDER.get(module, 4), -int(number) if number.isdigit() else 0
+
+
+MOST_PADDING = 0.25  # of a bucket, before it is closed
+
+
+def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, bucket_mb: float = 0.0) -> list[Bucket]:
+    """Which slabs travel together, in the order in which they leave, and who owns each.
+
+    A bucket closes with the gradients of a block (or of a table) when it has bucket_mb MiB in fp32 and little padding. Experts
+    travel among the ranks that hold the same ones: every expert_parallel-th. Where a slab has one holder nothing travels."""
+
+    def holders(slab: Slab) -> tuple[int, ...]:
+        first = 0
+        if slab.kind == "expert":
+            first = model_file.slab_part(slab.name)[1] * expert_parallel // config.num_experts
+        return tuple(range(first, world_size, expert_parallel if slab.kind == "expert" else 1))
+
+    waiting, buckets, work = {}, [], collections.Counter()  # work: (family, rank) -> cost so far
+
+    def close(ranks: tuple[int, ...]):
+        slabs = waiting.pop(ranks)
+        buckets.append(Bucket(ranks, tuple(slabs), tuple(assign_owners(slabs, ranks, work))))
+
+    for _, unit in itertools.groupby(sorted(cut_slabs(config), key=backward_order), key=backward_order):
+        for slab in unit:
+            waiting.setdefault(holders(slab), []).append(slab)
+        for ranks, slabs in list(waiting.items()):
+            if 1 < len(ranks) and 4 * sum(slab.numel for slab in slabs) >= bucket_mb * 2**20:
+                trial = Bucket(ranks, tuple(slabs), tuple(assign_owners(slabs, ranks, work.copy())))
+                if trial.padding <= MOST_PADDING:
+                    close(ranks)
+    for ranks in list(waiting):
+        close(ranks)
+    return buckets
+
+
+def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.Counter) -> list[int]:
+    """The owner of each slab: dearest first, each to the rank with the least work so far, in all buckets, of those with room for it.
+
+    Room is what the longest part has when sizes alone are balanced, so that balancing work costs no padding. Adds to `work`."""
+    parts = [0] * len(ranks)
+    for numel in sorted((slab.numel for slab in slabs), reverse=True):
+        heapq.heapreplace(parts, parts[0] + numel)
+    room, owners = dict.fromkeys(ranks, max(parts)), [0] * len(slabs)
     for i in sorted(range(len(slabs)), key=lambda i: (-slabs[i].cost, slabs[i].name)):
-        family = slabs[i].kind in ("matrix", "expert")
-        rank = min(range(world_size), key=lambda rank: (load.get((family, rank), 0), rank))
-        load[family, rank] = load.get((family, rank), 0) + slabs[i].cost
-        owners[i] = rank
+        slab = slabs[i]
+        fits = [rank for rank in ranks if room[rank] >= slab.numel] or [max(ranks, key=room.get)]
+        owners[i] = min(fits, key=lambda rank: (work[slab.family, rank], rank))
+        work[slab.family, owners[i]] += slab.cost
+        room[owners[i]] -= slab.numel
     return owners
 
 
-class Exchange:
-    """Moves gradients to the slabs' owners and new values back: one reduce-scatter and one all-gather per step."""
+def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
+    """What a step of this run sends, holds and computes on world_size ranks, without running it. Bytes and FLOPs of the busiest rank.
 
-    def __init__(self, model: GPT, world: World):
-        self.model, self.world, self.slabs = model, world, cut_slabs(model)
-        self.owners = assign_owners(self.slabs, world.size)
-        self.owned = [slab for slab, owner in zip(self.slabs, self.owners) if owner == world.rank]
-        ends, self.places = [0] * world.size, []  # where each slab lies in its owner's part of the buffer
-        for slab, owner in zip(self.slabs, self.owners):
-            self.places.append(slice(ends[owner], ends[owner] + slab.tensor.numel()))
-            ends[owner] += slab.tensor.numel()
-        padded = max(ends) if world.size > 1 else 0  # a single rank needs no buffer
-        self.all_parts = torch.zeros(world.size, padded, device=world.device)
-        self.my_part = torch.zeros(padded, device=world.device)
+    Rings send (W-1)/W of a buffer twice: out as gradients, back as values. An exchange of rows sends k rows per token and routed
+    layer, of which (N-1)/N leave the rank if the load is even: out and back, forward and backward."""
+    parts, ranks = hp.expert_parallel, range(world_size)
+    buckets = make_buckets(config, world_size, parts, hp.bucket_mb)
+    ring, state, newton_schulz = [0] * world_size, [0] * world_size, [0] * world_size
+    for bucket in buckets:
+        for rank in bucket.ranks:
+            ring[rank] += 2 * 4 * bucket.part * (len(bucket.ranks) - 1)
+        for slab, owner in zip(bucket.slabs, bucket.owners):
+            state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.family else 2)
+            newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.family
+    numel = sum(slab.numel for bucket in buckets for slab in bucket.slabs)
+    held = [sum(slab.numel for bucket in buckets for slab in bucket.slabs if rank in bucket.ranks) for rank in ranks]
+    tokens = hp.batch_tokens / world_size
+    row_bytes = config.n_embd * DTYPES[config.dtype].itemsize
+    rows = 4 * tokens * config.top_k * config.routed_layers * row_bytes * (parts - 1) / parts
+    flops = model_file.flops_per_token(config, hp.seq_len) * tokens
+    return {
+        "parameters": numel,
+        "held": max(held),
+        "all_reduce_bytes": round(2 * 4 * numel * (world_size - 1) / world_size),
+        "sent_bytes": max(ring),
+        "rows_bytes": round(rows),
+        "optimizer_bytes": max(state),
+        "optimizer_bytes_total": sum(state),
+        "newton_schulz_flops": max(newton_schulz),
+        "newton_schulz_total": sum(newton_schulz),
+        "model_flops": round(flops),
+        "buckets": buckets,
+    }
+
+
+def plan_text(config: Config, hp: Common, recipe: Recipe, world_size: int) -> str:
+    """plan() for reading: the optimizer's and the communication's part of the model card."""
+    p, mib = plan(config, hp, recipe, world_size), lambda number: f"{number / 2**20:,.1f} MiB"
+    travelling = [bucket for bucket in p["buckets"] if len(bucket.ranks) > 1]
+    sizes = [4 * bucket.part * len(bucket.ranks) for bucket in travelling]
+    mean = p["newton_schulz_total"] / world_size
+    rows = [
+        ("ranks", f"{world_size}, experts shared by {hp.expert_parallel}; {hp.batch_tokens // world_size:,} tokens of each step per rank"),
+        ("parameters", f"{p['parameters']:,}, at most {p['held']:,} on a rank"),
+        ("buckets", f"{len(travelling)} travel" + (f", {mib(min(sizes))} to {mib(max(sizes))} each" if sizes else "")),
+        ("sent per step", f"{mib(p['sent_bytes'])} per rank: a plain all-reduce's {mib(p['all_reduce_bytes'])} "
+                          f"{'+' if p['sent_bytes'] >= p['all_reduce_bytes'] else '-'} {mib(abs(p['sent_bytes'] - p['all_reduce_bytes']))} of "
+                          f"{'padding' if hp.expert_parallel == 1 else 'padding and experts that stay'}"),
+        ("rows exchanged", f"{mib(p['rows_bytes'])} per rank and step at even load"),
+        ("optimizer state", f"{mib(p['optimizer_bytes'])} per rank, {mib(p['optimizer_bytes_total'])} in the world"),
+        ("Newton-Schulz", f"{p['newton_schulz_flops'] / 1e9:,.2f} GFLOPs per rank and step, "
+                          f"{100 * p['newton_schulz_flops'] / p['model_flops']:.2f}% of forward + backward; "
+                          f"the busiest rank has {p['newton_schulz_flops'] / max(mean, 1):.2f} of the mean"),
+    ]  # fmt: skip
+    return "\n".join(f"{label:<20} {text}" for label, text in rows)
+
+
+# -----------------------------------------------------------------------------
+# The exchange: gradients go to their owners during backward, new values come back during the updates
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+    expert_parallel: int = 1  # ranks that share the experts; rank r holds part r % expert_parallel
+    run_id: str = ""  # prefix of this run's keys in the store
+    groups: dict = {}  # ranks of a bucket -> its process group; absent: all ranks
+    expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
+
+    def with_groups(self) -> "World":
+        """The process groups of the ranks that hold the same experts, and of those that share them; all ranks make all of them.
+
+        Rows never travel in a bucket's group, as buckets and rows may take turns in another order on another rank."""
+        every, step = tuple(range(self.size)), self.expert_parallel
+        if step == 1:
+            return self
+        holding = [every[first::step] for first in range(step)]
+        sharing = [dist.new_group(every[first : first + step]) for first in range(0, self.size, step)]
+        groups = {ranks: dist.new_group(ranks) for ranks in holding if len(ranks) > 1}
+        return self._replace(groups=groups, expert_group=sharing[self.rank // step])
+
+    @property
+    def expert_ranks(self) -> ExpertRanks:
+        return ExpertRanks(self.rank % self.expert_parallel, self.expert_parallel, self.expert_group)
+
+    def store(self) -> dist.Store:
+        """A connection of one's own to the store that all ranks share; a blocking read holds it."""
+        if self.size == 1:
+            return dist.HashStore()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
+        return dist.PrefixStore(self.run_id, client)
+
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]):
+    if targets:  # _foreach_copy_ refuses empty lists
+        torch._foreach_copy_(targets, sources)
+
+
+class Piece(NamedTuple):
+    """A slab on one of the ranks that hold it."""
+
+    slab: Slab
+    parameter: torch.nn.Parameter
+    part: int | slice  # of the parameter's dimension 0
+    value: Tensor  # that part, a view; its gradient in .grad while its owner updates it
+    packed: Tensor | None  # its place in Transfer.parts
+    mine: Tensor | None  # its place in Transfer.mine, on its owner
+
+
+class Transfer:
+    """One bucket on one of its ranks. Its buffers live as long as the run: nothing is freed under a collective in flight."""
+
+    def __init__(self, bucket: Bucket, model: GPT, world: World, overlap: bool):
+        self.travels = len(bucket.ranks) > 1
+        self.group, self.overlap, self.work, self.missing = world.groups.get(bucket.ranks), overlap, None, 0
+        padded = bucket.part if self.travels else 0
+        self.parts = torch.zeros(len(bucket.ranks), padded, device=world.device)  # to each owner, later from each
+        self.mine = torch.zeros(padded, device=world.device)  # sums of the gradients that this rank owns, later their new values
+        self.pieces, ends = [], collections.Counter()
+        for slab, owner in zip(bucket.slabs, bucket.owners):
+            name, part = model_file.slab_part(slab.name)
+            parameter = model.get_parameter(name)
+            if slab.kind == "expert":
+                part -= model.ranks.first(model.config.num_experts)
+            value, place = parameter.detach()[part], slice(ends[owner], ends[owner] + slab.numel)
+            ends[owner] = place.stop
+            packed = self.parts[bucket.ranks.index(owner), place].view(value.shape) if self.travels else None
+            mine = self.mine[place].view(value.shape) if self.travels and owner == world.rank else None
+            self.pieces.append(Piece(slab, parameter, part, value, packed, mine))
+        self.parameters = list({id(piece.parameter): piece.parameter for piece in self.pieces}.values())
+        self.owned = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner == world.rank]
+        self.others = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner != world.rank]
+        self.optimizers = []
 
     def owned_by_kind(self) -> dict[str, list[Tensor]]:
         tensors = {}
-        for slab in self.owned:
-            tensors.setdefault(slab.kind, []).append(slab.tensor)
+        for piece in self.owned:
+            tensors.setdefault(piece.slab.kind, []).append(piece.value)
         return tensors
 
-    def reduce_gradients(self):
-        """Sum over ranks; leaves each owned slab's gradient in slab.tensor.grad."""
-        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.model.named_parameters()}
-        if self.world.size == 1:
-            for slab in self.slabs:
-                slab.tensor.grad = slab_view(grads, slab.name)
-            return
-        for slab, owner, place in zip(self.slabs, self.owners, self.places):
-            self.all_parts[owner, place].copy_(slab_view(grads, slab.name).flatten())
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-        reduce_scatter(self.my_part, self.all_parts.flatten())
-        for slab, owner, place in zip(self.slabs, self.owners, self.places):
-            if owner == self.world.rank:
-                slab.tensor.grad = self.my_part[place].view_as(slab.tensor)
+    def start(self, collective, output: Tensor, source: Tensor):
+        self.work = collective(output, source, group=self.group, async_op=True)
+        if not self.overlap:
+            self.wait()
 
-    def gather_parameters(self):
-        """Hand the owners' new values to every rank, and drop all gradients."""
-        for parameter in self.model.parameters():
+    def wait(self):
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def send_gradients(self):
+        """Begin to sum each slab's gradient on its owner; a parameter without a gradient here adds zero."""
+        if self.travels:
+            there = [piece for piece in self.pieces if piece.parameter.grad is not None]
+            if len(there) < len(self.pieces):
+                self.parts.zero_()
+            copy_all([piece.packed for piece in there], [piece.parameter.grad[piece.part] for piece in there])
+            for parameter in self.parameters:
+                parameter.grad = None
+            self.start(reduce_scatter, self.mine, self.parts.flatten())
+
+    def receive_gradients(self):
+        """Wait until the gradients that this rank owns are whole, in .grad of the slabs."""
+        self.wait()
+        for piece in self.owned:
+            grad = piece.parameter.grad
+            piece.value.grad = piece.mine if self.travels else torch.zeros_like(piece.value) if grad is None else grad[piece.part]
+
+    def send_values(self):
+        """Begin to hand the owners' new values to the other ranks."""
+        for piece in self.owned:
+            piece.value.grad = None
+        if self.travels:
+            copy_all([piece.mine for piece in self.owned], [piece.value for piece in self.owned])
+            self.start(all_gather, self.parts.flatten(), self.mine)
+
+    def receive_values(self):
+        self.wait()
+        for parameter in self.parameters:
             parameter.grad = None
-        for slab in self.owned:
-            slab.tensor.grad = None
-        if self.world.size == 1:
-            return
-        for slab, owner, place in zip(self.slabs, self.owners, self.places):
-            if owner == self.world.rank:
-                self.my_part[place].copy_(slab.tensor.flatten())
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-        all_gather(self.all_parts.flatten(), self.my_part)
-        for slab, owner, place in zip(self.slabs, self.owners, self.places):
-            if owner != self.world.rank:
-                slab.tensor.copy_(self.all_parts[owner, place].view_as(slab.tensor))
+        copy_all([piece.value for piece in self.others], [piece.packed for piece in self.others])
+
+
+class Exchange:
+    """Every bucket of this rank, in the order in which all ranks send them.
+
+    A bucket leaves when its last gradient of the last micro-batch is there and the buckets before it have left, so a late one
+    holds up the rest and no two ranks ever differ in order. overlap=False sends the same buckets in the same order after backward
+    and waits for each: the reference, bit for bit, and what the benchmark compares with."""
+
+    def __init__(self, model: GPT, world: World, bucket_mb: float = 0.0, overlap: bool = True):
+        self.world, self.model, self.overlap = world, model, overlap
+        buckets = make_buckets(model.config, world.size, world.expert_parallel, bucket_mb)
+        self.transfers = [Transfer(bucket, model, world, overlap) for bucket in buckets if world.rank in bucket.ranks]
+        self.armed, self.sent, self.totals_work = False, 0, None
+        if world.size > 1 and overlap:
+            for transfer in self.transfers:
+                for parameter in transfer.parameters:
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self.gradient_is_there, transfer))
+
+    @property
+    def owned(self) -> list[Piece]:
+        return [piece for transfer in self.transfers for piece in transfer.owned]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for transfer in self.transfers for optimizer in transfer.optimizers]
+
+    def arm(self, totals: Tensor):
+        """Before the last backward: buckets may leave from now on, and `totals` is summed over the ranks beside them, in place."""
+        self.armed, self.sent = True, 0
+        for transfer in self.transfers:
+            transfer.missing = len(transfer.parameters)
+        if self.world.size > 1:
+            self.totals_work = dist.all_reduce(totals, async_op=True)
+            if not self.overlap:
+                self.totals_work.wait()
+
+    def gradient_is_there(self, transfer: Transfer, parameter: Tensor):
+        if self.armed:
+            transfer.missing -= 1
+            while self.sent < len(self.transfers) and self.transfers[self.sent].missing == 0:
+                self.send_next()
+
+    def send_next(self):
+        self.transfers[self.sent].send_gradients()
+        self.sent += 1
+
+    def flush(self):
+        """After the last backward: send what is left, as a parameter that took no part in it has called no hook."""
+        self.armed = False
+        while self.sent < len(self.transfers):
+            self.send_next()
+
+    def finish(self):
+        """Wait for the totals and for all new values."""
+        if self.totals_work is not None:
+            self.totals_work.wait()
+            self.totals_work = None
+        for transfer in self.transfers:
+            transfer.receive_values()
 
 
 # -----------------------------------------------------------------------------
 # Checkpoints: a folder per step, each rank's file holds the slabs it owns
 
 
-def save_checkpoint(folder: Path, step: int, exchange: Exchange, optimizers: list, world: World, facts: dict):
-    """Write folder/step_NNNNNN; keep it and the one before. The manifest comes last and the folder is renamed into place.
+class Saver:
+    """Saves in a thread: `save` copies what this rank owns and returns, the files are written while training goes on.
 
-    facts: what the manifest holds besides the files (model, hyperparameters, loader position, clock ...).
-    Raises RunError when the disk is full; the checkpoints that were there stay."""
-    target, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    slabs = {slab.name: {"value": slab.tensor} for slab in exchange.owned}
-    for optimizer in optimizers:
-        for slab in exchange.owned:
-            slabs[slab.name] |= optimizer.state.get(slab.tensor, {})
+    What the thread meets (a full disk, values that are not finite) is raised by the next save() or wait()."""
+
+    def __init__(self, folder: Path, exchange: Exchange, world: World):
+        self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
+        self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
+
+    def save(self, step: int, facts: dict):
+        """facts: what the manifest holds besides the files (model, hyperparameters, loader position, clock ...)."""
+        self.wait()
+        slabs = snapshot(self.exchange, self.world)
+        copied = torch.cuda.Event() if self.world.device.type == "cuda" else None
+        if copied:
+            copied.record()
+        self.thread = threading.Thread(target=self.run, args=(step, slabs, copied, facts), daemon=True)
+        self.thread.start()
+
+    def run(self, step: int, slabs: dict, copied, facts: dict):
+        try:
+            if copied:
+                copied.synchronize()
+            self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self)
+        except BaseException as error:  # raised again by wait(), in the thread that can stop the run
+            self.error = error
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        if kind is not None:
+            self.abandoned.set()  # the other ranks may be gone, and what they have to say with them
+        self.join()
+
+    def join(self):
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def tell(self, key: str, words: str):
+        self.store.set(key, words)
+
+    def wait_for(self, keys: list[str]) -> list[str]:
+        """What other threads told, once all of it is there. No blocking read: a thread inside one could not end with its process."""
+        while not self.store.check(keys):
+            if self.abandoned.wait(0.02):
+                raise RunError("the run ended while a checkpoint was being written; the one before is complete")
+        return [self.store.get(key).decode() for key in keys]
+
+    def wait(self):
+        """Until what was begun is on disk. Raises what the thread met."""
+        self.join()
+        if isinstance(self.error, RunError):
+            stop(self.world, str(self.error))
+        if self.error is not None:
+            raise self.error
+
+
+def snapshot(exchange: Exchange, world: World) -> dict[str, dict[str, Tensor]]:
+    """Slab name -> copies on the host of its value and optimizer state, for what this rank owns; rank 0 adds the model's buffers."""
+    slabs = {piece.slab.name: {"value": piece.value} for piece in exchange.owned}
+    for transfer in exchange.transfers:
+        for piece in transfer.owned:
+            for optimizer in transfer.optimizers:
+                slabs[piece.slab.name] |= optimizer.state.get(piece.value, {})
     if world.rank == 0:
         buffers = dict(exchange.model.named_buffers())
         slabs |= {name: {"value": buffers[name]} for name in exchange.model.state_dict() if name in buffers}
-    slabs = {name: {key: value.clone() for key, value in slab.items()} for name, slab in slabs.items()}  # views would save whole storages
-    failure, entry = None, {}
+    to_host = lambda value: value.to("cpu", non_blocking=True, copy=True)  # on CUDA into pinned memory, behind the step's kernels
+    return {name: {key: to_host(value) for key, value in slab.items()} for name, slab in slabs.items()}
+
+
+def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver) -> Path:
+    """Write this rank's file of folder/step_NNNNNN; when all are there, rank 0 writes the manifest and renames the folder into place.
+
+    That folder and the one before are kept. The ranks meet on the board, for collectives belong to the training thread.
+    Raises RunError on every rank if one of them could not write; the checkpoints that were there stay."""
+    target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        path = partial / f"rank{world.rank}.pt"
-        with open(path, "wb+") as file:
-            torch.save(slabs, file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            entry = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}
+        report = {"files": write_file(partial / f"rank{world.rank}.pt", lambda file: torch.save(slabs, file))}
+        bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
+        if bad:
+            report = {"failure": f"{bad[0]} is not finite"}
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        failure = str(error)
-    reports = gather_objects((failure, entry), world)
-    failures = [failure for failure, _ in reports if failure]
-    if world.rank == 0 and not failures:
-        manifest = {"step": step, **facts, "files": {name: file for _, entry in reports for name, file in entry.items()}}
+        report = {"failure": str(error)}
+    board.tell(f"{key}/{world.rank}", json.dumps(report))
+    if world.rank == 0:
+        reports = [json.loads(report) for report in board.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
+        failures = [report["failure"] for report in reports if "failure" in report]
+        if not failures:
+            manifest = {"step": step, **facts, "files": {name: file for report in reports for name, file in report["files"].items()}}
+            try:
+                write_file(partial / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                for old in sorted(folder.glob("step_??????"))[:-2]:
+                    shutil.rmtree(old)
+            except OSError as error:
+                failures = [str(error)]
+        if failures:
+            shutil.rmtree(partial, ignore_errors=True)
+        board.tell(f"{key}/outcome", " ".join(failures[:1]))
+    [failure] = board.wait_for([f"{key}/outcome"])
+    if failure:
+        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failure}); mend that, then go on from the one before "
+                       "with --resume")  # fmt: skip
+    return target
+
+
+def write_file(path: Path, write) -> dict[str, dict]:
+    """Write a file through write(file) and see it onto the disk; {name: its size and sha256}."""
+    with open(path, "wb+") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}
+
+
+def soundest_checkpoint(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all what its manifest says, and what is wrong with newer ones. The ranks share the work.
+
+    None if there is no checkpoint at all; ends the run if there are some and none is sound."""
+    complaints = []
+    for path in model_file.checkpoints(folder):
+        complaint = ""
         try:
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for old in sorted(folder.glob("step_??????"))[:-2]:
-                shutil.rmtree(old)
-        except OSError as error:
-            failures = [str(error)]
-    failures = gather_objects(failures, world)[0]  # nobody goes on before the folder is in place
-    if failures:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failures[0]}); free some space, then go on with --resume")
+            model_file.verified_manifest(path, world.rank, world.size)
+        except CheckpointError as error:
+            complaint = str(error).partition(";")[0]
+        found = [complaint for complaint in gather_objects(complaint, world) if complaint]
+        if not found:
+            return path, complaints
+        complaints += found[:1]
+    if complaints:
+        stop(world, f"{'; '.join(complaints)}; no checkpoint in {folder} is sound, so start over under another --experiment_name")
+    return None, []
 
 
-def gather_objects(value, world: World) -> list:
-    """Every rank's value, on every rank."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
+def load_checkpoint(path: Path, exchange: Exchange, config: Config, hp: Common) -> dict:
+    """Put a verified checkpoint's values and optimizer state in place, at any number of ranks and of expert parts; returns the manifest.
 
-
-def load_checkpoint(path: Path, exchange: Exchange, optimizers: list, config: Config, hp: Common) -> dict:
-    """Put a checkpoint's values and optimizer state in place, at any world size; returns the manifest.
-
-    Raises CheckpointError for damaged files, RunError when it was saved by another configuration."""
-    manifest, slabs = model_file.read_checkpoint(path)
+    Raises RunError when it was saved by another configuration."""
+    manifest = json.loads((path / "manifest.json").read_text())
     check_same_run(manifest, config, hp, path)
-    tensors = {name: p.detach() for name, p in exchange.model.named_parameters()} | dict(exchange.model.named_buffers())
-    for name, slab in slabs.items():
-        slab_view(tensors, name).copy_(slab["value"])
-    owner_of = {tensor: optimizer for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]}
-    for slab in exchange.owned:
-        state = {key: value.to(slab.tensor.device) for key, value in slabs[slab.name].items() if key != "value"}
-        if state:
-            owner_of[slab.tensor].state[slab.tensor] = state
+    slabs, buffers = model_file.read_slabs(path, manifest), dict(exchange.model.named_buffers())
+    missing = [piece.slab.name for transfer in exchange.transfers for piece in transfer.pieces if piece.slab.name not in slabs]
+    if missing:
+        raise RunError(f"{path} lacks {missing[0]}, so another version of this code wrote it; resume with that, or start another --experiment_name")
+    for name in exchange.model.state_dict().keys() & buffers.keys():
+        buffers[name].copy_(slabs[name]["value"])
+    for transfer in exchange.transfers:
+        owner_of = {tensor: optimizer for optimizer in transfer.optimizers for group in optimizer.param_groups for tensor in group["params"]}
+        for piece in transfer.pieces:
+            piece.value.copy_(slabs[piece.slab.name]["value"])
+        for piece in transfer.owned:
+            state = {key: value.to(piece.value.device, copy=True) for key, value in slabs[piece.slab.name].items() if key != "value"}
+            if state:
+                owner_of[piece.value].state[piece.value] = state
     return manifest
 
 
-RESUME_FREE = set("data out_dir device compile micro_batch_tokens val_every val_tokens checkpoint_every sample_tokens warmup_steps".split())
+RESUME_FREE = set("""data out_dir device compile micro_batch_tokens val_every val_tokens checkpoint_every sample_tokens warmup_steps
+                     expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
 
 
 def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
@@ -430,11 +815,173 @@ def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
 
 
 # -----------------------------------------------------------------------------
+# Guards: ranks that agree, signals, a loss read late, and who keeps whom waiting
+
+
+def gather_objects(value, world: World) -> list:
+    """Every rank's value, on every rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class Ended(RunError):
+    """An error that all ranks end with; rank 0 says it."""
+
+
+def stop(world: World, message: str):
+    """End the run where all ranks know that it ends."""
+    raise Ended(message) if world.rank == 0 else SystemExit(1)
+
+
+MISTAKES = (ConfigError, CheckpointError, data.DataError, RunError)
+
+
+def agree(world: World, prepare):
+    """prepare() on every rank and its result; if one of them fails, all stop, and rank 0 says whose complaint it is."""
+    result, complaint = None, None
+    try:
+        result = prepare()
+    except MISTAKES as error:
+        if world.size == 1:
+            raise
+        complaint = f"{error} (on {socket.gethostname()})"
+    complaints = gather_objects(complaint, world)
+    for rank, complaint in enumerate(complaints):
+        if complaint:
+            stop(world, f"rank {rank}: {complaint}")
+    return result
+
+
+def agree_on(facts: dict, world: World):
+    """Stop before training if the ranks differ in one of these facts, and name it."""
+    everyone = gather_objects(facts, world)
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0].keys() | theirs.keys():
+            here, there = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
+            if here != there:
+                stop(world, f"the ranks differ: {name} is {there} on rank {rank} and {here} on rank 0; "
+                            "start all of them with the same flags, data and code")  # fmt: skip
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a checkpoint and an end. Alone, a second Ctrl-C ends at once; torchrun repeats signals by itself."""
+
+    def __init__(self, world: World):
+        self.world, self.received, self.before = world, 0, {}
+
+    def note(self, number, frame):
+        self.received = number
+        if self.world.size == 1:
+            signal.signal(number, self.before[number])
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Late:
+    """The values of a small tensor, for a host that asks for them a step later and so waits for nothing."""
+
+    def __init__(self, values: Tensor):
+        self.host = values.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if values.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def tolist(self) -> list[float]:
+        if self.copied:
+            self.copied.synchronize()
+        return self.host.tolist()
+
+
+class Watchdog:
+    """A thread that tells the other ranks every second that this one lives and what it does.
+
+    When this rank gets no further for stuck_after seconds, it ends the run and names the ranks that keep the others waiting:
+    those that are silent, else those that are busy with something else than waiting. A rank that loses a peer in the middle of
+    a collective asks for the silent ones at once."""
+
+    BEAT = 1.0  # seconds
+
+    def __init__(self, world: World, timer: PhaseTimer, stuck_after: float):
+        self.world, self.timer, self.stuck_after = world, timer, stuck_after
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self):
+        self.store = self.world.store()
+        if self.world.size > 1:
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        lost_peer = self.world.size > 1 and isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, RunError)
+        silent = self.silent_ranks() if lost_peer else {}
+        self.closed.set()
+        if self.world.size > 1:
+            self.thread.join(2 * self.BEAT)  # a thread that its process ends inside torch takes the exit status with it
+        if silent:
+            self.tell(f"{self.names(silent)} no longer there", silent)
+            raise SystemExit(1) from error
+
+    def run(self):
+        beat, here = 0, f"{socket.gethostname()}, pid {os.getpid()}"
+        while not self.closed.wait(self.BEAT):
+            beat, (place, since) = beat + 1, self.timer.place
+            self.store.set(f"beat/{self.world.rank}", json.dumps([beat, place, here]))
+            if time.monotonic() - since > self.stuck_after:
+                self.accuse()
+
+    def beats(self) -> dict[int, list]:
+        ranks = [rank for rank in range(self.world.size) if self.store.check([f"beat/{rank}"])]
+        return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in ranks}
+
+    def silent_ranks(self) -> dict[int, list]:
+        """rank -> its last words, of the ranks that say nothing for three beats."""
+        before = self.beats()
+        time.sleep(3.5 * self.BEAT)
+        now = self.beats()
+        silent = [rank for rank in range(self.world.size) if rank != self.world.rank and now.get(rank) == before.get(rank)]
+        return {rank: now.get(rank, [0, "the start", "unknown host"]) for rank in silent}
+
+    def accuse(self):
+        silent = self.silent_ranks()
+        busy = {rank: words for rank, words in self.beats().items() if not words[1].endswith("communication")}
+        if time.monotonic() - self.timer.place[1] > self.stuck_after:  # still
+            waited = f"after {self.stuck_after:g} s without progress"
+            if silent:
+                self.tell(f"{self.names(silent)} no longer there, {waited}", silent)
+            elif busy:
+                self.tell(f"{self.names(busy)} stuck, {waited}", busy)
+            else:
+                self.tell(f"all ranks wait for one another, {waited}: the network between them may have failed", {})
+            os._exit(1)  # the training thread may be inside a collective that never returns
+
+    def names(self, ranks: dict[int, list]) -> str:
+        return ", ".join(f"rank {rank} ({here}; {place})" for rank, (_, place, here) in ranks.items()) + (" is" if len(ranks) == 1 else " are")
+
+    def tell(self, message: str, guilty):
+        """One of the innocent says it; the others give it the time."""
+        if self.world.rank == min(set(range(self.world.size)) - set(guilty), default=0):
+            print(f"error: {message}; the last checkpoint is complete: go on from it with --resume", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * self.BEAT)
+
+
+# -----------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
-def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World) -> dict[str, float]:
+def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World,
+             timer: PhaseTimer) -> dict[str, float]:  # fmt: skip
     """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known."""
     model.eval()
     model.set_step(hp.seed, step, window=window(step, hp, model.config))
@@ -442,11 +989,13 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
     for batch in batches:
+        timer.begin("validation")
         counts = batch.targets_BT >= 0
         totals[0] += model(batch.inputs_BT, batch.targets_BT).loss.double() * counts.numel()
         totals[1] += counts.sum()
         if token_bytes is not None:
             totals[2] += token_bytes[batch.targets_BT[counts]].sum()
+    timer.begin("communication")
     if world.size > 1:
         dist.all_reduce(totals)
     model.train()
@@ -461,181 +1010,255 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
 @contextlib.contextmanager
 def phase(timer: PhaseTimer, name: str):
     """A named part of the step, in the metrics and in a profiler's trace."""
+    timer.begin(name)
     with record_function(name):
         yield
     timer.mark(name)
 
 
-def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
-               timer: PhaseTimer) -> dict[str, Tensor]:  # fmt: skip
-    """One optimizer step over the global batch; returns the global batch's statistics as tensors on the device.
+TOTALS = ("ce", "balance_loss", "z_loss", "entropy")  # sums over the global batch, beside the counts
+Alarms = NamedTuple("Alarms", [("signal", bool), ("disk", bool)])  # of one rank; where their sum is not zero, all ranks act
+QUIET = Alarms(False, False)
 
-    next_step() gives this rank's micro-batches. Router counts travel with the losses in the one small all-reduce."""
-    world = exchange.world
-    timer.start()
+
+def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
+               timer: PhaseTimer, alarms: Alarms = QUIET) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """One optimizer step over the global batch; returns its statistics, and [loss, *alarms] summed over ranks, on the device.
+
+    next_step() gives this rank's micro-batches. While the last backward goes on, its gradients leave bucket by bucket, and the
+    losses, counts and alarms beside them; while a bucket is updated, those before it go back and those behind it arrive.
+    The phase "communication" is what nothing hid: the time spent waiting."""
+    device, world = exchange.world.device, exchange.world
+    timer.start(step)
     with phase(timer, "data"):
         batches = next_step()
     share = 1 / (len(batches) * world.size)  # of the global batch that one micro-batch is: a constant, so gradients add
-    scalars, counts_LE = torch.zeros(4, dtype=torch.float64, device=world.device), 0
+    sums = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
+    counts_LE = torch.zeros_like(model.bias_LE, dtype=torch.float64)
+    alarm = torch.tensor(alarms, dtype=torch.float64).to(device, non_blocking=True)
     for batch in batches:
         with phase(timer, "forward"):
             model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))
             _, loss, stats = model(batch.inputs_BT, batch.targets_BT)
-            scalars += share * torch.stack([stats[key].detach() for key in ("ce", "balance_loss", "z_loss", "entropy")])
-            counts_LE = counts_LE + stats["counts_LE"]
+            sums += share * torch.stack([stats[key].detach() for key in TOTALS])
+            counts_LE += stats["counts_LE"]
         with phase(timer, "backward"):
+            if batch is batches[-1]:
+                totals = torch.cat([sums, alarm, counts_LE.flatten()])
+                exchange.arm(totals)
             (loss * share).backward()
     with phase(timer, "communication"):
-        if world.size > 1:
-            numbers = torch.cat([scalars, counts_LE.flatten().double()])
-            dist.all_reduce(numbers)
-            scalars, counts_LE = numbers[:4], numbers[4:].view_as(counts_LE).long()
-        exchange.reduce_gradients()
-    with phase(timer, "optimizer"):
-        recipe.set_rates(optimizers, step, hp)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.balance(counts_LE)
+        exchange.flush()
+    recipe.set_rates(optimizers, step, hp)
+    for transfer in exchange.transfers:
+        with phase(timer, "communication"):
+            transfer.receive_gradients()
+        with phase(timer, "optimizer"):
+            for optimizer in transfer.optimizers:
+                optimizer.step()
+            transfer.send_values()
     with phase(timer, "communication"):
-        exchange.gather_parameters()
-    ce, balance_loss, z_loss, entropy = scalars.unbind()
+        exchange.finish()
+    sums, alarm, counts = totals.split([len(sums), len(alarm), counts_LE.numel()])
+    counts_LE = counts.view_as(counts_LE).long()
+    model.balance(counts_LE)
+    ce, balance_loss, z_loss, entropy = sums.unbind()
     row = {"train/loss": ce}
     if len(counts_LE):
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         row |= {"train/balance_loss": balance_loss, "train/z_loss": z_loss, "moe/router_entropy": entropy, "moe/load": load_LE,
                 "moe/load_max_over_mean": (load_LE.amax(-1) * load_LE.size(-1)).mean()}  # fmt: skip
-    return row
+    return row, torch.cat([ce[None], alarm])
 
 
 # -----------------------------------------------------------------------------
 # Training
 
+class Prepared(NamedTuple):
+    """What a rank finds out before training, when every mistake can still be told in one sentence."""
+
+    meta: dict  # of the data
+    loader: data.Loader
+    micro_rows: int  # of one forward pass
+
+
+def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool, world: World) -> Prepared:
+    """Check what flags, data, folder and ranks must fulfil together. Raises ConfigError, DataError, RunError."""
+    if resume and not folder.exists():
+        raise RunError(f"there is no {folder} to resume; start the run without --resume, or correct --experiment_name or --out_dir")
+    if fresh:
+        logger.refuse_existing(folder)
+    parts = hp.expert_parallel
+    if world.size % parts or config.num_experts % parts:
+        raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
+    rows = hp.batch_tokens // hp.seq_len
+    micro_rows = micro_batch_rows(rows, hp, world)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
+    loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,
+                         seed=hp.seed, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
+    return Prepared(data.load_meta(hp.data), loader, micro_rows)
+
+
+SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py")]
+
+
+def shared_facts(config: Config, hp: Common, experiment_name: str, resume: bool) -> dict:
+    """What must be the same on all ranks: settings, data, code, torch."""
+    fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | {"experiment_name": experiment_name, "resume": resume}
+    flags = {f"--{name}": value for name, value in fields.items() if name != "data"}  # the path may differ, what it holds may not
+    shards = {f"shard {name}": contents for name, contents in data.fingerprint(hp.data).items()}
+    code = {f"the code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in SOURCES}
+    return flags | shards | code | {"torch": torch.__version__}
+
 
 def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World):
     """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
-    device, folder = world.device, Path(hp.out_dir) / experiment_name
-    if resume and not folder.exists():
-        raise RunError(f"there is no {folder} to resume; start the run without --resume, or correct --experiment_name or --out_dir")
-    if not (resume or enable_profiling):
-        logger.refuse_existing(folder)  # before anything is allocated
-    meta = data.load_meta(hp.data)
+    device, folder, timer = world.device, Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
+    fresh = not (resume or enable_profiling)
+    meta, loader, micro_rows = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
+    agree_on(shared_facts(config, hp, experiment_name, resume), world)
+    world = world._replace(expert_parallel=hp.expert_parallel).with_groups()
+    rows = hp.batch_tokens // hp.seq_len
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
 
-    # ---- the batch: rows of seq_len tokens, the same global batch at any world size
-    rows = hp.batch_tokens // hp.seq_len
-    micro_rows = micro_batch_rows(rows, hp, world)
-    loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,
-                         seed=hp.seed, vocab_size=config.vocab_size, device=device)  # fmt: skip
-
-    # ---- the model and its optimizers
-    model = GPT(config).init_weights(hp.seed).to(device)
-    exchange = Exchange(model, world)
-    optimizers = recipe.make_optimizers(exchange.owned_by_kind(), hp)
+    # ---- the model, its buckets, and the optimizers of each
+    model = GPT(config, world.expert_ranks).init_weights(hp.seed).to(device)
+    exchange = Exchange(model, world, hp.bucket_mb, hp.overlap)
+    for transfer in exchange.transfers:
+        transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
+    optimizers = exchange.optimizers
     check_cover(exchange, optimizers)
     compile_note = compile_model(model, hp, device)
 
-    # ---- warm up: compile and allocate everything on random tokens, then put the model back
-    before, timer = {name: value.clone() for name, value in model.state_dict().items()}, PhaseTimer(device.type)
-    random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
-    for _ in range(hp.warmup_steps):
-        train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer)
-    model.load_state_dict(before)
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    if enable_profiling:
-        one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer)
-        return profile(folder / "profile", one_step, config, hp, world)
+    watchdog, saver = Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
+    with watchdog, StopSignals(world) as signals, saver:
+        # ---- warm up: compile and allocate everything on random tokens, then put the model back
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
+        for _ in range(hp.warmup_steps):
+            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer)
+        model.load_state_dict(before)
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        if enable_profiling:
+            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer)
+            return profile(folder / "profile", one_step, config, hp, world)
 
-    # ---- where a resumed run goes on
-    start, train_time, resume_step = 0, 0.0, None
-    if resume:
-        resume_step = -1  # a run that left no checkpoint starts over
-        if list((folder / "checkpoint").glob("step_??????/manifest.json")):
-            path = model_file.latest_checkpoint(folder / "checkpoint")
-            manifest = load_checkpoint(path, exchange, optimizers, config, hp)
-            loader.load_state_dict(manifest["loader"])
-            start, train_time, resume_step = manifest["step"], manifest["train_time"], manifest["step"]
-            if start == hp.num_iterations:
-                if world.rank == 0:
-                    print(f"{folder} has all its {start} steps; nothing is left to do")
-                return
+        # ---- where a resumed run goes on
+        start, train_time, resume_step, validated, notes = 0, 0.0, None, False, []
+        if resume:
+            path, notes = soundest_checkpoint(folder / "checkpoint", world)
+            resume_step = -1  # a run that left no checkpoint starts over
+            if path is not None:
+                manifest = agree(world, lambda: load_checkpoint(path, exchange, config, hp))
+                loader.load_state_dict(manifest["loader"])
+                start, train_time, resume_step, validated = manifest["step"], manifest["train_time"], manifest["step"], manifest["validated"]
+                if start == hp.num_iterations:
+                    if world.rank == 0:
+                        print(f"{folder} has all its {start} steps; nothing is left to do")
+                    return
 
-    # ---- the log
-    per_token = model_file.flops_per_token(config, hp.seq_len)
-    peak = world.size * matmul_rate(device, config.dtype)
-    parameters = model_file.count_parameters(config)
-    facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
-             "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
-             "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
-    here = Path(__file__).parent
-    sources = [here / name for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py")]
-    run = Run(hp.out_dir, experiment_name, config=facts, sources=sources, resume_step=resume_step, active=world.rank == 0)
-    run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
-              f"{micro_rows} rows at a time on {world.size} x {device.type}; activations {config.dtype}; {compile_note}")  # fmt: skip
-    bar = progress_bar(hp.num_iterations, start, world)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    look_every = 1 if device.type == "cpu" else 25  # looking at a value makes a GPU wait
+        # ---- the log
+        per_token = model_file.flops_per_token(config, hp.seq_len)
+        peak = world.size * matmul_rate(device, config.dtype)
+        parameters = model_file.count_parameters(config)
+        facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
+                 "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
+                 "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
+        run = Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step, active=world.rank == 0)
+        for note in notes:
+            run.print(f"{note}; going on from step {start} instead")
+        run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
+                  f"{micro_rows} rows at a time on {world.size} x {device.type}; activations {config.dtype}; {compile_note}")  # fmt: skip
+        bar = progress_bar(hp.num_iterations, start, world)
+        look_every = 1 if device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
 
-    # ---- the loop: validate, checkpoint, step
-    model.train()
-    synchronize(device)
-    clock = time.perf_counter()
-    for step in range(start, hp.num_iterations + 1):
-        last = step == hp.num_iterations
-        validate_now = last or (hp.val_every and step % hp.val_every == 0)
-        save_now = last or (hp.checkpoint_every and step and step % hp.checkpoint_every == 0)
-        if (validate_now or save_now or step % look_every == 0) and not finite:
-            raise RunError(f"the loss is no longer finite at step {step}; lower the learning rates and start again under another --experiment_name")
-        if validate_now and step != resume_step:
-            synchronize(device)
-            train_time += time.perf_counter() - clock
-            values = evaluate(model, step, hp, micro_rows, token_bytes, world)
-            run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
+        # ---- the loop: validate, checkpoint, step
+        latest, stopping = Late(torch.zeros(3)), False
+        model.train()
+        synchronize(device)
+        clock = time.perf_counter()
+        for step in range(start, hp.num_iterations + 1):
+            last = step == hp.num_iterations
+            due = last or (hp.val_every and step % hp.val_every == 0)
+            validate_now = due and (last or not stopping) and not (step == resume_step and validated)
+            save_now = (last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)) and step not in (0, resume_step)
+            if validate_now or save_now:
+                look(latest, step, saver, world)
+                synchronize(device)
+            if validate_now:
+                train_time += time.perf_counter() - clock
+                values = evaluate(model, step, hp, micro_rows, token_bytes, world, timer)
+                run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
+                run.flush()
+                line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
+                line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
+                run.print(line + (f" val_bpb:{values['val/bpb']:.4f}" if "val/bpb" in values else ""))
+                synchronize(device)
+                clock = time.perf_counter()
+            if save_now:
+                timer.begin("saving")
+                seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
+                saver.save(step, facts | {"train_time": seconds, "validated": validated, "loader": loader.state_dict()})
+            if last or stopping:
+                break
+            began = time.perf_counter()
+            row, signs = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer,
+                                    Alarms(signals.received > 0, saver.failed))  # fmt: skip
+            now = time.perf_counter()
+            speed = hp.batch_tokens / (now - began)
+            row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
+                    "train/flops": (step + 1) * hp.batch_tokens * per_token}  # fmt: skip
+            run.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
+            if (step + 1) % look_every == 0:
+                run.flush()
+            bar.update()
+            before_latest, latest = latest, Late(signs)
+            timer.begin("communication")  # a host that is ahead of its GPU waits here
+            stopping = look(before_latest, step, saver, world)
+
+        # ---- the end: what was reached, beside what compressors need, and a sample
+        bar.close()
+        loader.close()
+        if stopping and not last:
+            saver.wait()
             run.flush()
-            line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
-            line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
-            run.print(line + (f" val_bpb:{values['val/bpb']:.4f}" if "val/bpb" in values else ""))
-            synchronize(device)
-            clock = time.perf_counter()
-        if save_now and step != resume_step:
-            synchronize(device)
-            train_time += time.perf_counter() - clock
-            saved = facts | {"train_time": train_time, "loader": loader.state_dict()}
-            save_checkpoint(folder / "checkpoint", step, exchange, optimizers, world, saved)
-            clock = time.perf_counter()
-        if last:
-            break
-        began = time.perf_counter()
-        row = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer)
-        finite &= row["train/loss"].isfinite()
-        now = time.perf_counter()
-        speed = hp.batch_tokens / (now - began)
-        run.log({"step": step + 1, "train_time": train_time + now - clock, **row, "train/tok_per_sec": speed, "train/mfu": speed * per_token / peak,
-                 "train/lr_scale": lr_scale(step, hp), "train/flops": (step + 1) * hp.batch_tokens * per_token, **timer.row()})  # fmt: skip
-        if (step + 1) % look_every == 0:
-            run.flush()
-        bar.update()
+            run.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; go on with --resume")
+            raise SystemExit(128 + (signals.received or signal.SIGTERM))
+        peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes()
+        end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes}
+        run.print(f"peak memory: {peak_bytes / 2**20:,.0f} MiB")
+        timer.begin("sampling")
+        prompt, continuation = sample(model, hp, device)  # on all ranks, as one may hold a part of the experts only
+        if world.rank == 0:
+            try:
+                encoding = data.get_encoding(meta["encoding"])
+            except data.DataError as error:
+                run.print(f"no comparison with compressors and no sample: {error}")
+            else:
+                rivals = compressors(encoding, hp)
+                end |= {f"val/{name}": bpb for name, bpb in rivals.items()}
+                ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
+                run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
+                if hp.sample_tokens:
+                    text = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
+                    run.print(f"{'-' * 30} sample\n{text}\n{'-' * 37}")
+        run.log(end)
+        run.close()
+        saver.wait()
 
-    # ---- the end: what was reached, beside what compressors need, and a sample
-    bar.close()
-    loader.close()
-    peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes()
-    end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes}
-    run.print(f"peak memory: {peak_bytes / 2**20:,.0f} MiB")
-    if world.rank == 0:
-        try:
-            encoding = data.get_encoding(meta["encoding"])
-        except data.DataError as error:
-            run.print(f"no comparison with compressors and no sample: {error}")
-        else:
-            rivals = compressors(encoding, hp)
-            end |= {f"val/{name}": bpb for name, bpb in rivals.items()}
-            ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
-            run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
-            if hp.sample_tokens:
-                run.print(sample(model, encoding, hp, device))
-    run.log(end)
-    run.close()
+
+def look(signs: Late, step: int, saver: Saver, world: World) -> bool:
+    """Was a rank asked to stop? Ends the run when the loss of `step` is not finite or a checkpoint could not be written."""
+    loss, signalled, disk = signs.tolist()
+    if not math.isfinite(loss):
+        saver.join()
+        good = [f"the last good checkpoint is {path}" for path in model_file.checkpoints(saver.folder)[:1]] or ["there is no checkpoint"]
+        stop(world, f"the loss of step {step} is {loss}; {good[0]}; lower the learning rates and start again under another --experiment_name")
+    if disk:
+        saver.wait()
+    return signalled > 0
 
 
 def micro_batch_rows(rows: int, hp: Common, world: World) -> int:
@@ -650,7 +1273,7 @@ def micro_batch_rows(rows: int, hp: Common, world: World) -> int:
 def check_cover(exchange: Exchange, optimizers: list):
     """Every owned slab is in exactly one optimizer group."""
     grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(slab.tensor) for slab in exchange.owned), "the optimizers' groups do not cover the parameters exactly once"
+    assert sorted(grouped) == sorted(id(piece.value) for piece in exchange.owned), "the optimizers' groups do not cover the parameters exactly once"
 
 
 def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
@@ -660,7 +1283,7 @@ def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         return "eager (--compile needs a C++ compiler and found none)"
     for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
     model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
     return "compiled"
 
@@ -722,12 +1345,11 @@ def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:
     return data.compressed_bpb(encoding.decode_bytes(torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])))
 
 
-def sample(model: GPT, encoding: data.Encoding, hp: Common, device: torch.device) -> str:
-    """The beginning of the validation text, a mark, and how the model goes on."""
+def sample(model: GPT, hp: Common, device: torch.device) -> tuple[list[int], list[int]]:
+    """Ids: the beginning of the validation text, and how the model goes on."""
     prompt = next(data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)).inputs_BT
-    ids = model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
-    length = prompt.size(1)
-    return f"{'-' * 30} sample\n{encoding.decode(ids[:length])}|>{encoding.decode(ids[length:])}\n{'-' * 37}"
+    ids, length = model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist(), prompt.size(1)
+    return ids[:length], ids[length:]
 
 
 # -----------------------------------------------------------------------------
@@ -789,6 +1411,8 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, Common
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
     parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true", help="profile a few steps into profile/ and stop")
+    parser.add_argument("--plan", action="store_true", help="print what --world_size ranks would send, hold and compute, and stop")
+    parser.add_argument("--world_size", "--world-size", type=model_file.positive, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.hyperparameters)
     add_flags(parser, Config)
     args = parser.parse_args(argv)
@@ -817,28 +1441,42 @@ def cpu_has_bf16() -> bool:
     return supported() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def join(hp: Common) -> World:
+    """This process among those that torchrun started, or alone without it."""
+    device = torch.device(hp.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * hp.stuck_after))  # the watchdog speaks first
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    return world._replace(run_id=gather_objects(uuid.uuid4().hex, world)[0])
+
+
 def main(recipe: Recipe):
-    distributed = "RANK" in os.environ
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world, start = World(0, 1, torch.device("cpu")), f"train_{recipe.name}.py: error: "
     try:
         config, hp, args = parse(recipe)
-        device = torch.device(hp.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        config = fit_to_data_and_machine(config, hp, args, device)
-        if distributed:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if args.plan:
+            print(plan_text(config, hp, recipe, args.world_size))
+            return
+        world = join(hp)
+        config = agree(world, lambda: fit_to_data_and_machine(config, hp, args, world.device))
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (Path(hp.out_dir) / args.experiment_name).exists()
-        train(config, hp, recipe, args.experiment_name, args.resume or restarted, args.enable_profiling, World(rank, size, device))
-    except (ConfigError, CheckpointError, data.DataError, RunError) as error:
-        sys.exit(f"train_{recipe.name}.py: error: {error}" if rank == 0 else 1)
+        resume = args.resume or gather_objects(restarted, world)[0]
+        train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world)
+    except Ended as error:
+        sys.exit(f"{start}{error}")
+    except MISTAKES as error:  # of this rank alone: torchrun ends the others
+        sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-MUON = Recipe("muon", Hyperparameters, PRESETS, make_optimizers, set_rates)
+MUON = Recipe("muon", Hyperparameters, PRESETS, make_optimizers, set_rates, matrix_state=1, newton_schulz=1)
 
 if __name__ == "__main__":
     main(MUON)

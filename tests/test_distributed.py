@@ -1,0 +1,379 @@
+"""Several ranks: the same run at every number of ranks and of expert parts, bucket by bucket and bit by bit. gloo on one CPU.
+
+Each number of ranks is one torchrun that trains a list of tiny jobs under spies (worker.py); what they saw is compared here with runs
+in this process and with one another."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plants import PLANTS
+from test_train import (  # noqa: F401  (fixtures are used by name)
+    CONFIGS,
+    LAYOUT_RUN,
+    LAYOUT_RUNS,
+    ROOT,
+    TINY_MODEL,
+    assert_near,
+    assert_near_series,
+    assert_same_run,
+    call,
+    differing,
+    first_gradients,
+    flags,
+    hyper,
+    once,
+    one_thread,
+    rows_of,
+    series,
+    shards,
+    state_of,
+    tiny_model,
+    torchrun,
+    train,
+    training_rows,
+    untimed,
+    whole_batch,
+)
+
+import model
+import train_muon
+from model import GPT, Config
+from train_adamw import ADAMW
+from train_muon import MUON, World, make_buckets
+
+STEPS = 30
+KEPT = dict(checkpoint_every=10)  # worker.py keeps a copy of step 10
+HALF = 6 * 32  # the first token of the second half of the batch
+
+
+def job(recipe=MUON, copy=None, plant=None, **values) -> dict:
+    return {"recipe": recipe.name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
+
+
+def resumed(source: str, **values) -> dict:
+    """A job that goes on from step 10 of another one."""
+    return job(copy=[f"{source}_kept"], resume=True, **KEPT, **values)
+
+
+PLANTED = {f"plant{i}": plant for i, plant in enumerate(PLANTS)}
+JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
+    2: {
+        "muon2": job(**KEPT),
+        "muon2_again": job(**KEPT),
+        "muon2_sync": job(**KEPT, overlap="false"),
+        "muon2_one_bucket": job(bucket_mb=100),
+        "muon2_micro": job(micro_batch_tokens=64),
+        "adamw2": job(ADAMW),
+        "muon2_parts2": job(expert_parallel=2, **KEPT),
+        "muon2_parts2_sync": job(expert_parallel=2, overlap="false"),
+        "bf16_2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16"),
+        "bf16_2_parts2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16", expert_parallel=2),
+        "muon2_from2": resumed("muon2"),
+        "muon2_parts2_from2": resumed("muon2", expert_parallel=2),
+        **{name: job(plant=plant, num_iterations=8) for name, plant in PLANTED.items()},
+        **{f"{name}_sync": job(plant=plant, num_iterations=8, overlap="false") for name, plant in PLANTED.items()},
+        "plant0_parts2": job(plant=PLANTED["plant0"], num_iterations=8, expert_parallel=2),
+        "plant1_parts2": job(plant=PLANTED["plant1"], num_iterations=8, expert_parallel=2),
+    },
+    3: {
+        "muon3": job(),
+        "adamw3": job(ADAMW),
+        "muon3_from2": resumed("muon2"),
+        "muon3_small": job(n_layer=1, value_embeds=0, num_experts=1, top_k=1, pattern="D", num_iterations=6, scalar_lr=0),
+    },
+    4: {
+        "muon4": job(),
+        "muon4_sync": job(overlap="false"),
+        "muon4_parts2": job(expert_parallel=2),
+        "muon4_parts4": job(expert_parallel=4),
+        "adamw4_parts2": job(ADAMW, expert_parallel=2),
+        "muon4_from2": resumed("muon2"),
+        "muon4_parts2_from2_parts2": resumed("muon2_parts2", expert_parallel=2),
+        "hash4_parts4": job(router="hash", num_experts=8, num_iterations=1, expert_parallel=4),
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, shards):  # noqa: F811
+    """ranks -> the folder in which the jobs of that many ranks ran. What needs two ranks' checkpoints asks for two first."""
+    out = tmp_path_factory.mktemp("ranks")
+
+    @once
+    def get(ranks: int) -> Path:
+        if ranks != 2:
+            get(2)
+        words = lambda name, one: flags(train_recipe(one), data=shards, out_dir=out, experiment_name=name, **one["values"])
+        copies = lambda name, one: one["copy"] and [str(out / one["copy"][0]), str(out / name)]
+        listed = {name: one | {"words": words(name, one), "copy": copies(name, one)} for name, one in JOBS[ranks].items()}
+        (out / f"jobs{ranks}.json").write_text(json.dumps(listed))
+        done = torchrun(ranks, ROOT / "tests/worker.py", out, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return out
+
+    return get
+
+
+def train_recipe(one: dict):
+    return {"muon": MUON, "adamw": ADAMW}[one["recipe"]]
+
+
+class Seen:
+    """A job: its run's folder, what each rank saw, and the first step's gradients of all owners together."""
+
+    def __init__(self, world, name: str):  # noqa: F811
+        [self.ranks] = [ranks for ranks, jobs in JOBS.items() if name in jobs]
+        out = world(self.ranks)
+        self.run, self.gradients = out / name, {}
+        self.seen = [json.loads((out / f"{name}.rank{rank}.json").read_text()) for rank in range(self.ranks)]
+        for rank in range(self.ranks):
+            mine = torch.load(out / f"{name}.rank{rank}.pt")
+            assert not mine.keys() & self.gradients.keys(), "two ranks own the same slab"
+            self.gradients |= mine
+
+
+EQUAL = [name for jobs in JOBS.values() for name in jobs if re.fullmatch(r"(muon|adamw)\d(_parts\d|_micro|_one_bucket)?", name)]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_any_number_of_ranks_trains_the_run_of_one(name, world, whole_batch):  # noqa: F811
+    recipe = ADAMW if name.startswith("adamw") else MUON
+    job = Seen(world, name)
+    assert_same_run(job.run, job.gradients, whole_batch(recipe))
+
+
+@pytest.mark.parametrize("name", [name for jobs in JOBS.values() for name in jobs])
+def test_ranks_hold_bit_identical_copies_after_every_step(name, world):
+    job, [(_, one)] = Seen(world, name), [(ranks, jobs[name]) for ranks, jobs in JOBS.items() if name in jobs]
+    steps = one["values"]["num_iterations"] - 10 * ("_from2" in name)
+    assert [(seen["steps"], seen["apart"]) for seen in job.seen] == [(steps, [])] * job.ranks
+
+
+SYNCHRONOUS = [name for jobs in JOBS.values() for name in jobs if name.endswith("_sync")]
+
+
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+def test_overlapped_equals_synchronous_bit_by_bit(name, world):
+    sync, overlapped = Seen(world, name), Seen(world, name.removesuffix("_sync"))
+    assert differing(state_of(sync.run), state_of(overlapped.run)) == []
+    assert untimed(sync.run) == untimed(overlapped.run)
+    assert all(torch.equal(gradient, overlapped.gradients[slab]) for slab, gradient in sync.gradients.items())
+    for one, other in zip(sync.seen, overlapped.seen):
+        assert one["order"] == other["order"] and len(one["order"]) > 3
+
+
+def test_two_runs_of_one_seed_are_the_same_bit_by_bit(world):
+    one, two = Seen(world, "muon2"), Seen(world, "muon2_again")
+    assert differing(state_of(one.run), state_of(two.run)) == []
+    assert untimed(one.run) == untimed(two.run)
+
+
+@pytest.mark.parametrize("name", ["bf16_2", "bf16_2_parts2"])
+def test_in_bf16_losses_stay_within_a_hundredth(name, world, shards, tmp_path):  # noqa: F811
+    run = train(tmp_path, data=shards, **JOBS[2]["bf16_2"]["values"])
+    assert_near_series(series(Seen(world, name).run, "train/loss"), series(run, "train/loss"), 1e-2)
+
+
+# -----------------------------------------------------------------------------
+# When buckets leave, what they weigh, among whom they travel
+
+
+@pytest.mark.parametrize("name", ["muon2", "muon3", "muon4_parts2"])
+def test_the_first_bucket_leaves_before_half_of_backward_is_done(name, world):
+    for seen in Seen(world, name).seen:
+        assert len(seen["first_send"]) == STEPS and seen["parameters"] > 10
+        assert all(0 < there < seen["parameters"] / 2 for there in seen["first_send"]), seen["first_send"]
+
+
+@pytest.mark.parametrize("name", ["muon2_sync", "muon4_sync"])
+def test_without_overlap_nothing_leaves_before_the_end_of_backward(name, world):
+    for seen in Seen(world, name).seen:
+        assert all(there == 0 for there in seen["first_send"])  # no hook was asked
+
+
+@pytest.mark.parametrize("name", ["muon2", "muon3", "muon4", "muon4_parts2", "muon4_parts4"])
+def test_buckets_leave_in_the_planned_order_on_every_rank(name, world):
+    job = Seen(world, name)
+    config, hp = parsed(name)
+    buckets = make_buckets(config, job.ranks, hp.expert_parallel, hp.bucket_mb)
+    for rank, seen in enumerate(job.seen):
+        assert seen["order"] == [bucket.slabs[0].name for bucket in buckets if rank in bucket.ranks]
+
+
+def parsed(name: str):
+    [one] = [jobs[name] for jobs in JOBS.values() if name in jobs]
+    config, hp, _ = train_muon.parse(train_recipe(one), flags(train_recipe(one), experiment_name=name, **one["values"] | {"resume": None}))
+    return config, hp
+
+
+PLANNED = ["muon2", "muon2_one_bucket", "adamw2", "muon2_parts2", "muon3", "muon4", "muon4_parts2", "muon4_parts4", "hash4_parts4"]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_predicts_the_bytes_that_are_sent(name, world):
+    job, (config, hp) = Seen(world, name), parsed(name)
+    plan = train_muon.plan(config, hp, MUON, job.ranks)
+    sent = [seen["bytes"]["reduce_scatter"] + seen["bytes"]["all_gather"] for seen in job.seen]
+    assert max(sent) == plan["sent_bytes"]
+    if hp.expert_parallel == 1:
+        assert len(set(sent)) == 1 and plan["all_reduce_bytes"] <= sent[0] <= 1.6 * plan["all_reduce_bytes"]
+    rows = sum(seen["bytes"]["all_to_all"] for seen in job.seen) / job.ranks
+    assert rows == pytest.approx(plan["rows_bytes"], rel=0.02 if name.startswith("hash") else 0.25)
+
+
+def test_the_plan_predicts_the_optimizer_s_memory(world):
+    for name in ("muon2", "muon3", "adamw2", "muon4_parts2"):
+        (config, hp), job = parsed(name), Seen(world, name)
+        recipe = ADAMW if name.startswith("adamw") else MUON
+        folder = model.latest_checkpoint(job.run / "checkpoint")
+        held = []
+        for rank in range(job.ranks):
+            slabs = torch.load(folder / f"rank{rank}.pt", weights_only=True)
+            held.append(sum(t.nbytes for slab in slabs.values() for key, t in slab.items() if key not in ("value", "step")))
+        plan = train_muon.plan(config, hp, recipe, job.ranks)
+        assert max(held) == plan["optimizer_bytes"] and sum(held) == plan["optimizer_bytes_total"]
+
+
+def test_newton_schulz_s_flops_are_counted_by_torch_too():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = CONFIGS["tiny"]
+    matrices = [p for name, p in GPT(config).named_parameters() if model.parameter_rule(name).kind in ("matrix", "expert")]
+    with FlopCounterMode(display=False) as counter:
+        for p in matrices:
+            train_muon.newton_schulz(torch.randn(p.shape))
+    assert train_muon.plan(config, hyper(MUON), MUON, 1)["newton_schulz_total"] == counter.get_total_flops()
+
+
+def test_the_plan_prints_without_data_or_ranks(monkeypatch):
+    monkeypatch.setattr(train_muon.dist, "init_process_group", lambda *_, **__: pytest.fail("ranks were asked for"))
+    monkeypatch.setenv("RANK", "0")
+    words = ["--preset", "speedrun", "--world_size", "8", "--plan", "--data", "nowhere"]
+    status, out, err = call(lambda: train_muon.main(MUON), words)
+    assert status == 0 and err == ""
+    for label in ("sent per step", "padding", "optimizer state", "Newton-Schulz", "forward + backward"):
+        assert label in out
+    status, out, err = call(lambda: train_muon.main(MUON), [*words, "--world_size", "0"])
+    assert status != 0 and "world_size" in err
+
+
+def test_an_expert_travels_only_among_the_ranks_that_hold_it(world):
+    for name, parts in (("muon4_parts2", 2), ("muon4_parts4", 4), ("muon2_parts2", 2), ("muon4", 1)):
+        job, experts = Seen(world, name), 4
+        owned = {}
+        for rank, seen in enumerate(job.seen):
+            for slab, ranks in seen["expert_ranks"]:
+                owned[slab] = rank
+                part = int(slab.rpartition("[")[2][:-1]) // (experts // parts)
+                holders = list(range(part, job.ranks, parts))
+                assert rank in holders and ranks == (holders if len(holders) > 1 else []), (slab, ranks)
+        assert len(owned) == 2 * 2 * experts
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_ranks_hold_only_their_experts_and_start_from_the_same_values(parts):
+    whole = dict(tiny_model().init_weights(3).named_parameters())
+    for rank in range(4):
+        part = rank % parts
+        net = GPT(CONFIGS["tiny"], World(rank, 4, torch.device("cpu"), parts).expert_ranks).init_weights(3)
+        for name, p in net.named_parameters():
+            here = slice(part * 4 // parts, (part + 1) * 4 // parts) if ".experts." in name else slice(None)
+            if name in whole:
+                assert torch.equal(p, whole[name][here]), name
+        assert net.blocks[0].ffn.experts.up.shape[0] == 4 // parts
+
+
+# -----------------------------------------------------------------------------
+# Odd gradients and odd loads
+
+
+@pytest.mark.parametrize("name", [*PLANTED, "plant0_parts2", "plant1_parts2"])
+def test_what_is_missing_on_some_ranks_counts_as_zero(name, world, shards, tmp_path, monkeypatch):  # noqa: F811
+    """Two ranks against one with two micro-batches, the same oddity planted into the second half of the batch."""
+    gradients, plant = {}, PLANTED[name.partition("_")[0]]
+    PLANTS[plant](monkeypatch, HALF)
+    first_gradients(monkeypatch, gradients)
+    run = train(tmp_path, data=shards, **job(num_iterations=8, micro_batch_tokens=HALF)["values"])
+    two = Seen(world, name)
+    assert_same_run(two.run, two.gradients, (run, gradients))
+
+
+def test_an_expert_that_no_rank_uses_stands_still(world):
+    job = Seen(world, "plant1")
+    assert all(not gradient.any() for slab, gradient in job.gradients.items() if re.search(r"experts.*\[2\]", slab))
+    loads = np.array([load for _, load in series(job.run, "moe/load")])
+    assert (loads[:, :, 2] == 0).all() and np.allclose(loads.sum(-1), 1)
+    net, start = model.load_checkpoint(job.run / "checkpoint")[0], tiny_model().init_weights(LAYOUT_RUNS["muon"]["seed"])
+    assert torch.equal(net.blocks[0].ffn.experts.up[2], start.blocks[0].ffn.experts.up[2])
+    assert not torch.equal(net.blocks[0].ffn.experts.up[1], start.blocks[0].ffn.experts.up[1])
+
+
+def test_more_ranks_than_matrices(world, shards, tmp_path):  # noqa: F811
+    """A dense layer has six matrices, three of them in QKV; with three ranks no bucket divides evenly."""
+    values = JOBS[3]["muon3_small"]["values"]
+    run, job = train(tmp_path, data=shards, **values), Seen(world, "muon3_small")
+    assert_near(state_of(job.run), state_of(run), 1e-4)
+    config, hp = parsed("muon3_small")
+    owners = {owner for bucket in make_buckets(config, 16) for slab, owner in zip(bucket.slabs, bucket.owners) if slab.family}
+    assert len(owners) == 6
+    idle = min(set(range(16)) - owners)
+    exchange = train_muon.Exchange(GPT(config), World(idle, 16, torch.device("cpu")))
+    assert not any(isinstance(o, train_muon.Muon) for t in exchange.transfers for o in MUON.make_optimizers(t.owned_by_kind(), hp))
+
+
+# -----------------------------------------------------------------------------
+# Resuming at another number of ranks and of expert parts
+
+
+RESUMED = [name for jobs in JOBS.values() for name in jobs if "_from2" in name]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_of_two_ranks_goes_on_anywhere(name, world, whole_batch):  # noqa: F811
+    job, straight = Seen(world, name), Seen(world, "muon2_parts2" if name.endswith("_parts2") else "muon2")
+    assert "the run continues from step 10" in (job.run / "run.log").read_text()
+    assert [row["step"] for row in training_rows(job.run)] == list(range(11, STEPS + 1))
+    tail = lambda run, key: [(step, value) for step, value in series(run, key) if step > 10]
+    for key in ("train/loss", "val/loss"):
+        assert_near_series(tail(job.run, key), tail(straight.run, key), 1e-5)
+    assert_near(state_of(job.run), state_of(straight.run), 1e-4)
+    assert len(json.loads((model.latest_checkpoint(job.run / "checkpoint") / "manifest.json").read_text())["files"]) == job.ranks
+
+
+def test_at_the_same_number_of_ranks_it_goes_on_bit_by_bit(world):
+    job, straight = Seen(world, "muon2_from2"), Seen(world, "muon2")
+    assert differing(state_of(job.run), state_of(straight.run)) == []
+    later = [row for row in untimed(straight.run) if row["step"] > 10 and row.get("event") != "end"]
+    assert [row for row in untimed(job.run) if row.get("event") != "end"] == later
+
+
+@pytest.mark.parametrize("source", ["muon2", "muon2_parts2"])
+def test_a_checkpoint_of_two_ranks_goes_on_alone(source, world, shards, tmp_path):  # noqa: F811
+    out = world(2)
+    shutil.copytree(out / f"{source}_kept", tmp_path / "muon")
+    run = train(tmp_path, data=shards, resume=True, **LAYOUT_RUNS["muon"] | KEPT)
+    straight = Seen(world, source).run
+    assert_near_series(series(run, "train/loss"), [(s, v) for s, v in series(straight, "train/loss") if s > 10], 1e-5)
+    assert_near(state_of(run), state_of(straight), 1e-4)
+
+
+def test_one_rank_s_checkpoint_is_continued_by_three(shards, tmp_path, whole_batch):  # noqa: F811
+    run, whole = Path(shutil.copytree(whole_batch(MUON)[0], tmp_path / "muon")), whole_batch(MUON)[0]
+    shutil.rmtree(run / "checkpoint/step_000030")
+    done = torchrun(3, ROOT / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path, resume=True, **LAYOUT_RUNS["muon"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the run continues from step 24" in (run / "run.log").read_text()
+    assert_near_series(series(run, "train/loss"), series(whole, "train/loss"), 1e-5)
+    assert_near(state_of(run), state_of(whole), 1e-4)

@@ -47,7 +47,7 @@ class Run:
     first, where all methods do nothing and no file is touched.
 
     All methods raise RunError where a file cannot be written; the constructor also if the experiment exists and is not
-    resumed, or if its metrics.jsonl is damaged.
+    resumed, if another process is writing it, or if its metrics.jsonl is damaged.
     """
 
     def __init__(self, out_dir, experiment_name: str, *, config: dict, sources: list[Path],
@@ -57,6 +57,7 @@ class Run:
         self._queue = []  # rows that are not on disk yet
         self._unseen = []  # rows on disk that no flush() has returned yet
         self._waiting = False  # whether a value in the queue still sits on a device
+        self._lock = None
         if not active:
             return
         if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
@@ -66,6 +67,7 @@ class Run:
             refuse_existing(self.path)
         with _naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
         metrics = self.path / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
             lines, rows = _read_rows(metrics)
@@ -136,8 +138,10 @@ class Run:
             self._unseen += rows
 
     def close(self):
-        """Writes what is still queued. May be called more than once."""
+        """Writes what is still queued and gives the folder free. May be called more than once."""
         self._write_queue()
+        if self._lock:
+            self._lock.close()
 
     def __enter__(self):
         return self
@@ -177,6 +181,23 @@ def _naming(path, verb="write"):
     except OSError as error:
         raise RunError(f"cannot {verb} {path}: {error.strerror or error}; make room or mend the permissions there,"
                        " or choose another --out_dir") from error
+
+
+def _lock(folder):
+    """An open file whose lock says that this process writes the folder. The kernel takes it back, also after kill -9."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / "run.log", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"another process is writing {folder}; stop it or let it end, or choose another --experiment_name") from None
+    except OSError:
+        pass  # a file system without locks: nothing can be told there
+    return file
 
 
 def _append(path, text):

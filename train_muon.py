@@ -345,21 +345,27 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
 
     waiting, buckets, work = {}, [], collections.Counter()  # work: (family, rank) -> cost so far
 
-    def close(ranks: tuple[int, ...]):
-        slabs = waiting.pop(ranks)
-        buckets.append(Bucket(ranks, tuple(slabs), tuple(assign_owners(slabs, ranks, work))))
+    def close(ranks: tuple[int, ...], most_padding: float):
+        nonlocal work
+        after = work.copy()
+        bucket = Bucket(ranks, tuple(waiting[ranks]), tuple(assign_owners(waiting[ranks], ranks, after)))
+        if bucket.padding <= most_padding:
+            buckets.append(bucket)
+            del waiting[ranks]
+            work = after
 
     for _, unit in itertools.groupby(sorted(cut_slabs(config), key=backward_order), key=backward_order):
         for slab in unit:
             waiting.setdefault(holders(slab), []).append(slab)
-        for ranks, slabs in list(waiting.items()):
-            if 1 < len(ranks) and 4 * sum(slab.numel for slab in slabs) >= bucket_mb * 2**20:
-                trial = Bucket(ranks, tuple(slabs), tuple(assign_owners(slabs, ranks, work.copy())))
-                if trial.padding <= MOST_PADDING:
-                    close(ranks)
+        for ranks in [ranks for ranks, slabs in waiting.items() if len(ranks) > 1 and bucket_bytes(slabs) >= bucket_mb * 2**20]:
+            close(ranks, MOST_PADDING)
     for ranks in list(waiting):
-        close(ranks)
+        close(ranks, math.inf)
     return buckets
+
+
+def bucket_bytes(slabs: list[Slab]) -> int:
+    return 4 * sum(slab.numel for slab in slabs)
 
 
 def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.Counter) -> list[int]:
@@ -370,12 +376,19 @@ def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.C
     for numel in sorted((slab.numel for slab in slabs), reverse=True):
         heapq.heapreplace(parts, parts[0] + numel)
     room, owners = dict.fromkeys(ranks, max(parts)), [0] * len(slabs)
+    idlest = {family: [(work[family, rank], rank) for rank in ranks] for family in (False, True)}  # heaps, sorted lists at first
+    for queue in idlest.values():
+        queue.sort()
     for i in sorted(range(len(slabs)), key=lambda i: (-slabs[i].cost, slabs[i].name)):
-        slab = slabs[i]
-        fits = [rank for rank in ranks if room[rank] >= slab.numel] or [max(ranks, key=room.get)]
-        owners[i] = min(fits, key=lambda rank: (work[slab.family, rank], rank))
-        work[slab.family, owners[i]] += slab.cost
-        room[owners[i]] -= slab.numel
+        slab, queue, full = slabs[i], idlest[slabs[i].family], []
+        while queue and room[queue[0][1]] < slab.numel:
+            full.append(heapq.heappop(queue))
+        done, owner = heapq.heappop(queue) if queue else full.pop(full.index(max(full, key=lambda entry: room[entry[1]])))
+        for entry in (*full, (done + slab.cost, owner)):
+            heapq.heappush(queue, entry)
+        owners[i] = owner
+        work[slab.family, owner] += slab.cost
+        room[owner] -= slab.numel
     return owners
 
 
@@ -384,17 +397,18 @@ def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
 
     Rings send (W-1)/W of a buffer twice: out as gradients, back as values. An exchange of rows sends k rows per token and routed
     layer, of which (N-1)/N leave the rank if the load is even: out and back, forward and backward."""
-    parts, ranks = hp.expert_parallel, range(world_size)
+    parts = hp.expert_parallel
     buckets = make_buckets(config, world_size, parts, hp.bucket_mb)
-    ring, state, newton_schulz = [0] * world_size, [0] * world_size, [0] * world_size
+    ring, held, state, newton_schulz = ([0] * world_size for _ in range(4))
     for bucket in buckets:
+        sent, numel = 2 * 4 * bucket.part * (len(bucket.ranks) - 1), bucket_bytes(bucket.slabs) // 4
         for rank in bucket.ranks:
-            ring[rank] += 2 * 4 * bucket.part * (len(bucket.ranks) - 1)
+            ring[rank] += sent
+            held[rank] += numel
         for slab, owner in zip(bucket.slabs, bucket.owners):
             state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.family else 2)
             newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.family
-    numel = sum(slab.numel for bucket in buckets for slab in bucket.slabs)
-    held = [sum(slab.numel for bucket in buckets for slab in bucket.slabs if rank in bucket.ranks) for rank in ranks]
+    numel = sum(bucket_bytes(bucket.slabs) for bucket in buckets) // 4
     tokens = hp.batch_tokens / world_size
     row_bytes = config.n_embd * DTYPES[config.dtype].itemsize
     rows = 4 * tokens * config.top_k * config.routed_layers * row_bytes * (parts - 1) / parts
@@ -935,7 +949,13 @@ class Watchdog:
         beat, here = 0, f"{socket.gethostname()}, pid {os.getpid()}"
         while not self.closed.wait(self.BEAT):
             beat, (place, since) = beat + 1, self.timer.place
-            self.store.set(f"beat/{self.world.rank}", json.dumps([beat, place, here]))
+            try:
+                self.store.set(f"beat/{self.world.rank}", json.dumps([beat, place, here]))
+            except RuntimeError as error:
+                if not self.closed.is_set():  # nobody would restart this process, and a second one could write beside it
+                    print(f"error: rank {self.world.rank} ends, for the store of torchrun is gone ({error})", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
             if time.monotonic() - since > self.stuck_after:
                 self.accuse()
 
@@ -1056,6 +1076,7 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
         with phase(timer, "optimizer"):
             for optimizer in transfer.optimizers:
                 optimizer.step()
+        with phase(timer, "communication"):
             transfer.send_values()
     with phase(timer, "communication"):
         exchange.finish()
@@ -1132,7 +1153,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     compile_note = compile_model(model, hp, device)
 
     watchdog, saver = Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
-    with watchdog, StopSignals(world) as signals, saver:
+    with watchdog, StopSignals(world) as signals, saver, contextlib.ExitStack() as opened:
+        opened.callback(loader.close)
         # ---- warm up: compile and allocate everything on random tokens, then put the model back
         before = {name: value.clone() for name, value in model.state_dict().items()}
         random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
@@ -1166,7 +1188,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
                  "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
                  "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
-        run = Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step, active=world.rank == 0)
+        run = opened.enter_context(Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step, active=world.rank == 0))
         for note in notes:
             run.print(f"{note}; going on from step {start} instead")
         run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
@@ -1220,7 +1242,6 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
 
         # ---- the end: what was reached, beside what compressors need, and a sample
         bar.close()
-        loader.close()
         if stopping and not last:
             saver.wait()
             run.flush()
@@ -1245,8 +1266,9 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                     text = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
                     run.print(f"{'-' * 30} sample\n{text}\n{'-' * 37}")
         run.log(end)
-        run.close()
         saver.wait()
+        timer.begin("communication")
+        gather_objects("done", world)  # no rank takes the shared store with it while another still needs it
 
 
 def look(signs: Late, step: int, saver: Saver, world: World) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plants import PLANTS
+from plants import ODD, PLANTS
 from test_train import (  # noqa: F401  (fixtures are used by name)
     CONFIGS,
     LAYOUT_RUN,
@@ -49,7 +49,7 @@ from test_train import (  # noqa: F401  (fixtures are used by name)
 
 import model
 import train_muon
-from model import GPT, Config
+from model import GPT
 from train_adamw import ADAMW
 from train_muon import MUON, World, make_buckets
 
@@ -67,7 +67,7 @@ def resumed(source: str, **values) -> dict:
     return job(copy=[f"{source}_kept"], resume=True, **KEPT, **values)
 
 
-PLANTED = {f"plant{i}": plant for i, plant in enumerate(PLANTS)}
+PLANTED = {f"plant{i}": plant for i, plant in enumerate(ODD)}
 JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
     2: {
         "muon2": job(**KEPT),
@@ -78,6 +78,9 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
         "adamw2": job(ADAMW),
         "muon2_parts2": job(expert_parallel=2, **KEPT),
         "muon2_parts2_sync": job(expert_parallel=2, overlap="false"),
+        "muon2_bias": job(num_iterations=12, bias_update_factor=0.01),
+        "muon2_traced": job(num_iterations=3, plant="traced", compile="true"),
+        "muon2_parts2_traced": job(num_iterations=3, plant="traced", compile="true", expert_parallel=2),
         "bf16_2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16"),
         "bf16_2_parts2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16", expert_parallel=2),
         "muon2_from2": resumed("muon2"),
@@ -377,3 +380,139 @@ def test_one_rank_s_checkpoint_is_continued_by_three(shards, tmp_path, whole_bat
     assert "the run continues from step 24" in (run / "run.log").read_text()
     assert_near_series(series(run, "train/loss"), series(whole, "train/loss"), 1e-5)
     assert_near(state_of(run), state_of(whole), 1e-4)
+
+
+# -----------------------------------------------------------------------------
+# Several hosts: two agents that meet on the loopback, and two hosts in network namespaces
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_agent(words, endpoint: str, prefix=(), extra=(), **env) -> subprocess.Popen:
+    """One host's torchrun, as the README prints it, with one rank."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint={endpoint}", "--rdzv-id=7", *extra, str(ROOT / "train_muon.py"), *map(str, words)]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+
+
+def finish_agents(agents: list[subprocess.Popen], timeout=100):
+    try:
+        for agent in agents:
+            out, _ = agent.communicate(timeout=timeout)
+            assert agent.returncode == 0, out[-4000:]
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+
+
+def test_two_agents_on_the_loopback_train_the_run_of_one(shards, tmp_path, whole_batch):  # noqa: F811
+    words = flags(MUON, data=shards, out_dir=tmp_path, **LAYOUT_RUNS["muon"])
+    endpoint = f"127.0.0.1:{free_port()}"
+    finish_agents([start_agent(words, endpoint) for _ in range(2)])
+    assert_near_series(series(tmp_path / "muon", "train/loss"), series(whole_batch(MUON)[0], "train/loss"), 1e-5)
+    assert_near(state_of(tmp_path / "muon"), state_of(whole_batch(MUON)[0]), 1e-4)
+    assert json.loads((tmp_path / "muon/config.json").read_text())["world_size"] == 2
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a cable: (name, address) of each. Skips where the system does not allow them."""
+    hosts = [(f"nanomoe{i}-{os.getpid()}", f"10.77.0.{i + 1}") for i in range(2)]
+    ends = [f"nm{i}-{os.getpid() % 100000}" for i in range(2)]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        steps = [("netns", "add", name) for name, _ in hosts] + [("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])]
+        for (name, address), end in zip(hosts, ends):
+            inside = ("-n", name)
+            steps += [("link", "set", end, "netns", name), (*inside, "addr", "add", f"{address}/24", "dev", end),
+                      (*inside, "link", "set", end, "up"), (*inside, "link", "set", "lo", "up")]  # fmt: skip
+        for step in steps:
+            try:
+                done = ip(*step)
+            except FileNotFoundError:
+                pytest.skip("no `ip` command here")
+            if done.returncode:
+                pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
+        yield [(*host, end) for host, end in zip(hosts, ends)]
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            for name, _ in hosts:
+                ip("netns", "del", name)
+
+
+def received_bytes(host: str, end: str) -> int:
+    words = ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{end}/statistics/rx_bytes"]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+
+def test_two_hosts_in_network_namespaces_train_the_run_of_one(two_hosts, shards, tmp_path, whole_batch):  # noqa: F811
+    words = flags(MUON, data=shards, out_dir=tmp_path, expert_parallel=2, **LAYOUT_RUNS["muon"])
+    endpoint = f"{two_hosts[0][1]}:29400"
+    agents = []
+    for i, (name, address, end) in enumerate(two_hosts):  # both have this machine's name, so addresses are given
+        extra = (f"--local-addr={address}", f"--rdzv-conf=is_host={str(i == 0).lower()}")
+        agents.append(start_agent(words, endpoint, ("ip", "netns", "exec", name), extra, GLOO_SOCKET_IFNAME=end))
+    finish_agents(agents)
+    assert_near_series(series(tmp_path / "muon", "train/loss"), series(whole_batch(MUON)[0], "train/loss"), 1e-5)
+    assert_near(state_of(tmp_path / "muon"), state_of(whole_batch(MUON)[0]), 1e-4)
+    config, hp, _ = train_muon.parse(MUON, words)
+    plan = train_muon.plan(config, hp, MUON, 2)
+    least = LAYOUT_RUNS["muon"]["num_iterations"] * (plan["sent_bytes"] + plan["rows_bytes"])
+    assert received_bytes(two_hosts[1][0], two_hosts[1][2]) > least  # it all went over the cable
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints in the background
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(shards, tmp_path, monkeypatch):  # noqa: F811
+    """The writer of step 3 is held until three more steps are done."""
+    write, step, done, held = train_muon.write_checkpoint, train_muon.train_step, threading.Event(), []
+
+    def slow_write(folder, number, *words):
+        if number == 3:
+            held.append(done.wait(60))
+        return write(folder, number, *words)
+
+    def counting_step(*words):
+        row = step(*words)
+        if words[4] == 5:
+            assert not (tmp_path / "muon/checkpoint/step_000003").exists()
+            done.set()
+        return row
+
+    straight = train(tmp_path / "straight", data=shards, **LAYOUT_RUN | dict(num_iterations=6, checkpoint_every=3))
+    monkeypatch.setattr(train_muon, "write_checkpoint", slow_write)
+    monkeypatch.setattr(train_muon, "train_step", counting_step)
+    run = train(tmp_path, data=shards, **LAYOUT_RUN | dict(num_iterations=6, checkpoint_every=3))
+    assert held == [True]
+    for name in ("step_000003", "step_000006"):  # what was saved is what was there when it was due
+        saved, expected = (model.read_checkpoint(folder / "checkpoint" / name)[1] for folder in (run, straight))
+        assert all(torch.equal(saved[slab][key], expected[slab][key]) for slab in expected for key in expected[slab])
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step_000003", "step_000006"]
+
+
+def test_the_selection_bias_moves_alike_on_one_rank_and_on_two(world, shards, tmp_path):  # noqa: F811
+    """Its update is a sign, so an expert with exactly its share must not go up on one layout and stay on another."""
+    run, job = train(tmp_path, data=shards, **JOBS[2]["muon2_bias"]["values"]), Seen(world, "muon2_bias")
+    biases = [state_of(folder)["bias_LE/value"] for folder in (run, job.run)]
+    assert torch.equal(*biases) and biases[0].any()
+
+
+def test_compiled_blocks_hand_over_their_gradients_one_by_one(world):
+    """Each compiled block is one node of the backward graph; the first buckets leave between two of them, without and with an exchange of rows."""
+    for name in ("muon2_traced", "muon2_parts2_traced"):
+        job = Seen(world, name)
+        assert "; compiled" in (job.run / "run.log").read_text()
+        assert_near_series(series(job.run, "train/loss"), series(Seen(world, "muon2").run, "train/loss")[:3], 1e-5)
+        for seen in job.seen:
+            assert all(0 < there < seen["parameters"] / 2 for there in seen["first_send"]), seen["first_send"]

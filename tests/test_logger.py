@@ -561,3 +561,26 @@ def test_one_row_is_enough_for_every_plot(tmp_path, monkeypatch, capsys):
     metrics.write_text("\n".join(metrics.read_text().splitlines()[:2]))
     call_script(monkeypatch, "--out_dir", tmp_path)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    """The lock of a living process holds; that of a killed one does not."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(logger.__file__).parent)!r})
+from logger import Run
+run = Run({str(tmp_path)!r}, "held", config={{}}, sources=[])
+print("ready", flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        before = {path: path.read_bytes() for path in (tmp_path / "held").iterdir()}
+        with pytest.raises(logger.RunError, match=r"another process is writing .*held.*--experiment_name"):
+            Run(tmp_path, "held", config={}, sources=[], resume_step=0)
+        assert {path: path.read_bytes() for path in (tmp_path / "held").iterdir()} == before
+    finally:
+        process.kill()
+        process.wait()
+    Run(tmp_path, "held", config={}, sources=[], resume_step=0).close()

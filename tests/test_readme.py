@@ -29,13 +29,15 @@ SHORT = {
     "profile.sh": "--batch_tokens 1024 --warmup_steps 0",
     "pip": "--no-index --quiet",  # what it names must be installed already
     "pytest": "--collect-only",
+    "overlap.py": "--steps 1",
 }
 
 
 def commands(block: str) -> list[list[str]]:
     """The commands of a block: lines joined over backslashes, split at && and cleared of comments."""
     lines = re.sub(r"\\\n", " ", block).splitlines()
-    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if shlex.split(part, comments=True)]
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [[word for word in words if not word.startswith("${")] for words in parts if words]  # a word the shell may leave out
 
 
 def script_of(command: list[str]) -> tuple[str, list[str]]:
@@ -53,7 +55,8 @@ def clone(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -69,7 +72,7 @@ def test_run_blocks_run(clone):
         if mark == "bash run":
             for command in commands(body):
                 script, _ = script_of(command)
-                command = [*command, *shlex.split(SHORT.get(script, ""))]
+                command = command if "--plan" in command else [*command, *shlex.split(SHORT.get(script, ""))]
                 done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
                 assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for left in ("data/python/meta.json", "logs/muon/run.log", "logs/muon/checkpoint", "logs/adamw/metrics.jsonl", "logs/plots/val_loss.png"):

@@ -1,0 +1,111 @@
+"""How long a training step waits for the other ranks, with and without overlap, with and without a slower network.
+
+    python benchmarks/overlap.py                       # two ranks on this machine, preset cpu
+    python benchmarks/overlap.py --ranks 2 --delay_ms 20 --steps 15 --json overlap.json
+
+Exposed wait is the phase "communication" of train_step: time in which the training thread does nothing but wait. Both variants send
+the same buckets in the same order and end bit for bit alike; they take turns step by step in one run, so the machine's drift hits
+them alike. The delay stands for a network: a collective is not done before `delay_ms` have passed since it began, and waiting for
+that costs no processor. On a CPU the ranks and gloo share the cores, so without a delay no speed-up is to be expected."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch.distributed as dist  # noqa: E402
+
+import model as model_file  # noqa: E402
+import train_muon  # noqa: E402
+from logger import PhaseTimer  # noqa: E402
+from model import GPT  # noqa: E402
+
+
+class Delayed:
+    """A collective in flight that takes at least `seconds` from now."""
+
+    def __init__(self, work, seconds: float):
+        self.work, self.done = work, time.perf_counter() + seconds
+
+    def wait(self):
+        self.work.wait()
+        time.sleep(max(0.0, self.done - time.perf_counter()))
+
+
+def delayed(collective, seconds: list[float]):
+    return lambda *words, **names: Delayed(collective(*words, **names), seconds[0])
+
+
+def measure(args) -> dict[str, dict[str, list[float]]]:
+    """variant -> seconds of whole steps and of waiting in them, the slowest rank's of each step."""
+    config, hp = model_file.PRESETS[args.preset], train_muon.PRESETS[args.preset]
+    world = train_muon.join(hp)
+    rows = hp.batch_tokens // hp.seq_len
+    micro_rows = train_muon.micro_batch_rows(rows, hp, world)
+    next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
+    model, timer, delay = GPT(config).to(world.device), PhaseTimer(world.device.type), [0.0]
+    train_muon.reduce_scatter = delayed(train_muon.reduce_scatter, delay)
+    train_muon.all_gather = delayed(train_muon.all_gather, delay)
+    exchanges = {}
+    for overlap in (False, True):
+        exchanges[overlap] = train_muon.Exchange(model, world, hp.bucket_mb, overlap)
+        for transfer in exchanges[overlap].transfers:
+            transfer.optimizers = train_muon.make_optimizers(transfer.owned_by_kind(), hp)
+    variants = {f"{'overlapped' if overlap else 'synchronous'}, delay {ms:g} ms": (overlap, ms / 1000)
+                for ms in (0.0, args.delay_ms) for overlap in (False, True)}  # fmt: skip
+    seconds = {name: {"step": [], "wait": []} for name in variants}
+    for round_ in range(args.steps + 2):  # two rounds to warm up
+        for name, (overlap, delay[0]) in variants.items():
+            dist.barrier()
+            began = time.perf_counter()
+            train_muon.train_step(model, exchanges[overlap], exchanges[overlap].optimizers, next_step, 0, hp, train_muon.MUON, timer)
+            own = time.perf_counter() - began, timer.row()["time/communication"]
+            slowest = [max(values) for values in zip(*train_muon.gather_objects(own, world))]
+            if round_ >= 2:
+                seconds[name]["step"].append(slowest[0])
+                seconds[name]["wait"].append(slowest[1])
+    buckets = len(exchanges[True].transfers)
+    dist.destroy_process_group()
+    return {"buckets": buckets, "ranks": world.size, "seconds": seconds}
+
+
+def table(result: dict) -> str:
+    steps = len(next(iter(result["seconds"].values()))["step"])
+    lines = [f"{result['ranks']} ranks, {result['buckets']} buckets; medians of {steps} interleaved steps",
+             f"{'variant':<32}{'step':>10}{'exposed wait':>15}"]  # fmt: skip
+    for name, values in result["seconds"].items():
+        step, wait = (1000 * statistics.median(values[key]) for key in ("step", "wait"))
+        lines.append(f"{name:<32}{step:>7.1f} ms{wait:>12.1f} ms")
+    return "\n".join(lines)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = model_file.Parser(prog="overlap.py", description="Exposed wait per step, with and without overlap and an injected delay.")
+    parser.add_argument("--ranks", type=model_file.positive, default=2)
+    parser.add_argument("--preset", choices=list(train_muon.PRESETS), default="cpu")
+    parser.add_argument("--delay_ms", "--delay-ms", type=float, default=20.0, help="least duration of each collective in the delayed variants")
+    parser.add_argument("--steps", type=model_file.positive, default=15, help="measured steps of each variant")
+    parser.add_argument("--json", type=Path, help="write every measured second there")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
+    if "RANK" not in os.environ:  # start the ranks, each of them comes here again
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        sys.exit(subprocess.run([*launch, __file__, *sys.argv[1:]], env=env).returncode)
+    result = measure(args)
+    if int(os.environ["RANK"]) == 0:
+        print(table(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

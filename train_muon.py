@@ -872,7 +872,7 @@ def agree_on(facts: dict, world: World):
     """Stop before training if the ranks differ in one of these facts, and name it."""
     everyone = gather_objects(facts, world)
     for rank, theirs in enumerate(everyone):
-        for name in everyone[0].keys() | theirs.keys():
+        for name in sorted(everyone[0].keys() | theirs.keys()):
             here, there = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
             if here != there:
                 stop(world, f"the ranks differ: {name} is {there} on rank {rank} and {here} on rank 0; "

@@ -121,6 +121,41 @@ def test_bad_shards_are_refused_by_name(tmp_path, damage):
         list(validation_batches(tmp_path, seq_len=2, rows=1))
 
 
+def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
+    """meta.json promises a sha256 for each shard; the ranks of a host share the looking."""
+    make_shards(tmp_path, [500, 600, 700], vocab=257)
+    make_shards(tmp_path, [500], split="val", vocab=257)
+    (tmp_path / "meta.json").write_text(json.dumps(data.describe(tmp_path, get_encoding("bytes"))))
+    whole = data.fingerprint(tmp_path)
+    assert len(whole) == 4 and all(digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]])
+    for rank in range(3):
+        data.verify(tmp_path, rank, 3)
+    damaged = sorted(tmp_path.glob("*_train_*.bin"))[1]
+    raw = bytearray(damaged.read_bytes())
+    raw[1024 + 300] ^= 1
+    damaged.write_bytes(raw)
+    complaints = []
+    for rank in range(3):
+        try:
+            data.verify(tmp_path, rank, 3)
+        except DataError as error:
+            complaints.append(str(error))
+    assert len(complaints) == 1 and damaged.name in complaints[0] and "sha256" in complaints[0] and "python data.py" in complaints[0]
+    with pytest.raises(DataError, match=damaged.name):
+        data.verify(tmp_path)
+
+
+def test_shards_without_promises_are_told_apart_by_their_contents(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        tokens = np.random.default_rng(seed).integers(0, 50257, 5000).astype(np.uint16)
+        write_shard(tmp_path / name / "x_train_000001.bin", tokens)
+        write_shard(tmp_path / name / "x_val_000000.bin", tokens[:100])
+    a, b, c = (data.fingerprint(tmp_path / name) for name in "abc")
+    assert a == b and a["x_train_000001.bin"] != c["x_train_000001.bin"]
+    data.verify(tmp_path / "a")
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_failed_write_leaves_the_old_shard(tmp_path, monkeypatch, step):
     path = tmp_path / "a.bin"

@@ -1179,7 +1179,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """The steps saved inside `folder`, newest first (or `folder` itself if it is one step's)."""
     if (folder / "manifest.json").exists():
         return [folder]
-    return [path.parent for path in sorted(folder.glob("step_??????/manifest.json"), reverse=True)]  # no half-written step_NNNNNN.partial
+    return sorted(folder.glob("step_??????"), reverse=True)  # no half-written step_NNNNNN.partial
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -1190,6 +1190,13 @@ def latest_checkpoint(folder: Path) -> Path:
     return steps[0]
 
 
+def manifest_sha256(manifest: dict) -> str:
+    """What a manifest holds besides under "sha256"."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(manifest)), sort_keys=True).encode()).hexdigest()
+
+
 def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
     """The manifest of one step's folder, after the size and sha256 of every file (of every world_size-th, if ranks share the work)
     were found to be what it says. Raises CheckpointError."""
@@ -1198,8 +1205,10 @@ def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
     mend = f"remove {folder} to fall back on the previous step, or start over under another name"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("sha256") != manifest_sha256(manifest):
+            raise ValueError("it does not match its own sha256")
         files = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
     for name, expected in files[rank::world_size]:
         path = folder / name

@@ -3,14 +3,17 @@
     python train_muon.py --experiment_name muon                                  # one GPU, or a laptop's CPU
     torchrun --standalone --nproc_per_node=8 train_muon.py --experiment_name muon   # 8 GPUs, the same mathematics
 
-The file reads top to bottom: hyperparameters, Muon, slabs and who owns them, schedules, checkpoints, evaluation, one training
-step, the loop, the command line. train_adamw.py is the control: it imports `main` from here and brings another Recipe.
+The file reads top to bottom: hyperparameters, Muon, schedules, slabs and buckets (who owns what, and what travels together), the
+exchange, checkpoints, guards, evaluation, one training step, the loop, the command line. Who wants the speedrun on one GPU reads Muon,
+`train_step` and `train`. train_adamw.py is the control: it imports `main` from here and brings another Recipe.
 
-A parameter is cut into slabs (one matrix, or some rows of a table). Each slab has one owner among the ranks: its gradient is
-summed there, updated there, and the new values are gathered back, so optimizer state exists once in the world. Losses are
-divided by the constant number of micro-batches in the global batch, so gradients add up to the same sum at any world size.
+A parameter is cut into slabs (one matrix, or some rows of a table). Each slab has one owner among the ranks: its gradient is summed
+there while backward goes on, updated there, and the new values are gathered back while the next slabs are updated, so optimizer state
+exists once in the world. Losses are divided by the constant number of micro-batches in the global batch, so gradients add up to the
+same sum at any world size. With --expert_parallel N, N ranks share the experts and tokens travel to them (model.py: exchanged).
 
-Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon), distributed as in modded-nanogpt records 6 and 24.
+Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon), distributed and overlapped as in modded-nanogpt records 6 and 22-24;
+owners balanced by cost as in Megatron's layer-wise optimizer, with padding kept small bucket by bucket.
 """
 
 import argparse
@@ -744,6 +747,7 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
         if not failures:
             manifest = {"step": step, **facts, "files": {name: file for report in reports for name, file in report["files"].items()}}
             try:
+                manifest["sha256"] = model_file.manifest_sha256(manifest)
                 write_file(partial / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
@@ -756,9 +760,16 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
         board.tell(f"{key}/outcome", " ".join(failures[:1]))
     [failure] = board.wait_for([f"{key}/outcome"])
     if failure:
-        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failure}); mend that, then go on from the one before "
-                       "with --resume")  # fmt: skip
+        mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
+        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failure}); {last_good(folder)}; {mend}")
     return target
+
+
+OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
+
+
+def last_good(folder: Path) -> str:
+    return next((f"the last good checkpoint is {path}" for path in model_file.checkpoints(folder)), "there is no checkpoint")
 
 
 def write_file(path: Path, write) -> dict[str, dict]:
@@ -937,7 +948,12 @@ class Watchdog:
 
     def __exit__(self, kind, error, trace):
         lost_peer = self.world.size > 1 and isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, RunError)
-        silent = self.silent_ranks() if lost_peer else {}
+        silent = {}
+        if lost_peer:
+            try:
+                silent = self.silent_ranks()
+            except RuntimeError as gone:
+                self.end_alone(gone)
         self.closed.set()
         if self.world.size > 1:
             self.thread.join(2 * self.BEAT)  # a thread that its process ends inside torch takes the exit status with it
@@ -946,18 +962,25 @@ class Watchdog:
             raise SystemExit(1) from error
 
     def run(self):
-        beat, here = 0, f"{socket.gethostname()}, pid {os.getpid()}"
-        while not self.closed.wait(self.BEAT):
-            beat, (place, since) = beat + 1, self.timer.place
-            try:
-                self.store.set(f"beat/{self.world.rank}", json.dumps([beat, place, here]))
-            except RuntimeError as error:
-                if not self.closed.is_set():  # nobody would restart this process, and a second one could write beside it
-                    print(f"error: rank {self.world.rank} ends, for the store of torchrun is gone ({error})", file=sys.stderr, flush=True)
-                    os._exit(1)
-                return
-            if time.monotonic() - since > self.stuck_after:
-                self.accuse()
+        try:
+            self.beat()
+            while not self.closed.wait(self.BEAT):
+                self.beat()
+                if time.monotonic() - self.timer.place[1] > self.stuck_after:
+                    self.accuse()
+        except RuntimeError as error:
+            if not self.closed.is_set():
+                self.end_alone(error)
+
+    def beat(self):
+        words = [time.monotonic(), self.timer.place[0], f"{socket.gethostname()}, pid {os.getpid()}"]
+        self.store.set(f"beat/{self.world.rank}", json.dumps(words))
+
+    def end_alone(self, error: RuntimeError):
+        """Without torchrun nobody would restart this process, and a second one could write beside it."""
+        reason = str(error).splitlines()[0]
+        print(f"\nerror: rank {self.world.rank} ends, for the store of torchrun is gone ({reason})", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def beats(self) -> dict[int, list]:
         ranks = [rank for rank in range(self.world.size) if self.store.check([f"beat/{rank}"])]
@@ -966,7 +989,9 @@ class Watchdog:
     def silent_ranks(self) -> dict[int, list]:
         """rank -> its last words, of the ranks that say nothing for three beats."""
         before = self.beats()
-        time.sleep(3.5 * self.BEAT)
+        for _ in range(4):  # others look at this rank too
+            time.sleep(self.BEAT)
+            self.beat()
         now = self.beats()
         silent = [rank for rank in range(self.world.size) if rank != self.world.rank and now.get(rank) == before.get(rank)]
         return {rank: now.get(rank, [0, "the start", "unknown host"]) for rank in silent}
@@ -988,9 +1013,9 @@ class Watchdog:
         return ", ".join(f"rank {rank} ({here}; {place})" for rank, (_, place, here) in ranks.items()) + (" is" if len(ranks) == 1 else " are")
 
     def tell(self, message: str, guilty):
-        """One of the innocent says it; the others give it the time."""
-        if self.world.rank == min(set(range(self.world.size)) - set(guilty), default=0):
-            print(f"error: {message}; the last checkpoint is complete: go on from it with --resume", file=sys.stderr, flush=True)
+        """The first rank that finds out says it; the others give it the time."""
+        if self.store.add("told", 1) == 1:
+            print(f"\nerror: {message}; the last checkpoint is complete: go on from it with --resume", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * self.BEAT)
 
@@ -1095,6 +1120,7 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
 # -----------------------------------------------------------------------------
 # Training
 
+
 class Prepared(NamedTuple):
     """What a rank finds out before training, when every mistake can still be told in one sentence."""
 
@@ -1124,9 +1150,9 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
 SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py")]
 
 
-def shared_facts(config: Config, hp: Common, experiment_name: str, resume: bool) -> dict:
+def shared_facts(config: Config, hp: Common, **others) -> dict:
     """What must be the same on all ranks: settings, data, code, torch."""
-    fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | {"experiment_name": experiment_name, "resume": resume}
+    fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | others
     flags = {f"--{name}": value for name, value in fields.items() if name != "data"}  # the path may differ, what it holds may not
     shards = {f"shard {name}": contents for name, contents in data.fingerprint(hp.data).items()}
     code = {f"the code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in SOURCES}
@@ -1138,7 +1164,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     device, folder, timer = world.device, Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
     fresh = not (resume or enable_profiling)
     meta, loader, micro_rows = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
-    agree_on(shared_facts(config, hp, experiment_name, resume), world)
+    agree_on(shared_facts(config, hp, experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling), world)
     world = world._replace(expert_parallel=hp.expert_parallel).with_groups()
     rows = hp.batch_tokens // hp.seq_len
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
@@ -1153,7 +1179,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     compile_note = compile_model(model, hp, device)
 
     watchdog, saver = Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
-    with watchdog, StopSignals(world) as signals, saver, contextlib.ExitStack() as opened:
+    with StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
         # ---- warm up: compile and allocate everything on random tokens, then put the model back
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -1276,8 +1302,7 @@ def look(signs: Late, step: int, saver: Saver, world: World) -> bool:
     loss, signalled, disk = signs.tolist()
     if not math.isfinite(loss):
         saver.join()
-        good = [f"the last good checkpoint is {path}" for path in model_file.checkpoints(saver.folder)[:1]] or ["there is no checkpoint"]
-        stop(world, f"the loss of step {step} is {loss}; {good[0]}; lower the learning rates and start again under another --experiment_name")
+        stop(world, f"the loss of step {step} is {loss}; {last_good(saver.folder)}; {OTHER_RATES}")
     if disk:
         saver.wait()
     return signalled > 0
@@ -1472,8 +1497,11 @@ def join(hp: Common) -> World:
     if "RANK" not in os.environ:
         return World(0, 1, device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=2 * hp.stuck_after))  # the watchdog speaks first
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    timeout = timedelta(seconds=2 * hp.stuck_after)  # the watchdog speaks first
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun keeps it over restarts
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    world = World(rank, size, device)
     return world._replace(run_id=gather_objects(uuid.uuid4().hex, world)[0])
 
 

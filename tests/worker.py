@@ -120,6 +120,7 @@ def spy_finish(self):
 Transfer.receive_gradients, Transfer.send_gradients = spy_receive, spy_send
 Exchange.finish, Exchange.arm, Exchange.gradient_is_there = spy_finish, spy_arm, spy_arrived
 
+train_muon.matmul_rate = lambda *_: 1e11  # half a second of matmuls per job
 train_step = train_muon.train_step
 
 

@@ -1023,10 +1023,11 @@ class GPT(nn.Module):
         A rank that holds some of the experts draws all of them, layer by layer, and keeps its own."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             rule, shape = parameter_rule(name), self.whole_shape(name)
-            if not parameter.is_meta:
-                first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
-                parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
+            first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
+            parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
         return self
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
@@ -1130,17 +1131,25 @@ def flops_per_token(config: Config, seq_len: int) -> float:
 def activation_bytes(config: Config, seq_len: int) -> int:
     """Bytes that one row of seq_len tokens keeps for backward, counted tensor by tensor on the meta device.
 
-    T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores."""
+    T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores. All others grow in
+    proportion to T, so two lengths that no width of the model equals tell the rest."""
+    widths = {config.head_dim, config.n_embd, config.n_head * config.head_dim, config.hidden_size, config.hidden_size * config.top_k}
+    short, long = [T for T in range(128, 1024, 8) if T not in widths][:2]
+    few, many = saved_bytes(config, short), saved_bytes(config, long)
+    return few + (many - few) * (seq_len - short) // (long - short)
+
+
+def saved_bytes(config: Config, T: int) -> int:
+    """What forward keeps of one row of T tokens, without parameters and T x T tensors."""
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        nbytes = storage.nbytes() * (tensor.shape[-2:] != (seq_len, seq_len))
-        kept[storage._cdata] = (storage, nbytes)  # holding the storage keeps its address from being reused
+        kept[storage._cdata] = (storage, storage.nbytes() * (tensor.shape[-2:] != (T, T)))  # held, so that no address is used twice
         return tensor
 
     with torch.device("meta"):
-        model, ids = GPT(config), torch.zeros(1, seq_len, dtype=torch.int64)
+        model, ids = GPT(config), torch.zeros(1, T, dtype=torch.int64)
         for parameter in model.parameters():
             keep(parameter.detach())
         parameters = set(kept)

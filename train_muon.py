@@ -166,6 +166,9 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (X if wide else X.mT).reshape(G.shape)
 
 
+MOST_TOGETHER = 2**28  # elements orthogonalised at once: 14 bytes of temporaries for each
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised matrix by matrix.
 
@@ -184,11 +187,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
+            by_shape = {}  # (rows, cols) -> batches of parameters
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape[-2:], []).append(p)
-            for (rows, cols), params in by_shape.items():
+                    earlier = by_shape.setdefault(p.shape[-2:], [])
+                    if not earlier or sum(q.numel() for q in earlier[-1]) + p.numel() > MOST_TOGETHER:
+                        earlier.append([])
+                    earlier[-1].append(p)
+            for (rows, cols), params in ((shape, params) for shape, batches in by_shape.items() for params in batches):
                 grads = [p.grad for p in params]
                 for p in params:
                     if p not in self.state:
@@ -273,7 +279,7 @@ class Slab(NamedTuple):
     cost: int  # what updating it takes, comparable within a family (matrices, the rest)
 
     @property
-    def family(self) -> bool:
+    def is_matrix(self) -> bool:
         return self.kind in ("matrix", "expert")
 
 
@@ -383,14 +389,14 @@ def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.C
     for queue in idlest.values():
         queue.sort()
     for i in sorted(range(len(slabs)), key=lambda i: (-slabs[i].cost, slabs[i].name)):
-        slab, queue, full = slabs[i], idlest[slabs[i].family], []
+        slab, queue, full = slabs[i], idlest[slabs[i].is_matrix], []
         while queue and room[queue[0][1]] < slab.numel:
             full.append(heapq.heappop(queue))
         done, owner = heapq.heappop(queue) if queue else full.pop(full.index(max(full, key=lambda entry: room[entry[1]])))
         for entry in (*full, (done + slab.cost, owner)):
             heapq.heappush(queue, entry)
         owners[i] = owner
-        work[slab.family, owner] += slab.cost
+        work[slab.is_matrix, owner] += slab.cost
         room[owner] -= slab.numel
     return owners
 
@@ -409,8 +415,8 @@ def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
             ring[rank] += sent
             held[rank] += numel
         for slab, owner in zip(bucket.slabs, bucket.owners):
-            state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.family else 2)
-            newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.family
+            state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.is_matrix else 2)
+            newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.is_matrix
     numel = sum(bucket_bytes(bucket.slabs) for bucket in buckets) // 4
     tokens = hp.batch_tokens / world_size
     row_bytes = config.n_embd * DTYPES[config.dtype].itemsize
@@ -1182,7 +1188,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     with StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
         # ---- warm up: compile and allocate everything on random tokens, then put the model back
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
         random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
         for _ in range(hp.warmup_steps):
             train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer)

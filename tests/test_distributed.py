@@ -329,7 +329,7 @@ def test_more_ranks_than_matrices(world, shards, tmp_path):  # noqa: F811
     run, job = train(tmp_path, data=shards, **values), Seen(world, "muon3_small")
     assert_near(state_of(job.run), state_of(run), 1e-4)
     config, hp = parsed("muon3_small")
-    owners = {owner for bucket in make_buckets(config, 16) for slab, owner in zip(bucket.slabs, bucket.owners) if slab.family}
+    owners = {owner for bucket in make_buckets(config, 16) for slab, owner in zip(bucket.slabs, bucket.owners) if slab.is_matrix}
     assert len(owners) == 6
     idle = min(set(range(16)) - owners)
     exchange = train_muon.Exchange(GPT(config), World(idle, 16, torch.device("cpu")))

@@ -1372,6 +1372,15 @@ def test_activation_bytes_scale_with_the_row():
     assert a > 128 * 4 * 32 * 4 * 2 and 1.8 < b / a < 3
 
 
+def test_activation_bytes_lose_nothing_where_a_row_is_as_long_as_the_model_is_wide():
+    for wide in (dict(n_embd=256), dict(n_embd=128), dict(n_head=1, head_dim=128), dict(head_dim=136), dict(mlp_ratio=8.0)):
+        config = Config(**TINY | dict(dtype="bf16") | wide)
+        for T in (520, 1040):
+            assert M.activation_bytes(config, T) == M.saved_bytes(config, T), wide
+    config = Config(**TINY | dict(n_embd=256, dtype="bf16"))
+    assert M.saved_bytes(config, 256) < M.activation_bytes(config, 256)
+
+
 # -----------------------------------------------------------------------------
 # 14. Balance
 

@@ -330,6 +330,25 @@ def test_muon_orthogonalises_each_expert_as_if_it_were_alone():
     assert torch.allclose(together, torch.stack(list(alone)), atol=1e-6)
 
 
+def test_muon_in_several_batches_is_muon_in_one(monkeypatch):
+    torch.manual_seed(4)
+    start = [torch.randn(8, 6) for _ in range(3)] + [torch.randn(2, 8, 6), torch.randn(6, 8)]
+    grads, batches, newton = [torch.randn_like(p) for p in start], [], train_muon.newton_schulz
+    monkeypatch.setattr(train_muon, "newton_schulz", lambda G, dtype: batches.append(len(G)) or newton(G, dtype))
+
+    def stepped(most: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(train_muon, "MOST_TOGETHER", most)
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        Muon(params, ns_dtype=torch.float32).step()
+        return [p.detach() for p in params]
+
+    whole, parts = stepped(10**6), stepped(2 * 48)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts))
+    assert batches == [5, 1, 2, 1, 2, 1]  # by shape: all at once; then two matrices, one, the pair
+
+
 def test_muon_leaves_a_matrix_with_zero_gradient_alone_until_it_has_one_again():
     torch.manual_seed(2)
     p = torch.nn.Parameter(torch.randn(3, 8, 8))
@@ -460,7 +479,7 @@ def test_owners_share_the_work_and_padding_stays_small(name):
     for size in (2, 3, 4, 8):
         buckets = make_buckets(CONFIGS[name], size)
         for matrices in (True, False):
-            family = [(slab.cost, owner) for bucket in buckets for slab, owner in zip(bucket.slabs, bucket.owners) if slab.family == matrices]
+            family = [(slab.cost, owner) for bucket in buckets for slab, owner in zip(bucket.slabs, bucket.owners) if slab.is_matrix == matrices]
             loads = [sum(cost for cost, owner in family if owner == rank) for rank in range(size)]
             if len(family) >= 8 * size:
                 assert max(loads) <= 1.1 * sum(loads) / size, (size, matrices, loads)
@@ -519,8 +538,8 @@ def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe
         for piece in exchange.owned:
             [(group, optimizer)] = [(group, optimizer) for key, group, optimizer in groups if key == id(piece.value)]
             assert group["base_lr"] == MUON_RATES[piece.slab.kind], piece.slab.name
-            assert group["weight_decay"] == (0.125 if piece.slab.family else 0), piece.slab.name
-            assert isinstance(optimizer, Muon if piece.slab.family and recipe is MUON else torch.optim.AdamW), piece.slab.name
+            assert group["weight_decay"] == (0.125 if piece.slab.is_matrix else 0), piece.slab.name
+            assert isinstance(optimizer, Muon if piece.slab.is_matrix and recipe is MUON else torch.optim.AdamW), piece.slab.name
 
 
 @BOTH

@@ -953,7 +953,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace):
-        lost_peer = self.world.size > 1 and isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, RunError)
+        lost_peer = self.world.size > 1 and isinstance(error, RuntimeError) and not isinstance(error, RunError)  # what collectives raise
         silent = {}
         if lost_peer:
             try:
@@ -964,7 +964,7 @@ class Watchdog:
         if self.world.size > 1:
             self.thread.join(2 * self.BEAT)  # a thread that its process ends inside torch takes the exit status with it
         if silent:
-            self.tell(f"{self.names(silent)} no longer there", silent)
+            self.tell(f"{self.names(silent)} no longer there")
             raise SystemExit(1) from error
 
     def run(self):
@@ -1008,17 +1008,17 @@ class Watchdog:
         if time.monotonic() - self.timer.place[1] > self.stuck_after:  # still
             waited = f"after {self.stuck_after:g} s without progress"
             if silent:
-                self.tell(f"{self.names(silent)} no longer there, {waited}", silent)
+                self.tell(f"{self.names(silent)} no longer there, {waited}")
             elif busy:
-                self.tell(f"{self.names(busy)} stuck, {waited}", busy)
+                self.tell(f"{self.names(busy)} stuck, {waited}")
             else:
-                self.tell(f"all ranks wait for one another, {waited}: the network between them may have failed", {})
+                self.tell(f"all ranks wait for one another, {waited}: the network between them may have failed")
             os._exit(1)  # the training thread may be inside a collective that never returns
 
     def names(self, ranks: dict[int, list]) -> str:
         return ", ".join(f"rank {rank} ({here}; {place})" for rank, (_, place, here) in ranks.items()) + (" is" if len(ranks) == 1 else " are")
 
-    def tell(self, message: str, guilty):
+    def tell(self, message: str):
         """The first rank that finds out says it; the others give it the time."""
         if self.store.add("told", 1) == 1:
             print(f"\nerror: {message}; the last checkpoint is complete: go on from it with --resume", file=sys.stderr, flush=True)

@@ -137,6 +137,14 @@ class Run:
             _append(self.path / "metrics.jsonl", "".join(lines))
             self._unseen += rows
 
+    def sync(self):
+        """Waits until what has been written is on the disk itself, where also a failing system leaves it."""
+        for name in ("run.log", "metrics.jsonl"):
+            path = self.path / name
+            if self.active and path.exists():
+                with _naming(path), open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
     def close(self):
         """Writes what is still queued and gives the folder free. May be called more than once."""
         self._write_queue()

@@ -283,7 +283,7 @@ class Slab(NamedTuple):
         return self.kind in ("matrix", "expert")
 
 
-TABLE_BLOCKS = 64  # row blocks that a table is cut into; padded vocabularies are multiples of 64
+TABLE_BLOCKS = 64  # row blocks that a large table is cut into, as padded vocabularies are multiples of 64; a small one into 8
 
 
 def cut_slabs(config: Config) -> list[Slab]:
@@ -299,8 +299,9 @@ def cut_slabs(config: Config) -> list[Slab]:
             names = [f"{name}[{i}]" for i in range(len(p))] if p.ndim == 3 else [name]
             cost = 10 * rows**2 * (2 * cols + rows)  # FLOPs of newton_schulz
         else:
-            edges = [len(p) * i // TABLE_BLOCKS for i in range(TABLE_BLOCKS + 1)]
-            names = [f"{name}[{a}:{b}]" for a, b in zip(edges, edges[1:])] if p.ndim == 2 and len(p) >= TABLE_BLOCKS else [name]
+            blocks = min(TABLE_BLOCKS, max(8, p.numel() // 2**16))
+            edges = [len(p) * i // blocks for i in range(blocks + 1)]
+            names = [f"{name}[{a}:{b}]" for a, b in zip(edges, edges[1:])] if p.ndim == 2 and len(p) >= blocks else [name]
             cost = p.numel() // len(names)
         tensors = {name: p}
         slabs += [Slab(slab, kinds[name], model_file.slab_view(tensors, slab).numel(), cost) for slab in names]
@@ -664,20 +665,21 @@ class Saver:
         self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
         self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
 
-    def save(self, step: int, facts: dict):
+    def save(self, step: int, facts: dict, log: Run):
         """facts: what the manifest holds besides the files (model, hyperparameters, loader position, clock ...)."""
         self.wait()
         slabs = snapshot(self.exchange, self.world)
         copied = torch.cuda.Event() if self.world.device.type == "cuda" else None
         if copied:
             copied.record()
-        self.thread = threading.Thread(target=self.run, args=(step, slabs, copied, facts), daemon=True)
+        self.thread = threading.Thread(target=self.run, args=(step, slabs, copied, facts, log), daemon=True)
         self.thread.start()
 
-    def run(self, step: int, slabs: dict, copied, facts: dict):
+    def run(self, step: int, slabs: dict, copied, facts: dict, log: Run):
         try:
             if copied:
                 copied.synchronize()
+            log.sync()  # a checkpoint on the disk never goes further than the log there
             self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self)
         except BaseException as error:  # raised again by wait(), in the thread that can stop the run
             self.error = error
@@ -1253,8 +1255,9 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 clock = time.perf_counter()
             if save_now:
                 timer.begin("saving")
+                run.flush()
                 seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-                saver.save(step, facts | {"train_time": seconds, "validated": validated, "loader": loader.state_dict()})
+                saver.save(step, facts | {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}, run)
             if last or stopping:
                 break
             began = time.perf_counter()

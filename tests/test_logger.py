@@ -584,3 +584,12 @@ time.sleep(600)
         process.kill()
         process.wait()
     Run(tmp_path, "held", config={}, sources=[], resume_step=0).close()
+
+
+def test_sync_brings_both_files_onto_the_disk(tmp_path, monkeypatch):
+    run, synced = Run(tmp_path, "muon", config={}, sources=[]), []
+    run.log({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    run.sync()
+    assert sorted(synced) == sorted((tmp_path / "muon" / name).stat().st_ino for name in ("run.log", "metrics.jsonl"))
+    Run(tmp_path, "other", config={}, sources=[], active=False).sync()  # nothing to do on other ranks

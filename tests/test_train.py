@@ -850,6 +850,15 @@ def test_a_damaged_checkpoint_is_not_sampled_from(shards, tmp_path, monkeypatch)
         model.load_checkpoint(tmp_path / "muon/checkpoint")
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monkeypatch):
+    order, sync, write = [], logger.Run.sync, train_muon.write_checkpoint
+    rows = lambda: [row["step"] for row in training_rows(tmp_path / "muon")][-1]
+    monkeypatch.setattr(logger.Run, "sync", lambda self: order.append(("log", rows() >= 2)) or sync(self))
+    monkeypatch.setattr(train_muon, "write_checkpoint", lambda folder, step, *words: order.append(step) or write(folder, step, *words))
+    train(tmp_path, data=shards, num_iterations=4, checkpoint_every=2)
+    assert order == [("log", True), 2, ("log", True), 4]
+
+
 def test_the_latest_and_the_previous_checkpoint_are_kept(shards, tmp_path, straight):
     assert sorted(path.name for path in (straight(MUON) / "checkpoint").iterdir()) == ["step_000008", "step_000010"]
     interrupt(tmp_path, at=5, data=shards)

@@ -177,9 +177,19 @@ def load_meta(folder):
     if not (folder / "meta.json").exists():
         return unknown | GPT2
     with explained(f"{folder}/meta.json is damaged ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`",
-                   ValueError, KeyError, TypeError, OSError):
+                   ValueError, KeyError, TypeError, AttributeError, OSError):
         meta = json.loads((folder / "meta.json").read_text())
+        if meta.get("sha256", seal(meta)) != seal(meta):
+            raise ValueError("it does not match its own sha256")
+        if any(not {"file", "tokens"} <= shard.keys() for shard in meta.get("shards") or []):
+            raise KeyError("a shard without name or number of tokens")
         return unknown | {key: meta[key] for key in GPT2} | meta
+
+
+def seal(meta):
+    """The sha256 of what meta.json holds beside it."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def open_split(folder, split):
@@ -213,7 +223,7 @@ def verify(folder, rank=0, world_size=1):
 
 def fingerprint(folder):
     """{shard: tokens and sha256}: meta.json's promise where there is one, else that of 16 pages spread over the shard."""
-    promised = {shard["file"]: shard["sha256"] for shard in load_meta(folder)["shards"] or []}
+    promised = {shard["file"]: shard.get("sha256") for shard in load_meta(folder)["shards"] or []}
 
     def sampled(tokens):
         pages = np.linspace(0, max(0, len(tokens) - 2048), 16).astype(int)
@@ -785,6 +795,7 @@ def prepare(args):
         shutil.rmtree(partial)
     meta = {"source": args.source, "split_seed": args.split_seed if args.source != "fineweb" else None, "request": request}
     meta |= SOURCES[args.source][0](args, partial)
+    meta["sha256"] = seal(meta)
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())  # one line each, token_bytes too
     (partial / "meta.json").write_text("{\n" + lines + "\n}\n")
     os.replace(partial, out)

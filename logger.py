@@ -88,7 +88,7 @@ class Run:
                 text += f"{'-' * 100}\n{source.name}\n{'-' * 100}\n{body}"
         text += f"{SEPARATOR}\n{_environment(sources)}\n{SEPARATOR}\n"
         if resume_step is not None:
-            text += f"the run continues from step {resume_step}\n"
+            text += f"the run continues from step {max(0, resume_step)}\n"
         _append(log, text)
 
     def print(self, line):

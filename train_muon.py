@@ -105,7 +105,7 @@ class Common:
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in dataclasses.fields(self):
             if field.name.endswith("_lr") or field.name.endswith("decay"):
-                check(field.name, getattr(self, field.name) >= 0, "at least 0")
+                check(field.name, 0 <= getattr(self, field.name) < 1e30, "at least 0 and below 1e30")
         for field in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
             check(field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
         check("bucket_mb", 0 <= self.bucket_mb < math.inf, "at least 0")
@@ -759,6 +759,7 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
                 write_file(partial / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
+                sync_folder(folder)
                 for old in sorted(folder.glob("step_??????"))[:-2]:
                     shutil.rmtree(old)
             except OSError as error:
@@ -778,6 +779,15 @@ OTHER_RATES = "lower the learning rates and start again under another --experime
 
 def last_good(folder: Path) -> str:
     return next((f"the last good checkpoint is {path}" for path in model_file.checkpoints(folder)), "there is no checkpoint")
+
+
+def sync_folder(folder: Path):
+    """See a rename in it onto the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, write) -> dict[str, dict]:
@@ -865,7 +875,7 @@ class Ended(RunError):
 
 def stop(world: World, message: str):
     """End the run where all ranks know that it ends."""
-    raise Ended(message) if world.rank == 0 else SystemExit(1)
+    raise Ended(message)
 
 
 MISTAKES = (ConfigError, CheckpointError, data.DataError, RunError)
@@ -1023,7 +1033,7 @@ class Watchdog:
     def tell(self, message: str):
         """The first rank that finds out says it; the others give it the time."""
         if self.store.add("told", 1) == 1:
-            print(f"\nerror: {message}; the last checkpoint is complete: go on from it with --resume", file=sys.stderr, flush=True)
+            print(f"\nerror: {message}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * self.BEAT)
 
@@ -1204,6 +1214,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         # ---- where a resumed run goes on
         start, train_time, resume_step, validated, notes = 0, 0.0, None, False, []
         if resume:
+            timer.begin("resuming")
             path, notes = soundest_checkpoint(folder / "checkpoint", world)
             resume_step = -1  # a run that left no checkpoint starts over
             if path is not None:
@@ -1228,6 +1239,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
                   f"{micro_rows} rows at a time on {world.size} x {device.type}; activations {config.dtype}; {compile_note}")  # fmt: skip
         bar = progress_bar(hp.num_iterations, start, world)
+        opened.callback(bar.close)
         look_every = 1 if device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
 
         # ---- the loop: validate, checkpoint, step
@@ -1527,7 +1539,11 @@ def main(recipe: Recipe):
         resume = args.resume or gather_objects(restarted, world)[0]
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world)
     except Ended as error:
-        sys.exit(f"{start}{error}")
+        if world.rank == 0:
+            print(f"{start}{error}", file=sys.stderr, flush=True)
+        if world.size > 1:
+            dist.barrier()  # nobody leaves before it is said: torchrun ends the others when one has left
+        sys.exit(1)
     except MISTAKES as error:  # of this rank alone: torchrun ends the others
         sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
     finally:

@@ -145,6 +145,21 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
         data.verify(tmp_path)
 
 
+def test_a_changed_meta_json_is_noticed(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"some words of number {i}"}) + "\n" for i in range(300)))
+    cli("--source", "files", "--path", tmp_path / "text.jsonl", "--encoding", "bytes", "--out", tmp_path / "out")
+    path = tmp_path / "out/meta.json"
+    meta = json.loads(path.read_text())
+    load_meta(tmp_path / "out")
+    for change in ({"vocab_size": 258}, {"token_bytes": [2] * 257}, {"shards": [{"file": "x"}], "sha256": None}, {"sha256": "0"}):
+        path.write_text(json.dumps({key: value for key, value in (meta | change).items() if value is not None}))
+        with pytest.raises(DataError, match=r"meta.json is damaged .*python data.py"):
+            load_meta(tmp_path / "out")
+    del meta["sha256"]  # written by hand, or by an earlier version
+    path.write_text(json.dumps(meta))
+    assert load_meta(tmp_path / "out")["vocab_size"] == 257
+
+
 def test_shards_without_promises_are_told_apart_by_their_contents(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()

@@ -214,10 +214,11 @@ def sha256_of(path):
 def verify(folder, rank=0, world_size=1):
     """Raises DataError unless every shard (every world_size-th, if ranks share the work) has the sha256 that meta.json promises.
     Shards made elsewhere come without promises."""
-    for shard in (load_meta(folder)["shards"] or [])[rank::world_size]:
+    promised = [shard for shard in load_meta(folder)["shards"] or [] if "sha256" in shard]
+    for shard in promised[rank::world_size]:
         path = Path(folder) / shard["file"]
         with explained(f"{path} cannot be read ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`", OSError):
-            if sha256_of(path) != shard.get("sha256", sha256_of(path)):
+            if sha256_of(path) != shard["sha256"]:
                 raise DataError(f"{path} does not match the sha256 in meta.json: remove {folder} and run `{PREPARE.format(folder)}`")
 
 
@@ -714,8 +715,7 @@ def describe(folder, encoding):
                 count_V += np.bincount(piece, minlength=len(count_V))
                 if split == "val" and encoding is not None and len(text) < COMPRESSED_BYTES:
                     text += encoding.decode_bytes(piece)
-            with open(path, "rb") as file:
-                shards.append({"file": path.name, "tokens": len(tokens), "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+            shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
         splits[split] = {"documents": int(count_V[known["eot_token"]]), "tokens": int(count_V.sum()),
                          "bytes": None if encoding is None else int(count_V @ token_bytes)}
     text = bytes(text[:COMPRESSED_BYTES])

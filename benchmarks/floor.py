@@ -11,8 +11,9 @@ reaches instead: what remains above it is not the matmuls' fault.
 
 What a part must move: it reads what it needs once and writes its results once, forward and backward, as a perfectly fused kernel would,
 with activations in Config.dtype and weights, gradients and optimizer state in fp32. Weights, gradients, state and what is kept for backward
-come from memory (the copy rate of 256 MiB); what one part hands to the next may stay in cache (the rate of 2 MiB). Not counted, so that
-the floor lies a little below the truth: sorting and indices, launching operators, a cache too small for what it is trusted with."""
+(* in the table) cross to memory at the copy rate of 256 MiB; what one part hands to the next may stay in cache, at the rate of 2 MiB. Not
+counted, so that the floor lies a little below the truth: sorting and indices, launching operators, a cache too small for what it is trusted
+with. Who also ran one part's moving behind another's computing would be bounded by the sums of the two columns alone."""
 
 import argparse
 import dataclasses
@@ -111,42 +112,41 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         """Weights (outs..., ins), each applied to `rows` rows in each of `calls` calls."""
         flat = [(math.prod(shape[:-1]), shape[-1]) for shape in weights]
         gemms = [gemm for outs, ins in flat for gemm in linear(rows, outs, ins, calls)]
-        moved = a * rows * calls * sum(3 * ins + 2 * outs for outs, ins in flat)
-        why = f"weight: read twice ({a} B), gradient written (4 B); a row: in, out, gradient of out, in, gradient of in{extra}"
-        return Part(name, gemms, (2 * a + 4) * size(weights), moved + near, exps, why)
+        kept, passed = (a * rows * calls * sum(numbers) for numbers in ((ins for _, ins in flat), (2 * ins + 2 * outs for outs, ins in flat)))
+        why = f"weight read twice ({a} B), its gradient written (4 B), input read again*; per row input, output, their gradients{extra}"
+        return Part(name, gemms, (2 * a + 4) * size(weights) + kept, passed + near, exps, why)
 
     block, chunk = min(seq_len, 128), min(T, 1024)  # queries, tokens at a time: whole scores and logits would not fit
     tables, experts = of("embed") + of("value_embed"), [shape[1:] for shape in of("expert") for _ in range(shape[0])]
     rows_of_tables, touched = (rows * sum(shape[-1] for shape in tables) for rows in (T, min(T, V)))
     router, head = of("router"), of("head")
+    kept = a * ((2 * D * T + hidden) * config.n_layer + 2 * W * T * attending)  # what element-wise kernels leave for backward
     parts = [
         Part("embedding", [], 12 * touched + 4 * size(tables), 2 * a * rows_of_tables, 0,
              "rows in use read (4 B) and, backward, added to (8 B); gradient zeroed (4 B per weight); output and its gradient"),
         matmuls("attention projections", of("matrix", ".attention."), T),
         Part("attention scores", [g for n in keys for g in attention(block, config.head_dim, n, T / seq_len * config.n_head, seq_len / block)],
-             0, 12 * a * T * W * attending, T * config.n_head * sum(keys),
-             "q, k, v, y; then dy, y, q, k, v, dq, dk, dv; scores never leave the cache; one exponential per key"),
+             5 * a * T * W * attending, 7 * a * T * W * attending, T * config.n_head * sum(keys),
+             "q, k, v read, y* written; backward q*, k*, v*, y*, dy read, dq, dk, dv written; scores stay in cache; an exponential per key"),
         matmuls("router", router, T, near=16 * T * E * routed, exps=5 * T * E * len(router) / 2,
-                extra="; scores and their gradients in fp32; noise and softmax take five exp, log or cos each"),
-        Part("dispatch", [], 0, a * D * (4 * T + 5 * R) * routed, 0,
-             "gather: T read, R written; combine: R, T; backward: T and R read, R written; R read, T written (rows of n_embd)"),
+                extra="; scores, their gradients in fp32; five exp, log or cos each"),
+        Part("dispatch", [], 2 * a * D * R * routed, a * D * (4 * T + 3 * R) * routed, 0,
+             "rows of n_embd: gather reads T, writes k T*; combine reads k T, writes T; backward T, k T* in, k T out; k T in, T out"),
         matmuls("expert MLPs", experts, R / E),
         matmuls("dense MLP", of("matrix", ".ffn."), T),
-        Part("element-wise", [], 0, 3 * a * ((9 * D * T + 2 * hidden) * config.n_layer + 4 * W * T * attending), 0,
-             "forward: residual + skip + norm 5 rows, residual + norm 4, norm and rotary of q, k 4, activation 2 per hidden unit; backward twice"),
-        Part("kept for backward", [], 2 * a * ((2 * D * T + hidden) * config.n_layer + 4 * W * T * attending + D * R * routed), 0, 0,
-             "written and read once: inputs of attention and MLP, q, k, v, y, hidden units, the experts' outputs (their gates' gradients)"),
+        Part("element-wise", [], 2 * kept, 3 * a * ((9 * D * T + 2 * hidden) * config.n_layer + 4 * W * T * attending) - 2 * kept, 0,
+             "rows: residual + skip + norm* 5, residual + norm* 4, norm and rotary* of q, k 4, activation* 2 per hidden unit; backward twice that"),
         matmuls("head + loss", head, chunk, T / chunk, near=a * T * V * 2, exps=2 * T * V,
-                extra="; logits of a chunk read and overwritten by their gradient; softcap and softmax: two exponentials per logit"),
-        Part("casts", [], a * (size(of("matrix") + of("expert") + head)) * (a < 4), 0, 0,
+                extra="; logits read, their gradient written; two exponentials each"),
+        Part("casts", [], a * size(of("matrix") + of("expert") + head) * (a < 4), 0, 0,
              "copy of each matmul's weight in the activations' type, written while the optimizer has it at hand"),
     ]  # fmt: skip
     everything, matrices = size(shapes.values()), [(math.prod(shape[:-2]), *sorted(shape[-2:])) for shape in of("matrix") + of("expert")]
-    return [part for part in parts if part.flops or part.memory or part.cache] + OPTIMIZERS[optimizer](everything, matrices, a)
+    return [part for part in parts if part.memory + part.cache] + OPTIMIZERS[optimizer](everything, matrices, a)
 
 
 def adamw(elements: int, matrices: list[tuple], a: int) -> list[Part]:
-    return [Part("AdamW", [], 28 * elements, 0, 0, "weight, gradient, both means read, three written: 28 B per weight")]
+    return [Part("AdamW", [], 28 * elements, 0, 0, "weight, gradient, both means read, all but the gradient written: 28 B per weight")]
 
 
 def muon(elements: int, matrices: list[tuple], a: int) -> list[Part]:
@@ -250,16 +250,17 @@ class Cost(NamedTuple):
         return max(self.own, self.move)
 
 
+def cost_of(part: Part, rates: Rates) -> Cost:
+    exps = part.exps / rates.exp
+    own = sum(gemm.flops / rates.own(gemm) for gemm in part.gemms)
+    return Cost(part, part.flops / rates.matmul + exps, own + exps, part.memory / rates.memory + part.cache / rates.cache)
+
+
 def floor(config: Config, tokens: int, seq_len: int, optimizer: str, rates: Rates) -> list[Cost]:
     """The cost of every part of a step; the step's floor is the sum of theirs. Raises ValueError unless rows divide the tokens."""
     if tokens % seq_len:
         raise ValueError(f"{tokens} tokens are no whole number of rows of {seq_len}; change --tokens or --seq_len")
-    costs = []
-    for part in parts_of(config, tokens, seq_len, optimizer):
-        exps = part.exps / rates.exp
-        own = sum(gemm.flops / rates.own(gemm) for gemm in part.gemms)
-        costs.append(Cost(part, part.flops / rates.matmul + exps, own + exps, part.memory / rates.memory + part.cache / rates.cache))
-    return costs
+    return [cost_of(part, rates) for part in parts_of(config, tokens, seq_len, optimizer)]
 
 
 def step_floor(*arguments) -> float:

@@ -101,11 +101,12 @@ def kibibytes(path: str, key: str) -> int:
 WARMUP = 2  # steps: the first allocates optimizer state
 
 
-def serve(pipe, name: str, work: Work, most_bytes: int):
+def serve(pipe, name: str, work: Work):
     """In the child: build and warm up; then a number of steps gets their seconds, and 0 the peak memory in bytes and the end."""
     try:
         importlib.import_module(CONTENDERS[name].imports)
-        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))  # a contender that is too large fails alone
+        most = kibibytes("/proc/meminfo", "MemAvailable") // 2
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))  # a contender that is too large fails alone, not the machine
         before = kibibytes("/proc/self/status", "VmRSS")
         step, flops = CONTENDERS[name].build(work)
         for i in range(WARMUP):
@@ -129,10 +130,10 @@ def serve(pipe, name: str, work: Work, most_bytes: int):
 class Runner:
     """The parent's end of a contender. Raises RuntimeError, in one sentence, when it cannot run."""
 
-    def __init__(self, name: str, work: Work, most_bytes: int):
+    def __init__(self, name: str, work: Work):
         self.name, context = name, multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, work, most_bytes), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, name, work), daemon=True)
         self.process.start()
         theirs.close()
         self.flops = self.receive()
@@ -190,11 +191,12 @@ def race(names: list[str], work: Work, rounds: int, steps: int) -> tuple[Race, R
     """Raises RuntimeError when a contender of ours does not run; of the others it is noted."""
     floored = {name: (CONTENDERS[name].shape(work.config), work.tokens, work.seq_len, CONTENDERS[name].optimizer)
                for name in names if CONTENDERS[name].shape}  # fmt: skip
-    rates = measure_rates(DTYPES[work.config.dtype], [gemm for step in floored.values() for part in parts_of(*step) for gemm in part.gemms])
-    runners, failed, most_bytes = {}, [], int(0.9 * kibibytes("/proc/meminfo", "MemAvailable"))
+    gemms = [gemm for step in floored.values() for part in parts_of(*step) for gemm in part.gemms]
+    rates = measure_rates(DTYPES[work.config.dtype], gemms, rounds=min(3, rounds))
+    runners, failed = {}, []
     for name in names:
         try:
-            runners[name] = Runner(name, work, most_bytes)
+            runners[name] = Runner(name, work)
         except RuntimeError as error:
             if name in floored:
                 raise

@@ -1,0 +1,277 @@
+"""benchmarks/floor.py and throughput.py: FLOPs against the model card and torch's counter, byte counts by hand, what must hold of any floor,
+verdicts on made-up races, and both scripts at a tiny shape. CPU, no network; Mixtral only where transformers is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+import train_muon  # noqa: E402
+from benchmarks import floor, rivals, throughput  # noqa: E402
+from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
+from benchmarks.throughput import Race, judge  # noqa: E402
+from model import GPT, Config  # noqa: E402
+
+TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2, value_embeds=0, window_size=64)
+SHAPES = {
+    "experts": Config(**TINY),
+    "dense": dense_twin(Config(**TINY)),
+    "mixed": Config(**TINY | dict(pattern="DM", n_layer=4, attention="AA-A", window="LS", window_size=40, value_embeds=1)),
+    "hash": Config(**TINY | dict(router="hash", num_experts=8, top_k=1, dtype="fp32")),
+}
+RATES = Rates(matmul=1e12, memory=1e10, cache=1e11, exp=1e9)
+TOKENS, SEQ_LEN = 256, 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flops(config: Config, *names: str) -> float:
+    """Of the named parts, or of forward and backward; per step."""
+    parts = parts_of(config, TOKENS, SEQ_LEN, "muon")
+    return sum(part.flops for part in parts if (part.name in names if names else part.name != "Newton-Schulz + Muon"))
+
+
+# -----------------------------------------------------------------------------
+# FLOPs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_are_the_model_cards(shape):
+    assert flops(SHAPES[shape]) == pytest.approx(TOKENS * model.flops_per_token(SHAPES[shape], SEQ_LEN), rel=1e-12)
+
+
+def grouped_flops(a, b, *rest, out_shape=None, **others) -> int:
+    """Rows (R, K) with weights (E, N, K), or (R, N) with (R, K) for the gradient of the weights: 2 R K N."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def counted(run) -> dict[str, int]:
+    known = [getattr(torch.ops.nanomoe, name) for name in ("grouped_mm", "grouped_outer") if hasattr(torch.ops.nanomoe, name)]
+    with FlopCounterMode(display=False, custom_mapping={op: grouped_flops for op in known}) as counter:
+        run()
+    return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("shape", ["experts", "dense"])
+def test_flops_are_those_that_torch_counts(shape):
+    config = SHAPES[shape]
+    net, ids = GPT(config).train(), torch.randint(config.eot_token, (TOKENS // SEQ_LEN, SEQ_LEN))
+    seen = sum(counted(lambda: net(ids, ids).loss.backward()).values())
+    scores = flops(config, "attention scores")  # the counter sees the upper triangle too, which holds no keys
+    assert seen == pytest.approx(flops(config) - scores + scores * 2 * SEQ_LEN / (SEQ_LEN + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows, cols", [(8, 24), (16, 16)])
+def test_newton_schulz_flops_are_those_that_torch_counts(rows, cols):
+    seen = sum(counted(lambda: train_muon.newton_schulz(torch.randn(3, rows, cols))).values())
+    assert seen == sum(gemm.flops for gemm in floor.newton_schulz(rows, cols, 3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newton_schulz_flops_are_the_plans(shape):
+    plan = train_muon.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
+    assert flops(SHAPES[shape], "Newton-Schulz + Muon") == plan["newton_schulz_total"]
+
+
+# -----------------------------------------------------------------------------
+# Bytes, seconds
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_is_updated_once(shape):
+    counts = model.count_parameters(SHAPES[shape])
+    memory = {optimizer: {part.name: part.memory for part in parts_of(SHAPES[shape], TOKENS, SEQ_LEN, optimizer)} for optimizer in floor.OPTIMIZERS}
+    matrices = counts["matrix"] + counts["expert"]
+    assert memory["adamw"]["AdamW"] == 28 * counts["total"]
+    assert (memory["muon"]["AdamW"], memory["muon"]["Newton-Schulz + Muon"]) == (28 * (counts["total"] - matrices), 20 * matrices)
+
+
+def test_bytes_by_hand():
+    part = {part.name: part for part in parts_of(SHAPES["experts"], TOKENS, SEQ_LEN, "adamw")}
+    assert part["embedding"].memory == 4 * 192 * 64 + 12 * 192 * 64  # fewer ids than tokens: each row at most once
+    assert (part["dispatch"].memory, part["dispatch"].cache) == (2 * 64 * 2 * 512 * 2, 2 * 64 * (4 * 256 + 3 * 512) * 2)  # bf16, rows, layers
+    weights = 2 * 4 * 2 * 128 * 64  # layers, experts, up and down
+    assert part["expert MLPs"].memory == 8 * weights + 2 * 512 * (64 + 128) * 2
+    assert part["expert MLPs"].cache == 2 * 512 * 2 * (64 + 128 + 128 + 64) * 2
+    rows = {"residuals, norms": 9 * 64, "q, k": 4 * 64, "hidden": 2 * 256}
+    assert part["element-wise"].memory + part["element-wise"].cache == 3 * 2 * 256 * 2 * sum(rows.values())
+    assert part["element-wise"].memory == 2 * 2 * 256 * 2 * (2 * 64 + 2 * 64 + 256)
+    assert part["casts"].memory == 2 * (weights + 2 * 4 * 64 * 64 + 192 * 64)
+    assert "dense MLP" not in part and "router" in part
+    assert not {"router", "dispatch", "expert MLPs"} & {part.name for part in parts_of(SHAPES["dense"], TOKENS, SEQ_LEN, "adamw")}
+
+
+def test_a_part_takes_the_longer_of_computing_and_moving():
+    rates = Rates(matmul=10.0, memory=2.0, cache=4.0, exp=5.0, shapes={Gemm(2, 3, 5): 6.0})
+    part = floor.Part("one", [Gemm(2, 3, 5, count=2)], 8, 4, 15, "")
+    cost = floor.cost_of(part, rates)
+    assert (cost.compute, cost.own, cost.move) == (120 / 10 + 3, 120 / 6 + 3, 5)
+    assert (cost.floor, cost.own_floor) == (15, 23) and floor.cost_of(part._replace(memory=100), rates).floor == 51
+
+
+@pytest.mark.parametrize("optimizer", floor.OPTIMIZERS)
+@pytest.mark.parametrize("more", [dict(n_layer=3), dict(n_embd=128), dict(num_experts=8), dict(top_k=1, num_experts=8, mlp_ratio=8.0),
+                                  dict(vocab_size=1024), dict(n_head=4), dict(value_embeds=1)], ids=str)  # fmt: skip
+def test_more_work_takes_longer(optimizer, more):
+    bigger = dataclasses.replace(SHAPES["experts"], **more)
+    assert step_floor(bigger, TOKENS, SEQ_LEN, optimizer, RATES) > step_floor(SHAPES["experts"], TOKENS, SEQ_LEN, optimizer, RATES)
+
+
+def test_more_tokens_take_longer_and_faster_machines_less():
+    step = lambda tokens=TOKENS, **rates: step_floor(SHAPES["mixed"], tokens, SEQ_LEN, "muon", dataclasses.replace(RATES, **rates))
+    assert step() < step(2 * TOKENS) < 2 * step()
+    for rate in ("matmul", "memory", "cache", "exp"):
+        assert step(**{rate: 2 * getattr(RATES, rate)}) <= step() < step(**{rate: getattr(RATES, rate) / 1000})
+
+
+@pytest.mark.parametrize("optimizer", floor.OPTIMIZERS)
+def test_a_moe_takes_longer_than_its_twin(optimizer):
+    moe, dense = (step_floor(SHAPES[shape], TOKENS, SEQ_LEN, optimizer, RATES) for shape in ("experts", "dense"))
+    assert moe > dense
+
+
+def test_rates_are_measured_at_every_shape():
+    gemms = [Gemm(8, 16, 24, "nt", count=7), Gemm(8, 16, 24, "tn", batch=3), Gemm(8, 16.4, 24)]
+    rates = floor.measure_rates(torch.float32, gemms, copied=2**16, rounds=1)
+    assert {gemm._replace(count=1) for gemm in gemms} <= set(rates.shapes) and min(rates.memory, rates.cache, rates.exp, *rates.shapes.values()) > 0
+    assert rates.matmul == max(rates.shapes.values()) and rates.own(gemms[0]) == rates.shapes[Gemm(8, 16, 24, "nt")]
+
+
+# -----------------------------------------------------------------------------
+# Verdicts
+
+
+def made_up() -> Race:
+    seconds = {"moe_adamw": [1.0, 2.0, 4.0], "dense_adamw": [1.0, 1.0, 2.0], "mixtral_eager": [9.0] * 3, "mixtral_grouped_mm": [3.0] * 3}
+    memory, floors = {"moe_adamw": 30, "mixtral_grouped_mm": 60}, {"moe_adamw": 0.5, "dense_adamw": 0.5}
+    return Race(10, [100.0, 100.0, 50.0], seconds, {"moe_adamw": 8.0}, memory, floors, [])
+
+
+def test_a_race_speaks_in_medians_of_rounds():
+    race = made_up()
+    assert (race.step("moe_adamw"), race.ratio("moe_adamw", "dense_adamw"), race.fastest("mixtral_")) == (2.0, 2.0, "mixtral_grouped_mm")
+    assert race.share("moe_adamw") == 0.4  # of 80/100, 40/100, 20/50
+
+
+def test_targets_are_judged_with_their_floors():
+    targets = throughput.SUITES["mixtral"].targets + throughput.SUITES["dense_ratio"].targets
+    rows = {(row["what"], row["bound"]): row for row in judge(targets, "gpt2", made_up())}
+    over = rows["speed over the fastest Mixtral's", 2]
+    assert (over["figure"], over["met"], over["ideal"], over["floors"]) == (1.5, "missed", 6.0, 3.0)
+    memory = rows["peak memory over that Mixtral's", 1 / 3]
+    assert (memory["figure"], memory["met"]) == (0.5, "missed") and math.isnan(memory["floors"])
+    ratio = rows["MoE / dense step, AdamW", 1.1]
+    assert (ratio["figure"], ratio["ideal"], ratio["floors"]) == (2.0, 1.0, 1.1)
+    assert len(rows) == 6  # no nanoGPT and no Muon took part
+    assert "missed" in throughput.judgement(list(rows.values())) and "-" in throughput.judgement(list(rows.values()))
+
+
+def test_suites_name_contenders_and_shapes_that_exist():
+    for suite in throughput.SUITES.values():
+        assert set(suite.contenders.split()) <= set(throughput.CONTENDERS)
+        assert all(set(target.shapes.split()) <= set(floor.SHAPES) for target in suite.targets)
+
+
+# -----------------------------------------------------------------------------
+# Rivals
+
+
+def work(config: Config) -> rivals.Work:
+    return rivals.Work(config, TOKENS, SEQ_LEN, TOKENS)
+
+
+def test_tokens_are_random_and_end_no_document():
+    batches = work(SHAPES["experts"]).batches()
+    assert all(ids.shape == (TOKENS // SEQ_LEN, SEQ_LEN + 1) and 0 <= ids.min() and ids.max() < 191 for ids in batches)
+    assert not torch.equal(batches[0], batches[1])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_nanogpt_trains_and_its_flops_are_those_that_torch_counts(dtype):
+    step, per_token = rivals.nanogpt(dtype)(work(SHAPES["dense"]))
+    step(0)
+    seen = counted(lambda: step(1))
+    mine = flops(SHAPES["dense"], "attention projections", "dense MLP", "head + loss")
+    assert seen["aten.mm"] == mine  # a tied head costs what an untied one does
+    assert TOKENS * per_token == pytest.approx(flops(SHAPES["dense"]), rel=1e-12)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_mixtral_trains_and_its_flops_are_ours_with_three_matrices(experts):
+    step, per_token = rivals.mixtral(experts)(work(SHAPES["experts"]))
+    step(0)
+    router = 6 * 2 * 4 * 64  # two layers; ours has a second matrix for noise
+    assert TOKENS * (per_token + router) == pytest.approx(flops(SHAPES["experts"]) + flops(SHAPES["experts"], "expert MLPs") / 2, rel=1e-12)
+
+
+# -----------------------------------------------------------------------------
+# The scripts
+
+SMALL = "--n_layer 2 --n_embd 64 --n_head 3 --head_dim 16 --seq_len 64"
+
+
+def script(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(floor, "measure_rates", lambda dtype, gemms: RATES)
+    monkeypatch.setattr(sys, "argv", ["floor.py", *f"--shape bytes {SMALL} --tokens 128 --optimizer muon --json {tmp_path / 'floor.json'}".split()])
+    floor.main()
+    out, written = capsys.readouterr().out, json.loads((tmp_path / "floor.json").read_text())
+    for part in written["parts"]:
+        assert part["name"] in out and part["why"] in out
+    step = sum(max(part["compute"], part["move"]) for part in written["parts"])
+    assert f"at the floor {1000 * step:.1f} ms per step, {128 / step:,.0f} tokens/s" in out
+
+
+def test_throughput_from_end_to_end(tmp_path):
+    names = "moe_adamw dense_muon nanogpt_bf16"
+    done = script("throughput.py", f"--shape bytes {SMALL} --rows 2 --rounds 2 --steps 1 --contenders {names} --json rows.json", tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (written,) = json.loads((tmp_path / "rows.json").read_text())
+    race = Race(**written["race"])
+    for name in ("moe_adamw", "dense_muon"):
+        assert f"{128 / race.step(name):,.0f}" in done.stdout and f"{race.share(name):.1%}" in done.stdout
+        assert race.step(name) > race.floors[name] > 0 and race.memory[name] > 2**20 and len(race.seconds[name]) == 2
+    assert race.flops["moe_adamw"] > race.flops["dense_muon"] == model.flops_per_token(dense_twin(Config(**written["config"])), 64)
+    assert len(race.failed) == 1 and race.failed[0] in done.stdout and "nanogpt_bf16 does not run: " in race.failed[0]  # 3 heads do not divide 64
+
+
+WRONG = ["--suite mixtrals", "--shape gpt3", "--rounds 0", "--contenders moe_adam", "--json nowhere/at/all.json", "--top_k two", "--speed 3"]
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_flag_is_one_sentence(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        throughput.parse(words.split())
+    out, complaint = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and complaint.count("\n") == 1 and words.split()[0] in complaint
+
+
+@pytest.mark.parametrize("words", ["--tokens 100", "--top_k 9", "--json nowhere/at/all.json --tokens 512"])
+def test_a_floor_that_cannot_be_computed_is_one_sentence(words, monkeypatch):
+    monkeypatch.setattr(floor, "measure_rates", lambda dtype, gemms: RATES)
+    monkeypatch.setattr(sys, "argv", ["floor.py", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        floor.main()
+    assert str(end.value.code).startswith("floor.py: error: ") and "\n" not in str(end.value.code)

@@ -2,6 +2,7 @@
 
     python logger.py                                # a table and plots of every run below logs/
     python logger.py --experiment_name muon adamw   # of these two, in this order
+    python logger.py --records                      # the history of each track below records/
 
 A run owns one folder, logs/<experiment_name>/, which alone says what was run, on what, and what came out:
 
@@ -10,7 +11,7 @@ A run owns one folder, logs/<experiment_name>/, which alone says what was run, o
     config.json     the resolved configuration
 
 The file reads top to bottom: Run (writing), PhaseTimer (where the seconds of a step go), reading, the table, the plots,
-the script. Importing it imports nothing but the standard library.
+the records and their statistics, the script. Importing it imports nothing but the standard library.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from fnmatch import filter as matching
 from operator import itemgetter
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 SEPARATOR = "=" * 100
 
@@ -231,7 +232,7 @@ def _environment(sources):
     folder = str(Path([*sources, "."][0]).resolve().parent)
     facts = {
         "command": shlex.join(sys.orig_argv),
-        "commit": _output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "commit": commit_of(folder),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -243,6 +244,11 @@ def _environment(sources):
         "gpu": f"{torch.cuda.get_device_name()}\n{_output_of('nvidia-smi')}" if on_cuda else "none",
     }
     return "\n".join(f"{name:<10}{fact}" for name, fact in facts.items())
+
+
+def commit_of(folder) -> str:
+    """The commit that is checked out there, with "-dirty" where files differ from it."""
+    return _output_of("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _output_of(*command):
@@ -328,11 +334,18 @@ def read_run(folder) -> dict:
     if not _is_run(folder):
         raise RunError(f"{folder} holds no run; check --out_dir and --experiment_name")
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    except ValueError as error:
-        raise RunError(f"{config} is not JSON ({error}); restore it or delete it") from error
+    settings = read_json(config) if config.exists() else {}
     return {"name": folder.name, "config": settings, "rows": _read_rows(metrics)[1] if metrics.exists() else []}
+
+
+def read_json(path) -> dict:
+    """Raises RunError where there is no JSON to read."""
+    with _naming(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); restore it or delete it") from error
 
 
 def _is_run(folder):
@@ -539,20 +552,147 @@ def write_plots(runs, folder):
 
 
 # -----------------------------------------------------------------------------
+# Records: records/<track>/<YYYY-MM-DD_Name>/, whose rules are in records/README.md
+
+def student(t: float, dof: int) -> float:
+    """P(T <= t) of Student's t for whole degrees of freedom, by the finite sums of Abramowitz and Stegun 26.7.3-4."""
+    angle, odd = math.atan(t / math.sqrt(dof)), dof % 2
+    total, term = 0.0, math.cos(angle) ** odd
+    for power in range(odd, dof - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    within = math.sin(angle) * total  # P(|T| <= |t|), with the sign of t
+    return (1 + (2 * (angle + within) / math.pi if odd else within)) / 2
+
+
+def p_below(values, target: float) -> float:
+    """One-sided one-sample t-test: how probable is a mean this low or lower if the true mean were `target`?"""
+    distance, error = mean(values) - target, stdev(values) / math.sqrt(len(values))
+    return student(distance / error if error else math.copysign(math.inf, distance), len(values) - 1)
+
+
+def half_width(values) -> float:
+    """Half the 95% confidence interval of the mean, by Student's t."""
+    low, high = 0.0, 100.0  # the quantile of 97.5% lies between: 12.7 for two values, 4.3 for three
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, len(values) - 1) < 0.975 else (low, middle)
+    return high * stdev(values) / math.sqrt(len(values))
+
+
+def final_row(rows, metric: str) -> dict:
+    """The last row that has the metric; {} if none has. NaN and infinity are null there."""
+    return next((row for row in reversed(rows) if metric in row), {})
+
+
+def read_record(folder, track: dict) -> dict:
+    """What a record's logs say: `steps` and `flops` of one seed; `seconds` and `values` (of track["metric"]), lists over the seeds; `p`
+    against the target, None before there is one; `per_step`, the time of a step over that of row 1, both re-timed in turns, with half
+    the 95% interval of the turns' own ratios. Raises RunError for a record that breaks a rule; row 1 need not reach the target it sets."""
+    first = track["row_1"] in (None, folder.name)
+    n = max(len(list(folder.glob(f"seed*.{kind}"))) for kind in ("log", "jsonl"))
+    wanted = ["README.md", "config.json", *(f"seed{seed}.{kind}" for seed in range(n) for kind in ("log", "jsonl"))]
+    for name in wanted if first else [*wanted, "timing.json"]:
+        _demand((folder / name).exists(), folder, f"{name} is missing")
+    _demand(n >= track["seeds"], folder, f"it has {n} seeds, its track asks for {track['seeds']}")
+    try:
+        config = read_json(folder / "config.json")
+        settings, pinned = config["hyperparameters"], config["track"]["corpus_sha256"]
+        for name, value in (("val_tokens", settings["val_tokens"]), ("encoding", config["encoding"])):
+            _demand(value == track[name], folder / "config.json", f"{name} is {value}, in its track {track[name]}")
+        rows, sources = zip(*(_read_seed(folder, seed, track, pinned) for seed in range(n)))
+        steps, values = [row["step"] for row in rows], [row[track["metric"]] for row in rows]
+        _demand(set(steps) == {settings["num_iterations"]}, folder,
+                f"its seeds stopped at steps {', '.join(map(str, steps))}, not all at the {settings['num_iterations']} of config.json")
+        _demand(len(set(sources)) == 1, folder, "the logs of its seeds hold different sources")
+        p = p_below(values, track["target"]) if track["target"] else None
+        _demand(first or p < track["p"], folder, f"p against the target {track['target']} is {p}, not below {track['p']}")
+        timing = {"row": 1, "row_1": 1, "rounds": [(1, 1)] * 2} if first else read_json(folder / "timing.json")
+        per_step = timing["row"] / timing["row_1"], half_width([row / row_1 for row, row_1 in timing["rounds"]])
+        return {"steps": steps[0], "flops": float(rows[0]["train/flops"]), "seconds": [float(row["train_time"]) for row in rows],
+                "values": values, "p": p, "per_step": per_step}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # edited by hand, or written by something else
+        raise RunError(f"{folder} holds a file of another form than benchmarks/track.py writes ({error!r}); restore it") from error
+
+
+def _read_seed(folder, seed, track, pinned):
+    """The final row of one seed's run, and the source that its log holds."""
+    metric, log, metrics = track["metric"], folder / f"seed{seed}.log", folder / f"seed{seed}.jsonl"
+    source, _, told = log.read_text(encoding="utf-8").partition(f"\n{SEPARATOR}\n")
+    row = final_row(_read_rows(metrics)[1], metric)
+    finite = isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])
+    _demand(finite, metrics, f"the run did not end with a finite {metric}")
+    said = re.search(rf"^step:{row['step']}/\d+ .*{metric.replace('/', '_')}:([\d.]+)", told, re.M)
+    _demand(said and abs(float(said[1]) - row[metric]) < 1e-4, log, f"it does not say what {metrics.name} says")
+    version, threads = (re.search(rf"^{fact} +([^\s+]+)", told, re.M)[1] for fact in ("torch", "threads"))
+    _demand(pinned == track["corpus_sha256"].get(version), log, f"its corpus is not the one pinned for torch {version}")
+    _demand(int(threads) == track["threads"], log, f"it ran on {threads} threads, its track on {track['threads']}")
+    return row, source
+
+
+def _demand(fine, where, what):
+    if not fine:
+        raise RunError(f"{where}: {what}; restore it, or make the record again by the rules in records/README.md")
+
+
+RECORD_TITLES = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte", "n", "p")
+
+
+def track_history(folder) -> str:
+    """The records of one track as a markdown table under a line with the target: row 1, then the others by name, so by date.
+    Raises RunError for a record that breaks the rules, and for a target that is not row 1's mean + margin."""
+    track = read_json(folder / "track.json")
+    there = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".partial")
+    there.sort(key=lambda path: path.name != track["row_1"])
+    if not there:
+        return f"**Track `{folder.name}`**: no records yet."
+    _demand(there[0].name == track["row_1"], folder / "track.json", f"row_1 is {track['row_1']}, which is no record there")
+    records = [read_record(path, track) for path in there]
+    target = round(mean(records[0]["values"]) + track["margin"], 4)
+    _demand(track["target"] == target, folder / "track.json", f"target is {track['target']}, row 1's mean + {track['margin']} is {target}")
+    lines = [f"**Track `{folder.name}`**: {track['metric']} of at most {target:.4f} (row 1's mean + {track['margin']:g}).", "",
+             f"| {' | '.join(RECORD_TITLES)} |", "|---" * len(RECORD_TITLES) + "|"]
+    for number, (path, record) in enumerate(zip(there, records), start=1):
+        seconds, values, more_steps = record["seconds"], record["values"], record["steps"] / records[0]["steps"]
+        ratio, spread = (more_steps * part for part in record["per_step"])
+        cells = (number, f"[{path.name}]({path.as_posix()})", f"{record['steps']:,}", f"{mean(seconds):,.1f} ± {half_width(seconds):.1f}",
+                 f"{ratio:.3f} ± {spread:.3f}" if number > 1 else "1", f"{record['flops'] / 1e12:,.2f}",
+                 f"{mean(values):.4f} ± {stdev(values):.4f}", len(values), f"{record['p']:.1e}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def records_text(folder, track: str | None = None) -> str:
+    """The history of every track below `folder`, or of one. Raises RunError if there is none."""
+    there = sorted(path.parent for path in Path(folder).glob("*/track.json"))
+    chosen = [path for path in there if track in (None, path.name)]
+    if not chosen:
+        names = ", ".join(path.name for path in there) or "none"
+        raise RunError(f"no track{f' {track!r}' if track else ''} below {folder} (a folder with a track.json); there are: {names}")
+    return "\n\n".join(map(track_history, chosen))
+
+
+# -----------------------------------------------------------------------------
 # The script
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="A table and plots of the runs below a folder.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="A table and plots of the runs below a folder, or the history of records.", allow_abbrev=False)
     parser.add_argument("--experiment_name", "--experiment-name", nargs="+", default=[], metavar="NAME",
                         help="the runs to show, in this order (default: all, by name)")
     parser.add_argument("--out_dir", "--out-dir", type=Path, default="logs", metavar="DIR",
                         help="the folder the runs are in (default: logs)")
+    parser.add_argument("--records", nargs="?", const=Path("records"), type=Path, metavar="DIR",
+                        help="print the history of the tracks below DIR (default: records) as markdown tables, and stop")
+    parser.add_argument("--track", metavar="NAME", help="beside --records: only this track")
     return parser.parse_args(argv)
 
 
 def main():
     args = parse()
     try:
+        if args.records:
+            print(records_text(args.records, args.track))
+            return
         there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
         unknown = [name for name in args.experiment_name if name not in there]
         if not there:

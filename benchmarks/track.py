@@ -1,0 +1,288 @@
+"""Runs that count: short ones for tuning, full ones for a record, by the rules in records/README.md.
+
+    python benchmarks/track.py short --name "MoE Muon, E=8" --row "MoE Muon" --seeds 0 1 -- train_muon.py --pattern M --num_experts 8
+    python benchmarks/track.py full --folder records/cpu/2026-11-26_MoEMuon --steps 900 --seeds 0 1 2 3 -- train_muon.py --pattern M
+    python benchmarks/track.py compare "MoE Muon, E=8" "MoE Muon, E=4"
+
+`short` measures the time of a step with exactly these flags, takes as many steps as fit into the track's 60 seconds, and adds a line to
+records/cpu/tuning.jsonl. `full` runs the seeds, re-times row 1 and this row in turns, and leaves a record's folder; cut off, the same
+command goes on with the seeds that are missing. `compare` takes differences seed by seed, for a seed fixes the order of the data.
+Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the repository."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import logger  # noqa: E402
+import model as model_file  # noqa: E402
+import train_adamw  # noqa: E402
+import train_muon  # noqa: E402
+from logger import RunError  # noqa: E402
+
+RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
+OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every out_dir experiment_name seed resume enable_profiling
+          plan""".split()  # flags that are the track's
+CALIBRATION_STEPS, ROUND_STEPS, SETTLING_STEPS = 24, 15, 3  # of a run that only measures, of which the first few may still allocate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Row:
+    """A script and its flags, checked against the track before anything runs.
+
+    Raises RunError for a flag that is the track's to set, for data other than the track's, and for a torch that is not pinned."""
+
+    def __init__(self, track: dict, command: list[str], folder: Path):
+        script, *flags = command
+        if script not in RECIPES:
+            raise RunError(f"{script} is not a script of the track; after -- comes one of {', '.join(RECIPES)} and its flags")
+        for flag in {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")} & set(OURS):
+            raise RunError(f"--{flag} is set by the track; after -- leave it out")
+        self.track, self.script, self.flags = track, script, ["--preset=cpu", f"--data={folder}", *flags]
+        _, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
+        if track["val_tokens"] % self.hp.seq_len:
+            raise RunError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
+        source = hashlib.sha256(b"".join(path.read_bytes() for path in train_muon.SOURCES)).hexdigest()
+        self.facts = {"script": script, "flags": flags, "source_sha256": source} | pinned_corpus(track, ROOT / folder)
+
+    def run(self, out: Path, name: str, **settings) -> list[dict]:
+        """The rows of metrics.jsonl of one run, which leaves its files in out/name. Raises RunError if it fails."""
+        settings = dict(device="cpu", val_every=0, sample_tokens=0, checkpoint_every=0, out_dir=out, experiment_name=name) | settings
+        status = launch([self.script, *self.flags, *as_flags(settings)], self.track["threads"])
+        if status:
+            raise RunError(f"{self.script} ended with status {status}; what it said is above")
+        return logger.read_run(out / name)["rows"]
+
+    def step_ms(self, out: Path, name: str, steps: int) -> float:
+        """The median milliseconds of a step. The schedules run from end to end in few steps, so the median is that of their middle."""
+        rows = self.run(out, name, num_iterations=steps, val_tokens=self.hp.seq_len)
+        times = [row["train_time"] for row in rows if "train/loss" in row]
+        return 1000 * statistics.median(after - before for before, after in zip(times[SETTLING_STEPS - 1 :], times[SETTLING_STEPS:]))
+
+    def result(self, out: Path, seed: int, steps: int) -> dict:
+        """The row with the final evaluation of one seed's run, in out/seed<N>."""
+        rows = self.run(out, f"seed{seed}", seed=seed, num_iterations=steps, val_tokens=self.track["val_tokens"])
+        row = logger.final_row(rows, self.track["metric"])
+        print(f"seed {seed}: {self.track['metric']} {row[self.track['metric']]:.4f} after {steps} steps, {row['train_time']:.1f} s", flush=True)
+        return row
+
+
+def launch(words: list[str], threads: int) -> int:
+    """Exit status of a script of ours; what it prints goes to its run.log, what it complains of to our stderr."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
+
+
+def as_flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def pinned_corpus(track: dict, folder: Path) -> dict:
+    """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
+    version, pinned = data.torch_version(), track["corpus_sha256"]
+    if version not in pinned:
+        raise RunError(f"torch {version} is not pinned for this track ({', '.join(pinned)}); run `pip install torch=={list(pinned)[-1]}`")
+    meta = data.load_meta(folder)
+    wanted = {"source": track["source"], "encoding": track["encoding"], "max_tokens": None, "split_seed": 0}
+    if meta.get("corpus_sha256") != pinned[version] or wanted.items() - meta["request"].items():
+        mend = f"python data.py --source {track['source']} --encoding {track['encoding']} --out {folder}"
+        raise RunError(f"{folder} does not hold the corpus pinned for torch {version}, whole; remove it and run `{mend}`")
+    return {"torch": version, "corpus_sha256": meta["corpus_sha256"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# short, compare
+
+
+def short(args):
+    track, log = logger.read_json(ROOT / args.track / "track.json"), ROOT / args.track / "tuning.jsonl"
+    row, lines = Row(track, args.command, args.data), read_tuning(log)
+    earlier = [line for line in lines if line["name"] == args.name]
+    asked = sum(len(line["seeds"]) for line in lines if args.row and line["row"] == args.row) + len(args.seeds)
+    if args.row and asked > track["tuning_runs"]:
+        raise RunError(f"row {args.row!r} would have had {asked} short runs; every row has {track['tuning_runs']}")
+    step_ms, steps = None, args.steps or next((line["steps"] for line in earlier), None)
+    for line in earlier:  # more seeds of the same
+        if (line["script"], line["flags"], line["steps"]) != (row.script, row.facts["flags"], steps) or set(line["seeds"]) & set(args.seeds):
+            raise RunError(f"{args.name!r} is in {log} with other flags, or with one of these seeds; choose another --name")
+    with tempfile.TemporaryDirectory() as folder:
+        if steps is None:
+            step_ms = row.step_ms(Path(folder), "calibration", CALIBRATION_STEPS)
+            steps = max(1, int(1000 * (args.seconds or track["seconds"]["short"]) / step_ms))
+            print(f"{step_ms:.1f} ms per step: {steps} steps", flush=True)
+        results, failure = [], None
+        for seed in args.seeds:
+            try:
+                results.append(row.result(Path(folder), seed, steps))
+                ms = 1000 * results[-1]["train_time"] / steps
+                if step_ms and not 0.9 < ms / step_ms < 1.1:
+                    print(f"note: {ms:.1f} ms per step now, {step_ms:.1f} in the calibration: the machine was busy with something else", flush=True)
+            except RunError as error:  # a loss that is not finite is a result too
+                failure = error
+                break
+    line = {"date": today(), "name": args.name, "row": args.row, "commit": logger.commit_of(ROOT), **row.facts, "steps": steps, "step_ms": step_ms,
+            "seeds": args.seeds[: len(results) + bool(failure)]}  # fmt: skip
+    for key, name in ((track["metric"], track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
+        line[key] = [result[name] for result in results] + [None] * bool(failure)
+    with open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    if failure:
+        raise failure
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def read_tuning(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def compare(args):
+    """Prints the mean of a - b over the seeds that both have, and its standard error."""
+    metric, log = logger.read_json(ROOT / args.track / "track.json")["metric"], ROOT / args.track / "tuning.jsonl"
+    lines, values = read_tuning(log), {}
+    for name in args.names:
+        pairs = [pair for line in lines if line["name"] == name for pair in zip(line["seeds"], line[metric])]
+        values[name] = {seed: value for seed, value in pairs if value is not None}
+    a, b = (values[name] for name in args.names)
+    differences = {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+    if not differences:
+        raise RunError(f"{args.names[0]!r} and {args.names[1]!r} share no seed in {log}, which holds: {', '.join({x['name']: 0 for x in lines})}")
+    error = statistics.stdev(differences.values()) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    print("\n".join(f"seed {seed}: {a[seed]:.4f} - {b[seed]:.4f} = {difference:+.4f}" for seed, difference in differences.items()))
+    print(f"mean {statistics.mean(differences.values()):+.4f}, standard error {error:.4f}, n = {len(differences)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# full
+
+
+def full(args):
+    folder = ROOT / args.folder
+    partial, track_file = folder.with_name(folder.name + ".partial"), folder.parent / "track.json"
+    track = logger.read_json(track_file)
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d_\w+", folder.name):
+        raise RunError(f"{folder.name} does not name a record; call it YYYY-MM-DD_Name")
+    if folder.exists():
+        raise RunError(f"{folder} already holds a record; choose another --folder")
+    if sorted(args.seeds) != list(range(len(args.seeds))) or len(args.seeds) < track["seeds"]:
+        raise RunError(f"--seeds {' '.join(map(str, args.seeds))}: a record has the seeds 0 to n - 1, and n is at least {track['seeds']}")
+    row = Row(track, args.command, args.data)
+    facts = row.facts | {"steps": args.steps}
+    partial.mkdir(exist_ok=True)
+    config_file = partial / "config.json"
+    begun = logger.read_json(config_file) if config_file.exists() else None
+    if begun and begun["track"] != facts:
+        raise RunError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
+    for seed in args.seeds:
+        if (partial / f"seed{seed}.jsonl").exists():
+            print(f"seed {seed} is there")
+            continue
+        with tempfile.TemporaryDirectory() as out:
+            row.result(Path(out), seed, args.steps)
+            keep(Path(out) / f"seed{seed}", partial, seed, facts)
+    timing_file = partial / "timing.json"
+    if track["row_1"] and not timing_file.exists():
+        write_json(timing_file, retime(track, row, logger.read_json(folder.parent / track["row_1"] / "config.json"), args.rounds))
+    command = ["python", "benchmarks/track.py", "full", "--folder", f"records/{folder.parent.name}/{folder.name}", "--steps", str(args.steps),
+               "--seeds", *map(str, args.seeds), "--", *args.command]  # fmt: skip
+    template = f"# {folder.name}\n\nWhat changed against the row before, and why it helps:\n\n```bash\n{shlex.join(command)}\n```\n"
+    (partial / "README.md").write_text(template)
+    values = logger.read_record(partial, track)["values"]
+    os.replace(partial, folder)
+    if not track["row_1"]:
+        target = round(statistics.mean(values) + track["margin"], 4)
+        write_json(track_file, track | {"row_1": folder.name, "target": target})
+    print(f"{folder}: mean {statistics.mean(values):.4f} over {len(values)} seeds; write its README.md, then `python logger.py --records`")
+
+
+def keep(run: Path, partial: Path, seed: int, facts: dict):
+    """Takes over what a seed's run left; its metrics come last and whole, as they say that the seed is done."""
+    config = logger.read_json(run / "config.json")
+    for name in ("experiment_name", "matmul_flops_per_second"):
+        del config[name]
+    for name in ("seed", "data", "out_dir"):
+        del config["hyperparameters"][name]
+    write_json(partial / "config.json", {"track": facts} | config)
+    shutil.copy(run / "run.log", partial / f"seed{seed}.log")
+    shutil.copy(run / "metrics.jsonl", partial / f"seed{seed}.jsonl.tmp")
+    os.replace(partial / f"seed{seed}.jsonl.tmp", partial / f"seed{seed}.jsonl")
+
+
+def write_json(path: Path, value: dict):
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
+    """Milliseconds per step of this row and of row 1, with the present code: short runs in turns, every second round in the other order,
+    so that a machine that slows down or speeds up does so for both."""
+    script = config_1["track"]["script"]
+    known = {field.name for cls in (model_file.Config, RECIPES[script].hyperparameters) for field in dataclasses.fields(cls)} - set(OURS)
+    settings = {name: value for name, value in (config_1["model"] | config_1["hyperparameters"]).items() if name in known}
+    rows, ms = {"row": row, "row_1": Row(track, [script, *as_flags(settings)], row.hp.data)}, {"row": [], "row_1": []}
+    with tempfile.TemporaryDirectory() as out:
+        for i in range(rounds):
+            for name in list(rows)[:: (-1) ** i]:
+                ms[name].append(rows[name].step_ms(Path(out), f"{name}_{i}", ROUND_STEPS))
+            print(f"round {i}: {ms['row'][-1]:.1f} ms per step, row 1 {ms['row_1'][-1]:.1f} ms", flush=True)
+    medians = {name: statistics.median(values) for name, values in ms.items()}
+    return medians | {"rounds": list(zip(ms["row"], ms["row_1"])), "steps_per_round": ROUND_STEPS - SETTLING_STEPS, "date": today(),
+                      "commit": logger.commit_of(ROOT)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str]):
+    """argv up to `--` as flags of ours; what follows, a script and its flags, as `command`."""
+    ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    add = {function: actions.add_parser(function.__name__) for function in (short, full, compare)}
+    for function in (short, compare):
+        add[function].add_argument("--track", type=Path, default="records/cpu", help="the folder with its track.json")
+    for function in (short, full):
+        add[function].add_argument("--seeds", type=int, nargs="+", required=True)
+        add[function].add_argument("--data", type=Path, default="data/python", help="the folder of the track's shards")
+    add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
+    add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
+    add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
+    add[short].add_argument("--seconds", type=float, help="instead of the track's")
+    add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
+    add[full].add_argument("--steps", type=model_file.positive, required=True)
+    add[full].add_argument("--rounds", type=model_file.positive, default=6, help="in which row 1 and this row are timed in turns")
+    add[compare].add_argument("names", nargs=2)
+    args = parser.parse_args(ours)
+    if (args.action == "compare") == bool(theirs):
+        parser.error("after -- come a script and its flags, except for compare")
+    args.function, args.command = {function.__name__: function for function in add}[args.action], theirs
+    return args
+
+
+def main():
+    args = parse(sys.argv[1:])
+    try:
+        args.function(args)
+    except (RunError, data.DataError, model_file.ConfigError, OSError) as error:
+        sys.exit(f"track.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""records/: the README's table says what the logs say, broken records are named, and benchmarks/track.py keeps the rules.
+
+    pytest tests/test_records.py
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from test_train import TINY_MODEL, WORDS, call, write_data  # noqa: E402
+
+import data  # noqa: E402
+import logger  # noqa: E402
+import train_adamw  # noqa: E402
+import train_muon  # noqa: E402
+from benchmarks import track  # noqa: E402
+from logger import RunError  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# Statistics
+
+T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 7: 2.3646, 30: 2.0423}  # 97.5% quantiles of Student's t
+
+
+def below(t: float, dof: int) -> float:
+    """P(T <= t) by Simpson's rule over the density, with T = sqrt(dof) tan(u): nothing of logger.py's is in it."""
+    scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(math.pi)
+    end, n = math.atan(t / math.sqrt(dof)), 2000
+    h = (end + math.pi / 2) / n
+    heights = [math.cos(-math.pi / 2 + i * h) ** (dof - 1) for i in range(n + 1)]
+    return scale * h / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]))
+
+
+def t_test(values, target):
+    return below((mean(values) - target) / (stdev(values) / math.sqrt(len(values))), len(values) - 1)
+
+
+def test_student_t_has_known_quantiles_and_tails():
+    for dof, t in T_975.items():
+        assert logger.student(t, dof) == pytest.approx(0.975, abs=1e-5) and logger.student(-t, dof) == pytest.approx(0.025, abs=1e-5)
+    for dof in (1, 2, 3, 4, 9, 31):
+        for t in (-20.0, -4.54, -1.0, 0.0, 0.3, 6.0):
+            assert logger.student(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
+    assert logger.half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
+    assert logger.p_below([1.0, 1.0], 2.0) == 0 and logger.p_below([1.0, 1.0], 0.5) == 1
+
+
+def test_student_t_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for values in ([1.2, 1.21, 1.19, 1.25], [1.31, 1.3], [0.9, 1.1, 1.3, 1.2, 1.0]):
+        for target in (1.0, 1.22, 1.4):
+            assert logger.p_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
+        low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
+        assert 2 * logger.half_width(values) == pytest.approx(high - low, rel=1e-9)
+
+
+# -----------------------------------------------------------------------------
+# The table against the logs
+
+
+def check_table(text: str, root: Path):
+    """Recomputes every cell of `python logger.py --records` from the folders that its rows link to."""
+    for name, target, table in re.findall(r"\*\*Track `(\w+)`\*\*: \S+ of at most (\S+) .*\n\n((?:\|.*\n?)+)", text):
+        rules = json.loads((root / f"records/{name}/track.json").read_text())
+        rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[2:]]
+        folders = [root / re.fullmatch(r"\[(.*)\]\((.*/\1)\)", row[1])[2] for row in rows]
+        assert [folder.name for folder in folders] == [rules["row_1"], *(folder.name for folder in folders[1:])]
+        assert sorted(folders) == sorted(path.parent for path in (root / "records" / name).glob("*/config.json"))
+        ends, targets = {}, []
+        for number, (row, folder) in enumerate(zip(rows, folders), start=1):
+            seeds = range(len(list(folder.glob("seed*.jsonl"))))
+            runs = [[json.loads(line) for line in (folder / f"seed{seed}.jsonl").read_text().splitlines()] for seed in seeds]
+            finals = [[line for line in run if rules["metric"] in line][-1] for run in runs]
+            for seed, final in enumerate(finals):
+                assert f"val_bpb:{final[rules['metric']]:.4f}" in (folder / f"seed{seed}.log").read_text()
+            values, seconds = [final[rules["metric"]] for final in finals], [final["train_time"] for final in finals]
+            ends[number] = finals[0]
+            targets = targets or [f"{mean(values) + rules['margin']:.4f}"]
+            dof, ratio = len(values) - 1, "1"
+            if number > 1:
+                timing = json.loads((folder / "timing.json").read_text())
+                rounds = [a / b for a, b in timing["rounds"]]
+                factor, t = finals[0]["step"] / ends[1]["step"], quantile(len(rounds) - 1)
+                ratio = f"{factor * timing['row'] / timing['row_1']:.3f} ± {factor * t * stdev(rounds) / math.sqrt(len(rounds)):.3f}"
+            assert row == [
+                str(number), row[1], f"{finals[0]['step']:,}",
+                f"{mean(seconds):,.1f} ± {quantile(dof) * stdev(seconds) / math.sqrt(len(seconds)):.1f}", ratio,
+                f"{finals[0]['train/flops'] / 1e12:,.2f}", f"{mean(values):.4f} ± {stdev(values):.4f}", str(len(values)),
+                f"{t_test(values, rules['target']):.1e}"]  # fmt: skip
+            assert len({final["step"] for final in finals}) == 1 and len(values) >= rules["seeds"]
+            assert number == 1 or t_test(values, rules["target"]) < rules["p"]
+        assert [target] == targets == [f"{rules['target']:.4f}"]
+
+
+@functools.cache
+def quantile(dof: int) -> float:
+    """97.5% of T lie below it: Newton's method on below()."""
+    t = 2.0
+    for _ in range(60):
+        density = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(math.pi * dof) * (1 + t * t / dof) ** (-(dof + 1) / 2)
+        t += (0.975 - below(t, dof)) / density
+    return t
+
+
+def printed(root: Path) -> str:
+    done = subprocess.run([sys.executable, ROOT / "logger.py", "--records"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_readmes_table_is_what_the_logs_say():
+    between = re.search(r"<!-- records -->\n(.*?)\n<!-- end of records -->", (ROOT / "README.md").read_text(), re.S)[1]
+    assert between == printed(ROOT), "put what `python logger.py --records` prints between the markers of README.md"
+    check_table(between, ROOT)
+
+
+RULES = json.loads((ROOT / "records/cpu/track.json").read_text())
+
+
+def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f"):
+    """A record whose runs logged just enough, of torch 2.13.0."""
+    folder.mkdir()
+    (folder / "README.md").write_text("# A record\n")
+    config = {"track": {"corpus_sha256": RULES["corpus_sha256"]["2.13.0"]}, "encoding": "bytes",
+              "hyperparameters": {"num_iterations": steps, "val_tokens": RULES["val_tokens"]}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    for seed, (value, second) in enumerate(zip(values, seconds)):
+        rows = [{"step": step, "train_time": step * second / steps, "train/flops": step * 4.5e10, "train/loss": 2.0} for step in (1, steps)]
+        rows += [rows[-1] | {"val/bpb": value}, {"step": steps, "event": "end"}]
+        (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"seed{seed}.log").write_text(
+            f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\n{'=' * 100}\n"
+            f"step:{steps}/{steps} val_loss:1.00000 train_time:{second:.3f}s step_avg:1.00ms val_bpb:{value:.4f}\n")  # fmt: skip
+    if timing:
+        (folder / "timing.json").write_text(json.dumps(timing))
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """root/records/cpu with three rows, of which row 1 is not the first by name."""
+    folder = tmp_path / "records/cpu"
+    folder.mkdir(parents=True)
+    (folder / "track.json").write_text(json.dumps(RULES | {"target": 1.435, "row_1": "2026-01-02_DenseAdamW"}))
+    plant(folder / "2026-01-02_DenseAdamW", [1.42, 1.43, 1.421, 1.429], [601.2, 603.4, 599.8, 600.5], 1200)
+    plant(folder / "2026-01-02_DenseMuon", [1.419, 1.42, 1.421, 1.4188, 1.4191], [280.9, 283.0, 281.7, 282.2, 280.1], 540,
+          {"row": 517.25, "row_1": 498.5, "rounds": [[516, 498], [517, 499], [518.5, 498.5], [517, 495]]})  # fmt: skip
+    plant(folder / "2026-01-01_MoEMuon", [1.4177, 1.4202, 1.4181, 1.4192], [220.1, 219.4, 221.6, 220.2], 400,
+          {"row": 548.0, "row_1": 501.0, "rounds": [[548, 502], [549, 501], [547, 498]]})  # fmt: skip
+    return tmp_path
+
+
+def test_planted_records_make_the_known_table(planted):
+    text = printed(planted)
+    check_table(text, planted)
+    assert text.splitlines()[0] == "**Track `cpu`**: val/bpb of at most 1.4350 (row 1's mean + 0.01)."
+    link = lambda name: f"[{name}](records/cpu/{name})"  # the numbers behind it are scipy's: t.ppf, sem, ttest_1samp
+    assert text.splitlines()[4:] == [
+        f"| 1 | {link('2026-01-02_DenseAdamW')} | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
+        f"| 2 | {link('2026-01-01_MoEMuon')} | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
+        f"| 3 | {link('2026-01-02_DenseMuon')} | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |"]  # fmt: skip
+
+
+def test_every_digit_of_the_table_is_checked(planted):
+    text = printed(planted)
+    head = text.index("of at most")
+    places = [place for place in range(head, len(text)) if text[place].isdigit()
+              and not text[:place].endswith(("row ", "mean + ", "mean + 0.", "mean + 0.0"))]  # fmt: skip
+    assert len(places) > 150
+    for place in places:
+        changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        with pytest.raises((AssertionError, TypeError, OSError, IndexError)):
+            check_table(changed, planted)
+
+
+def edit(name: str, old: str, new: str):
+    def change(folder: Path):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+BROKEN = {  # what is done to a record: what is said of it
+    "no log": (lambda folder: (folder / "seed1.log").unlink(), r"MoEMuon: seed1\.log is missing"),
+    "a seed left out": (lambda folder: [(folder / f"seed0.{kind}").unlink() for kind in ("log", "jsonl")], r"seed0\.log is missing"),
+    "no timing": (lambda folder: (folder / "timing.json").unlink(), r"timing\.json is missing"),
+    "no readme": (lambda folder: (folder / "README.md").unlink(), r"README\.md is missing"),
+    "few seeds": (lambda folder: [(folder / f"seed3.{kind}").unlink() for kind in ("log", "jsonl")], "it has 3 seeds, its track asks for 4"),
+    "other step": (lambda folder: [edit("seed2.jsonl", '"step": 400', '"step": 390')(folder), edit("seed2.log", "step:400/", "step:390/")(folder)],
+                   "stopped at steps 400, 400, 390, 400"),  # fmt: skip
+    "other source": (edit("seed3.log", "9c1f", "9c2f"), "the logs of its seeds hold different sources"),
+    "other corpus": (edit("config.json", "02e0de8d", "12e0de8d"), r"seed0\.log: its corpus is not the one pinned for torch 2\.13\.0"),
+    "other torch": (edit("seed1.log", "2.13.0+cpu", "2.12.0"), r"seed1\.log: its corpus is not the one pinned for torch 2\.12\.0"),
+    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "it ran on 16 threads, its track on 2"),
+    "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in its track 262144"),
+    "null": (edit("seed1.jsonl", "1.4202", "null"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
+    "NaN": (edit("seed1.jsonl", "1.4202", "NaN"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
+    "an edited result": (edit("seed1.jsonl", "1.4202", "1.4102"), r"seed1\.log: it does not say what seed1\.jsonl says"),
+    "not significant": (lambda folder: [edit("seed0.jsonl", "1.4177", "1.4577")(folder), edit("seed0.log", "1.4177", "1.4577")(folder)],
+                        r"p against the target 1\.435 is 0\.2.*, not below 0\.01"),  # fmt: skip
+    "another form": (edit("timing.json", '"row_1"', '"row_2"'), "holds a file of another form .*row_1"),
+    "no JSON": (edit("config.json", "{", "["), r"config\.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_record_is_named(planted, what):
+    breaks, said = BROKEN[what]
+    breaks(planted / "records/cpu/2026-01-01_MoEMuon")
+    with pytest.raises(RunError, match=said) as stopped:
+        logger.records_text(planted / "records")
+    assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
+    edit("track.json", "1.435", "1.436")(planted / "records/cpu")
+    with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
+        logger.records_text(planted / "records")
+    done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
+
+
+def test_the_track_agrees_with_data_and_rules():
+    assert RULES["corpus_sha256"] == data.TORCH_CORPUS
+    assert train_muon.PRESETS["cpu"].val_tokens == RULES["val_tokens"]
+    rules = (ROOT / "records/README.md").read_text()
+    for said in (f"{RULES['val_tokens']:,} tokens", f"plus {RULES['margin']}", f"p < {RULES['p']}", f"At least {RULES['seeds']} seeds",
+                 f"{RULES['tuning_runs']} short runs", f"{RULES['seconds']['short']} seconds", f"{RULES['seconds']['full']} seconds"):  # fmt: skip
+        assert said in rules
+    parsers = {"data.py": data.parse, "benchmarks/track.py": track.parse, "logger.py": logger.parse}
+    for line in re.search(r"```bash\n(.*?)```", rules, re.S)[1].splitlines():
+        _, script, *words = shlex.split(line)
+        parsers[script](words)
+
+
+# -----------------------------------------------------------------------------
+# The runner, on tiny runs
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Shards that pass for the pinned corpus of this torch, whose sha256 a tiny track pins."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "python", WORDS["greek"])
+    meta_file = Path(folder) / "meta.json"
+    request = {"source": "python", "encoding": "bytes", "max_tokens": None, "split_seed": 0}
+    meta_file.write_text(json.dumps(json.loads(meta_file.read_text()) | {"request": request, "corpus_sha256": "a" * 64}))
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path, corpus, monkeypatch):
+    """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines."""
+    folder, launched, threads = tmp_path / "records/tiny", [], torch.get_num_threads()
+    folder.mkdir(parents=True)
+    pinned = {data.torch_version(): "a" * 64}
+    (folder / "track.json").write_text(json.dumps(RULES | dict(seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)))
+
+    def launch(words, _):
+        launched.append(words)
+        status, _, err = call(lambda: train_muon.main(track.RECIPES[words[0]]), words[1:])
+        print(err, file=sys.stderr)
+        return status
+
+    monkeypatch.setattr(track, "launch", launch)
+    monkeypatch.setattr(train_muon, "matmul_rate", lambda device, dtype: 1e11)
+    torch.set_num_threads(1)
+    yield folder, launched
+    torch.set_num_threads(threads)
+
+
+def tiny_command(corpus, script="train_muon.py", **flags):
+    run = dict(seq_len=32, batch_tokens=384, micro_batch_tokens=384, window_start=64, warmup_steps=0)
+    return ["--data", corpus, "--", script, *(f"--{name}={value}" for name, value in (TINY_MODEL | run | flags).items())]
+
+
+def run_track(*words) -> tuple[int, str, str]:
+    return call(track.main, words)
+
+
+def refused(*words) -> str:
+    """The one sentence of a command that must fail."""
+    status, _, err = run_track(*words)
+    said = err.strip().splitlines()[-1]
+    assert status != 0 and said.startswith("track.py: error: ") and "Traceback" not in err, (status, err)
+    return said
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "tuning.jsonl").read_text().splitlines()]
+
+
+def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
+    folder, launched = tiny
+    short = lambda name, *words: ("short", "--track", folder, "--name", name, "--seeds", *words)
+    status, _, err = run_track(*short("MoE", 0, 1, "--row", "MoE Muon", "--seconds", 0.2), *tiny_command(corpus))
+    assert status == 0, err
+    line = lines_of(folder)[0]
+    assert line["steps"] == int(200 / line["step_ms"]) and len(launched) == 3
+    assert (line["name"], line["row"], line["script"], line["seeds"]) == ("MoE", "MoE Muon", "train_muon.py", [0, 1])
+    assert 0.02 < line["seconds"][0] < 2 and len(set(line["val/bpb"])) == 2 and line["torch"] == data.torch_version()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", line["date"]) and re.match(r"[0-9a-f]{40}|not available", line["commit"])
+    # more seeds of the same name take the same steps; a dense twin
+    assert run_track(*short("MoE", 2), *tiny_command(corpus))[0] == 0
+    dense = tiny_command(corpus, "train_adamw.py", pattern="D")
+    assert run_track(*short("dense", 0, 2, 3, "--steps", 3), *dense)[0] == 0
+    lines = lines_of(folder)
+    assert lines[1]["steps"] == line["steps"] and lines[2]["steps"] == 3 and lines[2]["step_ms"] is None
+    status, out, _ = run_track("compare", "--track", folder, "MoE", "dense")
+    differences = [line["val/bpb"][0] - lines[2]["val/bpb"][0], lines[1]["val/bpb"][0] - lines[2]["val/bpb"][1]]
+    error = abs(differences[0] - differences[1]) / 2
+    assert status == 0 and out.splitlines()[-1] == f"mean {mean(differences):+.4f}, standard error {error:.4f}, n = 2"
+    assert "share no seed" in refused("compare", "--track", folder, "MoE", "sparse")
+    assert "with other flags, or with one of these seeds" in refused(*short("MoE", 1), *tiny_command(corpus))
+    assert "13 short runs" in refused(*short("x", *range(11), "--row", "MoE Muon"), *tiny_command(corpus))
+    # a run that diverges is listed too
+    wild = tiny_command(corpus, "train_adamw.py", embed_lr=1e29, router_lr=1e29, lr_warmup=0)
+    assert "ended with status 1" in refused(*short("wild", 0, 1, "--steps", 9), *wild)
+    assert lines_of(folder)[3]["val/bpb"] == [None] and lines_of(folder)[3]["seeds"] == [0]
+
+
+def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch):
+    folder, launched = tiny
+    first, second = folder / "2026-01-01_Dense", folder / "2026-01-02_MoE"
+    full = lambda folder, *words, steps=4: ("full", "--folder", folder, "--steps", steps, "--seeds", 0, 1, "--rounds", 2, *words)
+    dense = tiny_command(corpus, "train_adamw.py", pattern="D")
+    status, _, err = run_track(*full(first, *dense))
+    assert status == 0, err
+    assert sorted(path.name for path in first.iterdir()) == ["README.md", "config.json", "seed0.jsonl", "seed0.log", "seed1.jsonl", "seed1.log"]
+    config = json.loads((first / "config.json").read_text())
+    assert config["track"]["script"] == "train_adamw.py" and config["model"]["pattern"] == "D" and "seed" not in config["hyperparameters"]
+    rules = json.loads((folder / "track.json").read_text())
+    assert rules["row_1"] == first.name and len(launched) == 2
+    # the second row is cut off in its second seed, and goes on; in between, other flags are refused
+    real = track.launch
+    monkeypatch.setattr(track, "launch", lambda words, threads: 1 if "--seed=1" in words else real(words, threads))
+    assert "status 1" in refused(*full(second, *tiny_command(corpus)))
+    assert not second.exists()
+    monkeypatch.setattr(track, "launch", real)
+    assert "begun with other flags" in refused(*full(second, *tiny_command(corpus), steps=5))
+    before = (folder / "2026-01-02_MoE.partial/seed0.log").read_bytes()
+    launched.clear()
+    status, _, err = run_track(*full(second, *tiny_command(corpus)))
+    assert status == 0, err
+    assert (second / "seed0.log").read_bytes() == before and not (folder / "2026-01-02_MoE.partial").exists()
+    scripts = [words[0] for words in launched]
+    assert scripts == ["train_muon.py"] + ["train_muon.py", "train_adamw.py", "train_adamw.py", "train_muon.py"], "one seed, then rounds in turns"
+    assert "--pattern=D" in launched[2] and "--num_iterations=4" not in launched[2]
+    assert f"full --folder records/tiny/{second.name} --steps 4 --seeds 0 1 -- train_muon.py --n_layer=2" in (second / "README.md").read_text()
+    assert corpus not in "".join((second / name).read_text() for name in ("README.md", "config.json", "timing.json")), "a path of this machine"
+    timing = json.loads((second / "timing.json").read_text())
+    assert len(timing["rounds"]) == 2 and min(timing["row"], timing["row_1"]) > 0
+    check_table(printed(folder.parents[1]), folder.parents[1])
+    assert "already holds a record" in refused(*full(second, *tiny_command(corpus)))
+
+
+def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkeypatch):
+    folder, launched = tiny
+    short = lambda *command, seeds=(0,): refused("short", "--track", folder, "--name", "x", "--seeds", *seeds, *command)
+    full = lambda name, *seeds: refused("full", "--folder", folder / name, "--steps", 3, "--seeds", *seeds, *tiny_command(corpus))
+    assert "--val_tokens is set by the track" in short(*tiny_command(corpus), "--val-tokens", 64)
+    assert "--data is set by the track" in short(*tiny_command(corpus, data=corpus))
+    assert "not a script of the track" in short("--", "model.py")
+    assert "seq_len is 96" in short(*tiny_command(corpus, seq_len=96))
+    assert "pattern is 'X'" in short(*tiny_command(corpus, pattern="X"))
+    assert "YYYY-MM-DD_Name" in full("MoE", 0, 1)
+    assert "n is at least 2" in full("2026-01-01_MoE", 0) and "0 to n - 1" in full("2026-01-01_MoE", 0, 2)
+    part = shutil.copytree(corpus, tmp_path / "part")
+    edit("meta.json", '"max_tokens": null', '"max_tokens": 9999')(part)
+    assert "does not hold the corpus pinned for torch" in short(*tiny_command(part)) and "python data.py" in short(*tiny_command(part))
+    edit("meta.json", "a" * 64, "b" * 64)(Path(shutil.copytree(corpus, tmp_path / "other")))
+    assert "does not hold the corpus" in short(*tiny_command(tmp_path / "other"))
+    monkeypatch.setattr(data, "torch_version", lambda: "9.9.9")
+    assert re.search(r"torch 9\.9\.9 is not pinned for this track .*pip install torch==", short(*tiny_command(corpus)))
+    assert not launched and not list(folder.glob("*/"))
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
+        track.parse(["short", "--name", "x", "--seeds", "0"])
+
+
+def test_the_script_runs_as_one_types_it(tmp_path, corpus):
+    """Processes of its own, from another directory than the repository's."""
+    pinned = {data.torch_version(): "a" * 64}
+    (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
+    words = ["short", "--track", tmp_path, "--name", "MoE", "--seeds", 5, "--steps", 2, *tiny_command(corpus)]
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^seed 5: val/bpb \d\.\d{4} after 2 steps", done.stdout, re.M)
+    assert lines_of(tmp_path)[0]["seeds"] == [5]
+
+
+def test_every_recipe_is_on_the_track():
+    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
+    fields = {field.name for field in dataclasses.fields(train_muon.Common)} | {"resume", "enable_profiling", "plan", "experiment_name"}
+    assert set(track.OURS) <= fields

@@ -178,6 +178,11 @@ class Rates:
     def own(self, gemm: Gemm) -> float:
         return self.shapes.get(gemm._replace(count=1), self.matmul)
 
+    def or_better(self, other: "Rates") -> "Rates":
+        """The best of two measurements: others may use the machine now and then."""
+        numbers = (max(getattr(self, key), getattr(other, key)) for key in ("matmul", "memory", "cache", "exp"))
+        return Rates(*numbers, {gemm: max(rate, other.shapes.get(gemm, 0)) for gemm, rate in self.shapes.items()})
+
 
 def best_seconds(function, budget: float = 0.03) -> float:
     """The fastest of at least three calls, after one to warm up."""
@@ -217,18 +222,11 @@ def exp_rate() -> float:
 
 
 @torch.no_grad()
-def measure_rates(dtype: torch.dtype, gemms: list[Gemm], copied: int = 2**28, rounds: int = 3) -> Rates:
-    """What this machine reaches at its best over some rounds, since others may be using it; `gemms` and two squares compete for the
-    matmul rate."""
-    wanted = {gemm._replace(count=1) for gemm in gemms}
-    tasks = {gemm: (gemm_rate, gemm, dtype) for gemm in wanted | {Gemm(side, side, side) for side in (1024, 2048)}}
-    tasks |= {"memory": (copy_rate, copied), "cache": (copy_rate, min(copied, 2**21)), "exp": (exp_rate,)}
-    best = dict.fromkeys(tasks, 0.0)
-    for _ in range(rounds):
-        for key, (measure, *arguments) in tasks.items():
-            best[key] = max(best[key], measure(*arguments))
-    memory, cache, exp = (best.pop(key) for key in ("memory", "cache", "exp"))
-    return Rates(max(best.values()), memory, cache, exp, best)
+def measure_rates(dtype: torch.dtype, gemms: list[Gemm], copied: int = 2**28) -> Rates:
+    """What this machine reaches now; `gemms` and two squares compete for the matmul rate."""
+    wanted = {gemm._replace(count=1) for gemm in gemms} | {Gemm(side, side, side) for side in (1024, 2048)}
+    shapes = {gemm: gemm_rate(gemm, dtype) for gemm in wanted}
+    return Rates(max(shapes.values()), copy_rate(copied), copy_rate(min(copied, 2**21)), exp_rate(), shapes)
 
 
 # -----------------------------------------------------------------------------
@@ -296,6 +294,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, default=8 * 512, help="per optimizer step")
     parser.add_argument("--seq_len", "--seq-len", type=positive, default=512)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
+    parser.add_argument("--rounds", type=positive, default=3, help="of measuring; the best counts, as others may use the machine")
     parser.add_argument("--json", type=Path, help="write rates and parts there")
     add_flags(parser, Config)
     args = parser.parse_args(argv)
@@ -309,6 +308,8 @@ def main():
         twin, step = dense_twin(args.config), (args.tokens, args.seq_len, args.optimizer)
         gemms = [gemm for config in (args.config, twin) for part in parts_of(config, *step) for gemm in part.gemms]
         rates = measure_rates(DTYPES[args.config.dtype], gemms)
+        for _ in range(args.rounds - 1):
+            rates = measure_rates(DTYPES[args.config.dtype], gemms).or_better(rates)
         costs, dense = floor(args.config, *step, rates), floor(twin, *step, rates)
         print(table(costs, rates, args.tokens, dense))
         if args.json:

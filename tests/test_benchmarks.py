@@ -149,9 +149,14 @@ def test_a_moe_takes_longer_than_its_twin(optimizer):
 
 def test_rates_are_measured_at_every_shape():
     gemms = [Gemm(8, 16, 24, "nt", count=7), Gemm(8, 16, 24, "tn", batch=3), Gemm(8, 16.4, 24)]
-    rates = floor.measure_rates(torch.float32, gemms, copied=2**16, rounds=1)
+    rates = floor.measure_rates(torch.float32, gemms, copied=2**16)
     assert {gemm._replace(count=1) for gemm in gemms} <= set(rates.shapes) and min(rates.memory, rates.cache, rates.exp, *rates.shapes.values()) > 0
     assert rates.matmul == max(rates.shapes.values()) and rates.own(gemms[0]) == rates.shapes[Gemm(8, 16, 24, "nt")]
+
+
+def test_the_better_of_two_measurements():
+    one, other = Rates(1.0, 8.0, 3.0, 4.0, {Gemm(1, 1, 1): 1.0}), Rates(5.0, 6.0, 7.0, 2.0, {Gemm(1, 1, 1): 5.0, Gemm(2, 2, 2): 9.0})
+    assert one.or_better(other) == Rates(5.0, 8.0, 7.0, 4.0, {Gemm(1, 1, 1): 5.0})
 
 
 # -----------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def script(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(floor, "measure_rates", lambda dtype, gemms: RATES)
+    monkeypatch.setattr(floor, "measure_rates", lambda *_: RATES)
     monkeypatch.setattr(sys, "argv", ["floor.py", *f"--shape bytes {SMALL} --tokens 128 --optimizer muon --json {tmp_path / 'floor.json'}".split()])
     floor.main()
     out, written = capsys.readouterr().out, json.loads((tmp_path / "floor.json").read_text())
@@ -270,7 +275,7 @@ def test_a_wrong_flag_is_one_sentence(words, capsys):
 
 @pytest.mark.parametrize("words", ["--tokens 100", "--top_k 9", "--json nowhere/at/all.json --tokens 512"])
 def test_a_floor_that_cannot_be_computed_is_one_sentence(words, monkeypatch):
-    monkeypatch.setattr(floor, "measure_rates", lambda dtype, gemms: RATES)
+    monkeypatch.setattr(floor, "measure_rates", lambda *_: RATES)
     monkeypatch.setattr(sys, "argv", ["floor.py", *words.split()])
     with pytest.raises(SystemExit) as end:
         floor.main()

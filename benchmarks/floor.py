@@ -211,14 +211,14 @@ def gemm_rate(gemm: Gemm, dtype: torch.dtype) -> float:
 def copy_rate(nbytes: int) -> float:
     """Bytes read and written per second by a copy of nbytes."""
     source, target = torch.ones(nbytes // 4), torch.zeros(nbytes // 4)
-    return 2 * nbytes / best_seconds(lambda: target.copy_(source), 0.1)
+    return 2 * nbytes / best_seconds(lambda: target.copy_(source), 0.2)
 
 
 def exp_rate() -> float:
     """Elements per second of the faster of torch.exp and torch.sigmoid, which takes an exponential too."""
     x = torch.randn(2**19)
     out = torch.empty_like(x)
-    return x.numel() / min(best_seconds(lambda: function(x, out=out)) for function in (torch.exp, torch.sigmoid))
+    return x.numel() / min(best_seconds(lambda: function(x, out=out), 0.1) for function in (torch.exp, torch.sigmoid))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -76,12 +77,13 @@ class Contender(NamedTuple):
 
 
 same = lambda config: config
-finer = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts)
+more = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts)  # of the same hidden width, as many per token
+finer = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts, top_k=8 * config.top_k)  # each cut into eight
 HF = "transformers.models.mixtral.modeling_mixtral"
 
 CONTENDERS = {
     **{f"{name}_{optimizer}": Contender(ours(optimizer, shape), "torch", shape, optimizer)
-       for name, shape in (("moe", same), ("dense", dense_twin), ("finer", finer)) for optimizer in RECIPES},
+       for name, shape in (("moe", same), ("dense", dense_twin), ("more", more), ("finer", finer)) for optimizer in RECIPES},
     **{f"mixtral_{experts}": Contender(mixtral(experts), HF) for experts in ("eager", "batched_mm", "grouped_mm")},
     "mixtral_autocast": Contender(mixtral("eager", "fp32"), HF),
     "equal_flops_mixtral": Contender(mixtral("grouped_mm", hidden_share=2 / 3), HF),
@@ -166,6 +168,7 @@ class Race(NamedTuple):
     memory: dict[str, float]  # bytes, at most
     floors: dict[str, float]  # seconds, of ours
     failed: list[str]
+    load: float  # of the machine before the race: what others were running
 
     def step(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -193,7 +196,7 @@ def race(names: list[str], work: Work, rounds: int, steps: int) -> tuple[Race, R
                for name in names if CONTENDERS[name].shape}  # fmt: skip
     gemms = [gemm for step in floored.values() for part in parts_of(*step) for gemm in part.gemms]
     measure = lambda: measure_rates(DTYPES[work.config.dtype], gemms)
-    rates = measure()
+    load, rates = os.getloadavg()[0], measure()
     runners, failed = {}, []
     for name in names:
         try:
@@ -210,11 +213,12 @@ def race(names: list[str], work: Work, rounds: int, steps: int) -> tuple[Race, R
             seconds[name].append(statistics.median(runners[name].ask(steps)))
     floors = {name: step_floor(*step, rates) for name, step in floored.items()}
     flops, memory = {name: runner.flops for name, runner in runners.items()}, {name: runner.ask(0) for name, runner in runners.items()}
-    return Race(work.tokens, matmul, seconds, flops, memory, floors, failed), rates
+    return Race(work.tokens, matmul, seconds, flops, memory, floors, failed, load), rates
 
 
 def table(race: Race) -> str:
-    lines = [f"matmul rate {statistics.median(race.matmul) / 1e9:,.0f} GFLOP/s; {race.tokens:,} tokens per step, {len(race.matmul)} rounds",
+    lines = [f"matmul rate {statistics.median(race.matmul) / 1e9:,.0f} GFLOP/s; {race.tokens:,} tokens per step, {len(race.matmul)} rounds, "
+             f"load average {race.load:.1f} before the first",
              f"{'contender':<21}{'tokens/s':>10}{'ms/step':>10}{'MFLOP/token':>13}{'of matmul':>11}{'peak MiB':>10}{'x Mixtral':>11}{'x dense':>9}"
              f"{'x floor':>9}"]  # fmt: skip
     for name in sorted(race.seconds, key=race.step):
@@ -260,9 +264,11 @@ SUITES = {
         Target("gpt2 bytes", "MoE / dense step, AdamW", lambda r: r.ratio("moe_adamw", "dense_adamw"), "<=", (1.1,)),
         Target("gpt2", "MoE / dense step, Muon", lambda r: r.ratio("moe_muon", "dense_muon"), "<=", (1.1,)),
         Target("bytes", "MoE / dense step, Muon", lambda r: r.ratio("moe_muon", "dense_muon"), "<=", (1.2,))]),
-    "granularity": Suite(32, "moe_adamw finer_adamw moe_muon finer_muon", [
-        Target("gpt2 bytes", "8 x the experts / as they are, AdamW", lambda r: r.ratio("finer_adamw", "moe_adamw"), "<=", (1.25,)),
-        Target("gpt2 bytes", "8 x the experts / as they are, Muon", lambda r: r.ratio("finer_muon", "moe_muon"), "<=")]),
+    "granularity": Suite(32, "moe_adamw more_adamw finer_adamw moe_muon more_muon finer_muon", [
+        Target("gpt2 bytes", "64 / 8 experts of one width, AdamW", lambda r: r.ratio("more_adamw", "moe_adamw"), "<=", (1.25,)),
+        Target("gpt2 bytes", "64 / 8 experts of one width, Muon", lambda r: r.ratio("more_muon", "moe_muon"), "<="),
+        Target("gpt2 bytes", "64 finer experts, top-16 / 8, AdamW", lambda r: r.ratio("finer_adamw", "moe_adamw"), "<="),
+        Target("gpt2 bytes", "64 finer experts, top-16 / 8, Muon", lambda r: r.ratio("finer_muon", "moe_muon"), "<=")]),
 }  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_the_better_of_two_measurements():
 def made_up() -> Race:
     seconds = {"moe_adamw": [1.0, 2.0, 4.0], "dense_adamw": [1.0, 1.0, 2.0], "mixtral_eager": [9.0] * 3, "mixtral_grouped_mm": [3.0] * 3}
     memory, floors = {"moe_adamw": 30, "mixtral_grouped_mm": 60}, {"moe_adamw": 0.5, "dense_adamw": 0.5}
-    return Race(10, [100.0, 100.0, 50.0], seconds, {"moe_adamw": 8.0}, memory, floors, [])
+    return Race(10, [100.0, 100.0, 50.0], seconds, {"moe_adamw": 8.0}, memory, floors, [], 0.5)
 
 
 def test_a_race_speaks_in_medians_of_rounds():

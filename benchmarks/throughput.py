@@ -14,8 +14,7 @@ forward, loss, backward, optimizer step and clearing the gradients, eager, on ra
   peak MiB    largest resident size of the process, less its size after the imports
   x floor     the step / the least time that floor.py computes for it on this machine; of ours only
 
-Mixtral: bf16 weights with fused AdamW on them, SDPA, no auxiliary loss, its own loss through `labels`. Its experts are SwiGLU, three matrices: at
-the same hidden width 1.5 times the FLOPs of ours; equal_flops_mixtral has them narrowed to ours. mixtral_autocast has fp32 weights instead."""
+Who the contenders are, and how each is run at its best: contenders.py."""
 
 import argparse
 import dataclasses
@@ -34,68 +33,16 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks.floor import SHAPES, Rates, dense_twin, measure_rates, parts_of, step_floor  # noqa: E402
-from benchmarks.rivals import Work, mixtral, nanogpt  # noqa: E402
-from data import Batch  # noqa: E402
-from logger import PhaseTimer  # noqa: E402
-from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, flops_per_token, positive  # noqa: E402
-
-CPU = torch.device("cpu")
-RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
-
-# -----------------------------------------------------------------------------
-# Contenders: build(work) -> (a function that does step number i, active FLOPs per token)
-
-
-def ours(optimizer: str, shape):
-    def build(work: Work):
-        config, recipe = shape(work.config), RECIPES[optimizer]
-        hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**6,
-                                 micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
-        world, model, timer = train_muon.World(0, 1, CPU), GPT(config), PhaseTimer("cpu")
-        exchange = train_muon.Exchange(model, world, hp.bucket_mb)
-        for transfer in exchange.transfers:
-            transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
-        rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
-        batches = [[Batch(part[:, :-1], part[:, 1:], i * rows) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
-
-        def step(i: int):
-            train_muon.train_step(model, exchange, exchange.optimizers, lambda: batches[i % len(batches)], i, hp, recipe, timer)
-
-        return step, flops_per_token(config, work.seq_len)
-
-    return build
-
-
-class Contender(NamedTuple):
-    build: callable
-    imports: str = "torch"  # before memory is looked at
-    shape: object = None  # config -> the config of its floor, of ours
-    optimizer: str = ""  # of its floor
-
-
-same = lambda config: config
-more = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts)  # of the same hidden width, as many per token
-finer = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts, top_k=8 * config.top_k)  # each cut into eight
-HF = "transformers.models.mixtral.modeling_mixtral"
-
-CONTENDERS = {
-    **{f"{name}_{optimizer}": Contender(ours(optimizer, shape), "torch", shape, optimizer)
-       for name, shape in (("moe", same), ("dense", dense_twin), ("more", more), ("finer", finer)) for optimizer in RECIPES},
-    **{f"mixtral_{experts}": Contender(mixtral(experts), HF) for experts in ("eager", "batched_mm", "grouped_mm")},
-    "mixtral_autocast": Contender(mixtral("eager", "fp32"), HF),
-    "equal_flops_mixtral": Contender(mixtral("grouped_mm", hidden_share=2 / 3), HF),
-    "nanogpt_autocast": Contender(nanogpt("fp32")),
-    "nanogpt_bf16": Contender(nanogpt("bf16")),
-}  # fmt: skip
+from benchmarks.contenders import CONTENDERS, CPU, Work  # noqa: E402
+from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor  # noqa: E402
+from model import DTYPES, Config, ConfigError, Parser, add_flags, positive  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # One process per contender
 
 
-def kibibytes(path: str, key: str) -> int:
+def proc_bytes(path: str, key: str) -> int:
     """A line of /proc in bytes: VmRSS (now), VmHWM (at most so far), MemAvailable."""
     return next(1024 * int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(key))
 
@@ -107,15 +54,15 @@ def serve(pipe, name: str, work: Work):
     """In the child: build and warm up; then a number of steps gets their seconds, and 0 the peak memory in bytes and the end."""
     try:
         importlib.import_module(CONTENDERS[name].imports)
-        most = kibibytes("/proc/meminfo", "MemAvailable") // 2
+        most = proc_bytes("/proc/meminfo", "MemAvailable") // 2
         resource.setrlimit(resource.RLIMIT_AS, (most, most))  # a contender that is too large fails alone, not the machine
-        before = kibibytes("/proc/self/status", "VmRSS")
+        before = proc_bytes("/proc/self/status", "VmRSS")
         step, flops = CONTENDERS[name].build(work)
         for i in range(WARMUP):
             step(i)
         pipe.send(flops)
     except (ImportError, RuntimeError, MemoryError, ValueError) as error:
-        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return
     done = WARMUP
     while count := pipe.recv():
@@ -126,7 +73,7 @@ def serve(pipe, name: str, work: Work):
             seconds.append(time.perf_counter() - began)
         done += count
         pipe.send(seconds)
-    pipe.send(kibibytes("/proc/self/status", "VmHWM") - before)
+    pipe.send(proc_bytes("/proc/self/status", "VmHWM") - before)
 
 
 class Runner:
@@ -254,9 +201,11 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "mixtral": Suite(8, "moe_adamw moe_muon dense_adamw dense_muon mixtral_eager mixtral_batched_mm mixtral_grouped_mm equal_flops_mixtral "
-                        "nanogpt_autocast nanogpt_bf16", [
+    "mixtral": Suite(8, "moe_adamw moe_muon dense_adamw dense_muon mixtral_eager mixtral_batched_mm mixtral_grouped_mm autocast_mixtral "
+                        "equal_flops_mixtral nanogpt_autocast nanogpt_bf16", [
         Target("gpt2 bytes", "speed over the fastest Mixtral's", lambda r: r.ratio(r.fastest("mixtral_"), "moe_adamw"), ">=", (2, 3)),
+        Target("gpt2 bytes", "speed over Mixtral's with fp32 weights", lambda r: r.ratio("autocast_mixtral", "moe_adamw"), ">="),
+        Target("gpt2 bytes", "speed over Mixtral's at equal FLOPs", lambda r: r.ratio("equal_flops_mixtral", "moe_adamw"), ">="),
         Target("gpt2", "share of the matmul rate", lambda r: r.share("moe_adamw"), ">=", (0.45, 0.6)),
         Target("gpt2", "peak memory over that Mixtral's", lambda r: r.memory["moe_adamw"] / r.memory[r.fastest("mixtral_")], "<=", (1 / 3,)),
         Target("gpt2 bytes", "dense twin's speed over nanoGPT's", lambda r: r.ratio(r.fastest("nanogpt_"), "dense_adamw"), ">=", (1,))]),
@@ -289,9 +238,9 @@ def judge(targets: list[Target], shape: str, race: Race) -> list[dict]:
 
 def judgement(rows: list[dict]) -> str:
     number = lambda x: "-" if math.isnan(x) else f"{x:.3f}"
-    lines = [f"{'target':<38}{'bound':>10}{'measured':>10}{'':>8}{'at the floor':>14}{'bound in floors':>17}"] * bool(rows)
+    lines = [f"{'target':<40}{'bound':>10}{'measured':>10}{'':>8}{'at the floor':>14}{'bound in floors':>17}"] * bool(rows)
     for r in rows:
-        lines.append(f"{r['what']:<38}{r['sense'] + ' ' + number(r['bound']):>10}{number(r['figure']):>10}{r['met']:>8}{number(r['ideal']):>14}"
+        lines.append(f"{r['what']:<40}{r['sense'] + ' ' + number(r['bound']):>10}{number(r['figure']):>10}{r['met']:>8}{number(r['ideal']):>14}"
                      f"{number(r['floors']):>17}")  # fmt: skip
     return "\n".join(lines)
 
@@ -306,8 +255,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=["mixtral"])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help=f"instead of the suite's: {', '.join(CONTENDERS)}")
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--steps", type=positive, default=3, help="of each contender in a round")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--steps", type=positive, default=2, help="of each contender in a round")
     parser.add_argument("--seq_len", "--seq-len", type=positive, default=512)
     parser.add_argument("--rows", type=positive, help="of each step; default: the suite's")
     parser.add_argument("--micro_batch_tokens", "--micro-batch-tokens", type=positive, help="of one forward pass of ours; default: all of a step")

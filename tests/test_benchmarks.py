@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks import floor, rivals, throughput  # noqa: E402
+from benchmarks import contenders, floor, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
 from model import GPT, Config  # noqa: E402
@@ -190,7 +190,7 @@ def test_targets_are_judged_with_their_floors():
 
 def test_suites_name_contenders_and_shapes_that_exist():
     for suite in throughput.SUITES.values():
-        assert set(suite.contenders.split()) <= set(throughput.CONTENDERS)
+        assert set(suite.contenders.split()) <= set(contenders.CONTENDERS)
         assert all(set(target.shapes.split()) <= set(floor.SHAPES) for target in suite.targets)
 
 
@@ -198,8 +198,8 @@ def test_suites_name_contenders_and_shapes_that_exist():
 # Rivals
 
 
-def work(config: Config) -> rivals.Work:
-    return rivals.Work(config, TOKENS, SEQ_LEN, TOKENS)
+def work(config: Config) -> contenders.Work:
+    return contenders.Work(config, TOKENS, SEQ_LEN, TOKENS)
 
 
 def test_tokens_are_random_and_end_no_document():
@@ -210,7 +210,7 @@ def test_tokens_are_random_and_end_no_document():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_nanogpt_trains_and_its_flops_are_those_that_torch_counts(dtype):
-    step, per_token = rivals.nanogpt(dtype)(work(SHAPES["dense"]))
+    step, per_token = contenders.nanogpt(dtype)(work(SHAPES["dense"]))
     step(0)
     seen = counted(lambda: step(1))
     mine = flops(SHAPES["dense"], "attention projections", "dense MLP", "head + loss")
@@ -221,7 +221,7 @@ def test_nanogpt_trains_and_its_flops_are_those_that_torch_counts(dtype):
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_mixtral_trains_and_its_flops_are_ours_with_three_matrices(experts):
-    step, per_token = rivals.mixtral(experts)(work(SHAPES["experts"]))
+    step, per_token = contenders.mixtral(experts)(work(SHAPES["experts"]))
     step(0)
     router = 6 * 2 * 4 * 64  # two layers; ours has a second matrix for noise
     assert TOKENS * (per_token + router) == pytest.approx(flops(SHAPES["experts"]) + flops(SHAPES["experts"], "expert MLPs") / 2, rel=1e-12)

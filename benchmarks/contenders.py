@@ -1,7 +1,12 @@
-"""What users would train instead, as plain scripts would: Hugging Face's Mixtral and a nanoGPT. For throughput.py.
+"""Who takes part in throughput.py: ours as train_muon.py and train_adamw.py run it, and what users would train instead, as plain scripts would.
 
-Each build(work) returns a function that does optimizer step number i, and the active FLOPs per token (see throughput.py)."""
+A contender's build(work) returns a function that does optimizer step number i, and the active FLOPs per token (see throughput.py).
 
+Mixtral: bf16 weights and fused AdamW on them (its best speed: fp32 weights under autocast take 1.1 to 1.2 times as long), SDPA, no auxiliary loss,
+its own loss through `labels`. Its experts are SwiGLU, three matrices: at the same hidden width 1.5 times the FLOPs of ours. Two more for fairness:
+autocast_mixtral keeps fp32 weights as ours does, equal_flops_mixtral has its experts narrowed to our FLOPs. nanoGPT: both ways, the faster counts."""
+
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -9,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.floor import mean_keys
-from model import DTYPES, Config
+import train_adamw
+import train_muon
+from benchmarks.floor import dense_twin, mean_keys
+from data import Batch
+from logger import PhaseTimer
+from model import DTYPES, GPT, Config, flops_per_token
+
+CPU = torch.device("cpu")
+RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
 
 
 class Work(NamedTuple):
@@ -32,6 +44,34 @@ class Work(NamedTuple):
         """Of all layers, per token, forward and backward."""
         c = self.config
         return 12 * c.n_layer * c.n_head * c.head_dim * mean_keys(c, "L", self.seq_len)
+
+
+# -----------------------------------------------------------------------------
+# Ours
+
+
+def ours(optimizer: str, shape):
+    def build(work: Work):
+        config, recipe = shape(work.config), RECIPES[optimizer]
+        hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**6,
+                                 micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
+        world, model, timer = train_muon.World(0, 1, CPU), GPT(config), PhaseTimer("cpu")
+        exchange = train_muon.Exchange(model, world, hp.bucket_mb)
+        for transfer in exchange.transfers:
+            transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
+        rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
+        batches = [[Batch(part[:, :-1], part[:, 1:], i * rows) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
+
+        def step(i: int):
+            train_muon.train_step(model, exchange, exchange.optimizers, lambda: batches[i % len(batches)], i, hp, recipe, timer)
+
+        return step, flops_per_token(config, work.seq_len)
+
+    return build
+
+
+# -----------------------------------------------------------------------------
+# The others
 
 
 def plain_step(model: nn.Module, loss_of, work: Work):
@@ -122,3 +162,30 @@ def nanogpt(dtype: str):
         return plain_step(model, loss_of, work), 6 * active + work.attention_flops()
 
     return build
+
+
+# -----------------------------------------------------------------------------
+# All of them
+
+
+class Contender(NamedTuple):
+    build: callable
+    imports: str = "torch"  # before memory is looked at
+    shape: object = None  # config -> the config of its floor, of ours
+    optimizer: str = ""  # of its floor
+
+
+same = lambda config: config
+more = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts)  # of the same hidden width, as many per token
+finer = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts, top_k=8 * config.top_k)  # each cut into eight
+HF = "transformers.models.mixtral.modeling_mixtral"
+
+CONTENDERS = {
+    **{f"{name}_{optimizer}": Contender(ours(optimizer, shape), "torch", shape, optimizer)
+       for name, shape in (("moe", same), ("dense", dense_twin), ("more", more), ("finer", finer)) for optimizer in RECIPES},
+    **{f"mixtral_{experts}": Contender(mixtral(experts), HF) for experts in ("eager", "batched_mm", "grouped_mm")},
+    "autocast_mixtral": Contender(mixtral("eager", "fp32"), HF),
+    "equal_flops_mixtral": Contender(mixtral("grouped_mm", hidden_share=2 / 3), HF),
+    "nanogpt_autocast": Contender(nanogpt("fp32")),
+    "nanogpt_bf16": Contender(nanogpt("bf16")),
+}  # fmt: skip

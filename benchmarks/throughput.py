@@ -6,8 +6,9 @@
 
 Every contender lives in a process of its own and waits at a pipe. The parent has one after another run some steps, round after round, every
 second round in reverse order, so the machine's drift hits all alike; the bf16 matmul rate (train_muon.matmul_rate, the one that MFU is a
-share of) is measured in the same rounds. Figures are medians over rounds of a round's median step; ratios are taken round by round. A step is
-forward, loss, backward, optimizer step and clearing the gradients, eager, on random tokens made beforehand. Ours is train_muon.train_step.
+share of) is measured in the same rounds. A turn's first step is not counted: it finds the caches, and the memory that it freed last, in other hands.
+Figures are medians over rounds of a round's median step; ratios are taken round by round. A step is forward, loss, backward, optimizer step
+and clearing the gradients, eager, on random tokens made beforehand. Ours is train_muon.train_step.
 
   of matmul   active FLOPs of a step / its seconds / the matmul rate. Active FLOPs: 6 per matmul weight that a token meets (k of E experts,
               router and head included, embeddings not) + 12 x keys x channels of causal attention
@@ -66,13 +67,12 @@ def serve(pipe, name: str, work: Work):
         return
     done = WARMUP
     while count := pipe.recv():
-        seconds = []
-        for i in range(done, done + count):
-            began = time.perf_counter()
+        ends = []
+        for i in range(done, done + count + 1):  # the first finds caches and freed memory as other processes left them: not counted
             step(i)
-            seconds.append(time.perf_counter() - began)
-        done += count
-        pipe.send(seconds)
+            ends.append(time.perf_counter())
+        done += len(ends)
+        pipe.send([end - began for began, end in zip(ends, ends[1:])])
     pipe.send(proc_bytes("/proc/self/status", "VmHWM") - before)
 
 

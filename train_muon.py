@@ -19,6 +19,7 @@ owners balanced by cost as in Megatron's layer-wise optimizer, with padding kept
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1509,8 +1510,21 @@ def cpu_has_bf16() -> bool:
     return supported() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def keep_freed_memory():
+    """Let malloc keep what tensors give back. By default glibc returns blocks above 32 MiB to the kernel, and each next one is
+    paged in anew: at 16k tokens of width 1024 that was a third of an MLP's time. Other systems' allocators are left alone."""
+    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(malloc, "mallopt"):
+        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            malloc.mallopt(option, size)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
 def join(hp: Common) -> World:
     """This process among those that torchrun started, or alone without it."""
+    keep_freed_memory()
     device = torch.device(hp.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

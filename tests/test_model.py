@@ -951,7 +951,8 @@ def head_inputs():
 
 def test_fp8_head_is_within_five_percent_of_fp32():
     x, w, dz = head_inputs()
-    z, x_f8, w_f8 = M.fp8_head(x, w)
+    w_f8 = M.fp8_weights(w)
+    z, x_f8 = M.fp8_head(x, w_f8)
     assert z.dtype == torch.bfloat16 and x_f8.dtype == w_f8.dtype == torch.float8_e4m3fn
     assert norm_error(z, x.float() @ w.T) < 0.05
     dx, dw = M.fp8_head_backward(dz, x_f8, w_f8)
@@ -961,20 +962,21 @@ def test_fp8_head_is_within_five_percent_of_fp32():
 
 def test_fp8_head_clips_instead_of_overflowing():
     x, w, _ = head_inputs()
-    z, *_ = M.fp8_head(x, w * 1000)
+    z, _ = M.fp8_head(x, M.fp8_weights(w * 1000))
     assert z.isfinite().all()
     x[0] = 0
     x[0, 0] = 32**0.5  # the largest entry that RMS norm lets through
-    z, *_ = M.fp8_head(x, w)
+    z, _ = M.fp8_head(x, M.fp8_weights(w))
     assert norm_error(z[0], x[0].float() @ w.T) < 0.05
 
 
 def test_fp8_operators_match_their_fake_kernels():
     x, w, dz = head_inputs()
-    torch.library.opcheck(M.fp8_head, (x, w))
-    _, x_f8, w_f8 = M.fp8_head(x, w)
-    # float8 has no `mul` on the CPU, which the schema check would use
-    torch.library.opcheck(M.fp8_head_backward, (dz, x_f8, w_f8), test_utils=("test_autograd_registration", "test_faketensor"))
+    w_f8 = M.fp8_weights(w)
+    _, x_f8 = M.fp8_head(x, w_f8)
+    for operator, words in ((M.fp8_head, (x, w_f8)), (M.fp8_head_backward, (dz, x_f8, w_f8))):
+        # float8 has no `mul` on the CPU, which the schema check would use
+        torch.library.opcheck(operator, words, test_utils=("test_autograd_registration", "test_faketensor"))
 
 
 def test_fp8_head_trains_like_bf16_and_evaluates_as_bf16():

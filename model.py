@@ -555,9 +555,9 @@ def grouped_outer(dy_RN: Tensor, rows_RK: Tensor, offs_E: Tensor) -> Tensor:
     return F.grouped_mm(dy_RN.mT, rows_RK, offs=offs_E)
 
 
-def few_sizes(n: int) -> int:
-    """The distance of the lengths that stand for n rows on a CPU: 16 to an octave. A matmul of a new shape costs oneDNN about a
-    millisecond and a megabyte, and experts' row counts are new in every step; few shapes stay in its cache."""
+def granule(n: int) -> int:
+    """On a CPU, n rows are computed as a multiple of this: 16 multiples to an octave. oneDNN spends about a millisecond and a megabyte
+    on every new shape of a matmul, and experts' row counts are new in every step; few shapes stay in its cache."""
     return 1 << max(0, n.bit_length() - 5)
 
 
@@ -566,7 +566,7 @@ def _(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
     """Expert by expert, each somewhat past its end: what it writes there the next one overwrites."""
     out_RN, a = rows_RK.new_empty(len(rows_RK), weight_ENK.size(1)), 0
     for weight_NK, b in zip(weight_ENK, offs_E.tolist()):
-        length = -(-(b - a) // few_sizes(b - a)) * few_sizes(b - a)
+        length = -(-(b - a) // granule(b - a)) * granule(b - a)
         if a + length <= len(rows_RK):
             torch.mm(rows_RK[a : a + length], weight_NK.T, out=out_RN[a : a + length])
         else:  # no rows to spare behind: take some before it along, and drop them
@@ -581,11 +581,10 @@ def _(dy_RN: Tensor, rows_RK: Tensor, offs_E: Tensor) -> Tensor:
     """Expert by expert in two parts: most of its rows, and its last ones together with rows before them that count zero."""
     out_ENK, a = dy_RN.new_zeros(len(offs_E), dy_RN.size(1), rows_RK.size(1)), 0
     for out_NK, b in zip(out_ENK, offs_E.tolist()):
-        step = few_sizes(b - a)
-        most = (b - a) // step * step
+        most = (b - a) // granule(b - a) * granule(b - a)
         torch.mm(dy_RN[a : a + most].T, rows_RK[a : a + most], out=out_NK)
         if a + most < b:
-            first = max(0, b - step)
+            first = max(0, b - granule(b - a))
             last = dy_RN[first:b].clone()
             last[: a + most - first] = 0
             out_NK.addmm_(last.T, rows_RK[first:b])

@@ -842,6 +842,45 @@ def test_embeddings_are_an_input_as_ids_are():
 
 
 # -----------------------------------------------------------------------------
+# 7b. Grouped matmuls on a CPU
+
+GROUPED = [  # rows of each expert
+    (125,) * 8, (0, 300, 1, 0, 77, 0, 622, 0), (1000, 0, 0), (0, 0, 1000), (3, 2, 1, 1), (0, 1), tuple(range(40)), (33, 31, 64, 100, 17),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spare", (0, 5), ids=("exact", "rows past the last expert"))
+@pytest.mark.parametrize("counts", GROUPED, ids=str)
+def test_grouped_matmuls_are_the_matmuls_of_each_expert(counts, spare):
+    E, R = len(counts), sum(counts)
+    rows, weight, dy = (torch.randn(shape, generator=rng(i)) for i, shape in enumerate(((R + spare, 24), (E, 16, 24), (R + spare, 16))))
+    rows[R:] = dy[R:] = math.nan  # uninitialised memory may hold anything
+    offs = torch.tensor(counts).cumsum(0).int()
+    apart = lambda x: x[:R].split(counts)
+    forward = torch.cat([x @ w.T for x, w in zip(apart(rows), weight)])
+    outer = torch.stack([d.T @ x for d, x in zip(apart(dy), apart(rows))])
+    assert far(M.grouped_mm(rows, weight, offs)[:R], forward) < 1e-5 and far(M.grouped_outer(dy, rows, offs), outer) < 1e-4
+    assert (M.grouped_outer(dy, rows, offs)[[n == 0 for n in counts]] == 0).all()
+
+
+def test_row_counts_that_change_in_every_step_make_few_shapes_of_matmuls(monkeypatch):
+    """Each new shape costs oneDNN a millisecond and a megabyte."""
+    shapes, mm = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: shapes.add((*a.shape, *b.shape)) or mm(a, b, **out))
+    rows, weight, dy = torch.randn(4096, 8), torch.randn(8, 16, 8), torch.randn(4096, 16)
+    for step in range(100):
+        counts = torch.multinomial(torch.ones(8), 4096, replacement=True, generator=rng(step)).bincount(minlength=8)
+        M.grouped_mm(rows, weight, counts.cumsum(0).int())
+        M.grouped_outer(dy, rows, counts.cumsum(0).int())
+    assert 0 < len(shapes) <= 24  # 512 rows give or take 80, in steps of 16 or 32
+
+
+@pytest.mark.parametrize("n", (1, 2, 15, 16, 31, 32, 100, 1000, 1024, 65_537))
+def test_sixteen_lengths_to_an_octave(n):
+    assert n // 32 <= M.granule(n) <= max(1, n // 16) and M.granule(n).bit_count() == 1
+
+
+# -----------------------------------------------------------------------------
 # 8. The chunked loss
 
 V, SOFTCAP = 128, 15.0

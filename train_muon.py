@@ -1399,12 +1399,12 @@ def peak_resident_bytes() -> int:
 
 
 def progress_bar(total: int, start: int, world: World):
-    """A tqdm bar on rank 0; without tqdm installed the lines at each evaluation are all there is."""
+    """A tqdm bar on rank 0's terminal; in a file, or without tqdm installed, the lines at each evaluation are all there is."""
     try:
         from tqdm import tqdm
     except ImportError:
         return argparse.Namespace(update=lambda: None, close=lambda: None)
-    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world.rank != 0, smoothing=0.1)
+    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world.rank != 0 or None, smoothing=0.1)
 
 
 def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:

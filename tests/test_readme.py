@@ -30,6 +30,7 @@ SHORT = {
     "pip": "--no-index --quiet",  # what it names must be installed already
     "pytest": "--collect-only",
     "overlap.py": "--steps 1",
+    "floor.py": "--tokens 512 --seq_len 128",
 }
 
 

@@ -1608,3 +1608,26 @@ def test_the_training_scripts_import_heavy_packages_nowhere_at_the_top():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
                 assert {module.partition(".")[0] for module in modules} <= allowed, (name, modules)
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+import train_muon
+{before}
+faults = []
+for _ in range(4):
+    torch.empty(2**25, dtype=torch.uint8).fill_(1)  # 32 MiB: above what glibc keeps
+    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc's malloc")
+def test_a_run_keeps_the_memory_that_its_tensors_give_back():
+    join = 'train_muon.join(train_muon.PRESETS["cpu"])'
+    asked = [subprocess.run([sys.executable, "-c", PAGE_FAULTS.format(before=before)], cwd=ROOT, capture_output=True, text=True, check=True)
+             for before in ("", join)]  # fmt: skip
+    given_back, kept = (int(run.stdout) for run in asked)
+    assert kept < 1000 < 10_000 < given_back  # pages of 4 KiB

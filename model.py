@@ -890,7 +890,7 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
     target_T1 = target_T.clamp(min=0)[:, None]
     nll_T1 = total_T1.log() - softcap * (2 * s_TV.gather(1, target_T1) - 1)
     dlogit_TV = e_TV.mul_(counts_T1 / total_T1).scatter_add_(1, target_T1, -counts_T1)
-    z_TV.copy_(dlogit_TV.mul_(s_TV.addcmul_(s_TV, s_TV, value=-1)).mul_(4))
+    z_TV.copy_(dlogit_TV.mul_(s_TV).mul_(1 - s_TV).mul_(4))
     return (nll_T1 * counts_T1).squeeze(1)
 
 

@@ -576,19 +576,6 @@ def start_worker(name):
     worker_encoding = get_encoding(name)
 
 
-@contextlib.contextmanager
-def interrupts_held():
-    """Ctrl-C takes effect at the end of this; processes started in it never meet one."""
-    if hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    else:
-        yield
-
-
 def encode_in_worker(chunk, split_seed):
     return encode_chunk(chunk, worker_encoding, split_seed)
 
@@ -622,9 +609,6 @@ def encode_documents(documents, encoding, num_proc, split_seed):
     killed = "a tokenising process was killed, most often for want of memory: run again with a smaller --num_proc"
     with explained(killed, BrokenProcessPool), contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
-        with interrupts_held():  # shutdown would wait for a process that met Ctrl-C while it started
-            for _ in range(num_proc):
-                pool.submit(os.getpid)
         waiting = collections.deque()
         for chunk in chunks():  # not pool.map, which would read the whole input first
             waiting.append(pool.submit(encode_in_worker, chunk, split_seed))

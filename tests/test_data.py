@@ -479,16 +479,6 @@ def test_worker_errors_reach_the_user(gpt2):
         list(data.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
 
 
-def test_an_interrupt_while_processes_start_comes_afterwards():
-    seen = []
-    with pytest.raises(KeyboardInterrupt):
-        with data.interrupts_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            seen.append("started")
-        seen.append("not reached")
-    assert seen == ["started"] and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
-
-
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, kill):
     fifo = tmp_path / "a.txt"

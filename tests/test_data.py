@@ -484,7 +484,8 @@ def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, 
     fifo = tmp_path / "a.txt"
     os.mkfifo(fifo)  # a corpus that never ends
     command = [sys.executable, ROOT / "data.py", "--source", "files", "--path", fifo, "--num_proc", "2", "--out", tmp_path / "out"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores Ctrl-C
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
     with open(fifo, "wb") as file:
         for i in range(12):
             file.write(b"some words %d\n" % i * 20_000)

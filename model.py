@@ -1180,6 +1180,12 @@ def count_parameters(config: Config) -> dict[str, int]:
     return counts | {"total": sum(counts.values()), "active": active}
 
 
+def mean_keys(config: Config, letter: str, seq_len: int) -> float:
+    """Keys that a query sees on average in a layer of this letter of WINDOWS."""
+    reach = min(config.window_size // WINDOWS[letter], seq_len)
+    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+
+
 def flops_per_token(config: Config, seq_len: int) -> float:
     """FLOPs of forward + backward per token at the full window: 6 per active weight of a matmul, 12 per attended key and channel.
 
@@ -1188,9 +1194,7 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     weights = counts["matrix"] + counts["expert"] * config.top_k / config.num_experts + counts["head"] + counts["router"]
     keys = 0.0
     for letter, window in zip(config.tiled("attention"), config.tiled("window")):
-        reach = min(config.window_size // WINDOWS[window], seq_len)
-        mean_keys = (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
-        keys += mean_keys * (letter == "A")
+        keys += mean_keys(config, window, seq_len) * (letter == "A")
     return 6 * weights + 12 * keys * config.n_head * config.head_dim
 
 

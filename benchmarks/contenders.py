@@ -16,10 +16,10 @@ from torch import nn
 
 import train_adamw
 import train_muon
-from benchmarks.floor import dense_twin, mean_keys
+from benchmarks.floor import dense_twin
 from data import Batch
 from logger import PhaseTimer
-from model import DTYPES, GPT, Config, flops_per_token
+from model import DTYPES, GPT, Config, flops_per_token, mean_keys
 
 CPU = torch.device("cpu")
 RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import DTYPES, GPT, WINDOWS, Config, ConfigError, Parser, add_flags, parameter_rule, positive  # noqa: E402
+from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, mean_keys, parameter_rule, positive  # noqa: E402
 
 COMMON = dict(n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512)
 SHAPES = {
@@ -87,12 +87,6 @@ def attention(queries: int, head_dim: int, keys: float, batch: float, count: flo
 def newton_schulz(rows: int, cols: int, batch: int) -> list[Gemm]:
     """Five steps: A = X X^T, A A, B X; rows <= cols."""
     return [Gemm(rows, cols, rows, "nt", batch, 5), Gemm(rows, rows, rows, "nn", batch, 5), Gemm(rows, rows, cols, "nn", batch, 5)]
-
-
-def mean_keys(config: Config, letter: str, seq_len: int) -> float:
-    """Keys that a query sees on average in a layer of this window letter."""
-    reach = min(config.window_size // WINDOWS[letter], seq_len)
-    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
 
 
 def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[Part]:

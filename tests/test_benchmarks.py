@@ -34,12 +34,7 @@ RATES = Rates(matmul=1e12, memory=1e10, cache=1e11, exp=1e9)
 TOKENS, SEQ_LEN = 256, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flops(config: Config, *names: str) -> float:

@@ -66,11 +66,14 @@ class Config:
     # depth
     depth: str = "stack"  # a key of DEPTHS
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, - = none
-    window: str = "L"  # tiled over depth: L = window_size, S = half of it
+    attention: str = "A"  # tiled over depth: A = attention, K = with keys that know the token before, - = none
+    window: str = "L"  # tiled over depth: L = window_size, S, Q, E = a half, a quarter, an eighth of it
     window_size: int = 1792  # tokens that a long layer sees
     attn_scale: float = 0.12
+    # tables
     value_embeds: int = 3  # tables added to the values of the first and of the last layers
+    ngrams: str = ""  # each digit n adds a table to the embedding, looked up by a hash of the last n ids
+    ngram_rows: int = 2**14  # of each of them
     # head and numbers
     softcap: float = 15.0  # logits lie in (0, 2 * softcap)
     head: str = "bf16"  # a key of HEADS: the precision of the head's matmuls while training
@@ -85,7 +88,7 @@ class Config:
             value = getattr(self, field.name)
             fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
             check(field.name, fits and type(value) is not bool, f"of type {field.type.__name__}")
-        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size"):
+        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("router_noise", "balance_coef", "z_coef", "bias_update_factor"):
             check(field, getattr(self, field) >= 0, "at least 0")
@@ -98,6 +101,7 @@ class Config:
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
             value = getattr(self, field)
             check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
+        check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
         check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
         check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
@@ -237,6 +241,15 @@ def mix_bits(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
+def ngram_hash(id_BT: Tensor, doc_BT: Tensor, n: int) -> Tensor:
+    """A hash (B, T), int32, of each token's last n ids, its own included; ids of an earlier document count as one special id."""
+    hash_BT = mix_bits(id_BT.to(torch.int32))
+    for back in range(1, n):
+        id_before_BT, doc_before_BT = (F.pad(x, (back, 0), value=-1)[:, : x.size(1)] for x in (id_BT, doc_BT))
+        hash_BT = mix_bits(hash_BT + id_before_BT.masked_fill(doc_before_BT != doc_BT, -1).to(torch.int32))
+    return hash_BT
+
+
 def hashed_normal(seed: Tensor, step: Tensor, layer: int, token_T: Tensor, num: int) -> Tensor:
     """Standard normal noise (T, num): a pure function of its arguments, so any rank layout or resumed run draws the same.
 
@@ -362,7 +375,7 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-WINDOWS = {"L": 1, "S": 2}  # letter of `window` -> divisor of the long window
+WINDOWS = {"L": 1, "S": 2, "Q": 4, "E": 8}  # letter of `window` -> divisor of the long window
 
 
 def mask_kind(device_type: str, T: int) -> type:
@@ -388,6 +401,7 @@ class Context(NamedTuple):
     masks: dict  # window letter -> mask
     cos: Tensor
     sin: Tensor
+    follows_BS: Tensor  # of each key's token: is the one before it in the same document
     noise_key: tuple[Tensor, Tensor, Tensor]  # seed, step, number of each token within the global batch (T,)
     bias_LE: Tensor  # the aux-loss-free bias
     cache: "Cache | None"
@@ -412,8 +426,23 @@ class Attention(nn.Module):
         v = blend(self.value_mix, v, value_embed_BTHC)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.layer, k, v)
+        k = self.keys(k, ctx)
         y = ctx.masks[self.window].attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
         return F.linear(y.transpose(1, 2).flatten(-2), self.out.type_as(x_BTD))
+
+    def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
+        return k_BSHC
+
+
+class OffsetAttention(Attention):
+    """The channels of a key that do not turn come from the token before it, as in modded-nanogpt record 49.
+
+    A query that looks for its own text then finds what came after it: one layer copies, where plain attention needs two."""
+
+    def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
+        a, a_still, b, b_still = k_BSHC.chunk(4, dim=-1)
+        still = F.pad(torch.stack([a_still, b_still]), (0, 0, 0, 0, 1, -1)) * ctx.follows_BS[:, :, None, None]
+        return torch.cat([a, still[0], b, still[1]], dim=-1)
 
 
 class NoAttention(nn.Module):
@@ -426,32 +455,34 @@ class NoAttention(nn.Module):
         return x_BTD.new_zeros(())
 
 
-ATTENTIONS = {"A": Attention, "-": NoAttention}
+ATTENTIONS = {"A": Attention, "K": OffsetAttention, "-": NoAttention}
 
 
 class Cache:
-    """Keys, values and documents of the tokens seen so far, for decoding: room for `max_len` tokens of each of B rows.
+    """Keys, values, ids and documents of the tokens seen so far, for decoding: room for `max_len` tokens of each of B rows.
 
     Raises ValueError when more tokens are fed than there is room for."""
 
     def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
         shape = (batch_size, max_len, config.n_head, config.head_dim)
-        layers = [layer for layer, letter in enumerate(config.tiled("attention")) if letter == "A"]
+        layers = [layer for layer, letter in enumerate(config.tiled("attention")) if letter != "-"]
         self.k, self.v = ({layer: torch.zeros(shape, dtype=DTYPES[config.dtype], device=device) for layer in layers} for _ in range(2))
-        self.doc_BT = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
+        self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len, dtype=torch.int64, device=device)
         self.length = 0  # tokens of finished forward passes
 
     def last_doc(self) -> Tensor:
         """The document (B, 1) of the last cached token, 0 for an empty cache."""
         return self.doc_BT[:, max(0, self.length - 1), None]
 
-    def claim(self, doc_BT: Tensor) -> Tensor:
-        """Note the documents of the next T tokens; return those of all tokens so far."""
+    def claim(self, id_BT: Tensor | None, doc_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Note the ids (None for embeddings) and documents of the next T tokens; return those of all tokens so far."""
         end = self.length + doc_BT.size(1)
         if end > self.doc_BT.size(1):
             raise ValueError(f"the cache has room for {self.doc_BT.size(1)} tokens and {end} were fed; make it with a larger max_len")
         self.doc_BT[:, self.length : end] = doc_BT
-        return self.doc_BT[:, :end]
+        if id_BT is not None:
+            self.id_BT[:, self.length : end] = id_BT
+        return self.id_BT[:, :end], self.doc_BT[:, :end]
 
     def extend(self, layer: int, k_BTHC: Tensor, v_BTHC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; return all of them so far."""
@@ -946,6 +977,7 @@ class GPT(nn.Module):
         self.config, self.ranks = config, ranks
         width, routed = config.n_head * config.head_dim, config.routed_layers
         self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.ngram_embeds = nn.ParameterList(torch.empty(config.ngram_rows, config.n_embd) for _ in config.ngrams)
         self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
         self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
         self.depth = DEPTHS[config.depth](config)
@@ -979,8 +1011,10 @@ class GPT(nn.Module):
         """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss.
 
         Documents are told apart by doc_ids_BT (counting up along a row), by default by the end-of-text tokens."""
-        ids_BT, embedding_BTD, value_embeds = self.look_up(tokens_BT)
-        ctx = self.context(ids_BT, self.documents(tokens_BT, doc_ids_BT, cache), cache)
+        id_BT, doc_BT = self.ids(tokens_BT), self.documents(tokens_BT, doc_ids_BT, cache)
+        id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
+        embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
+        ctx = self.context(id_BT, doc_BT, doc_BS, cache)
         x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), value_embeds, ctx)
         x_BTD, stats = norm(x_BTD), self.summary(stats)
         if cache is not None:
@@ -993,16 +1027,23 @@ class GPT(nn.Module):
         loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
 
-    def look_up(self, tokens_BT: Tensor):
-        """ids (None for embeddings), the embedding, and what each layer adds to its values: a table's rows or zero."""
+    def look_up(self, tokens_BT: Tensor, id_BS: Tensor, doc_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The embedding, and what each layer adds to its values: a table's rows or zero."""
         dtype, n = DTYPES[self.config.dtype], len(self.value_embeds)
         nothing = torch.zeros((), dtype=dtype, device=self.embed.device)
         if tokens_BT.is_floating_point():
-            return None, tokens_BT.to(dtype), [nothing] * self.config.n_layer
+            return tokens_BT.to(dtype), [nothing] * self.config.n_layer
         heads = (self.config.n_head, self.config.head_dim)
         tables = [F.embedding(tokens_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
         value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
-        return tokens_BT, F.embedding(tokens_BT, self.embed).to(dtype), value_embeds
+        embedding_BTD, T = F.embedding(tokens_BT, self.embed), tokens_BT.size(1)
+        for n, table in zip(map(int, self.config.ngrams), self.ngram_embeds):
+            row_BT = ngram_hash(id_BS[:, 1 - n - T :], doc_BS[:, 1 - n - T :], n)[:, -T:] % len(table)
+            embedding_BTD = embedding_BTD + F.embedding(row_BT, table)
+        return embedding_BTD.to(dtype), value_embeds
+
+    def ids(self, tokens_BT: Tensor) -> Tensor | None:
+        return None if tokens_BT.is_floating_point() else tokens_BT
 
     def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None, cache: Cache | None) -> Tensor:
         """The caller's numbers, or one more at each end-of-text token, counting on from the cache."""
@@ -1011,18 +1052,16 @@ class GPT(nn.Module):
         starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
         return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
 
-    def context(self, ids_BT: Tensor | None, doc_BT: Tensor, cache: Cache | None) -> Context:
+    def context(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, cache: Cache | None) -> Context:
         (B, T), device = doc_BT.shape, doc_BT.device
-        start = 0 if cache is None else cache.length
-        position_T = torch.arange(start, start + T, device=device)
+        position_S = torch.arange(doc_BS.size(1), device=device)
+        position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
-        if cache is None:
-            masks = make_masks(mask_kind(device.type, T), position_T, position_T, doc_BT, doc_BT, window)
-        else:
-            masks = make_masks(DenseMask, position_T, torch.arange(start + T, device=device), doc_BT, cache.claim(doc_BT), window)
+        masks = make_masks(mask_kind(device.type, T) if cache is None else DenseMask, position_T, position_S, doc_BT, doc_BS, window)
+        follows_BS = F.pad(doc_BS, (1, -1), value=-1) == doc_BS
         noise_key = (seed, step, first_token + torch.arange(B * T, device=device))
         rotary = rotary_tables(position_T, self.config.head_dim, DTYPES[self.config.dtype])
-        return Context(ids_BT, masks, *rotary, noise_key, self.bias_LE, cache)
+        return Context(id_BT, masks, *rotary, follows_BS, noise_key, self.bias_LE, cache)
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
@@ -1123,6 +1162,7 @@ class ParameterRule(NamedTuple):
 
 PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "embed": ParameterRule("embed", normal),
+    "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
     "value_embeds.*": ParameterRule("value_embed", normal),
     "head": ParameterRule("head", constant(0.0)),
     "attention.qkv": ParameterRule("matrix", uniform),
@@ -1175,7 +1215,7 @@ def count_parameters(config: Config) -> dict[str, int]:
         kind = parameter_rule(name).kind
         counts[kind] += parameter.numel()
         one_row = 1 / max(1, len(parameter))  # one layer has no skip weights
-        share = {"expert": config.top_k / config.num_experts, "embed": one_row, "value_embed": one_row}
+        share = {"expert": config.top_k / config.num_experts} | dict.fromkeys(("embed", "ngram_embed", "value_embed"), one_row)
         active += round(parameter.numel() * share.get(kind, 1))
     return counts | {"total": sum(counts.values()), "active": active}
 
@@ -1194,7 +1234,7 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     weights = counts["matrix"] + counts["expert"] * config.top_k / config.num_experts + counts["head"] + counts["router"]
     keys = 0.0
     for letter, window in zip(config.tiled("attention"), config.tiled("window")):
-        keys += mean_keys(config, window, seq_len) * (letter == "A")
+        keys += mean_keys(config, window, seq_len) * (letter != "-")
     return 6 * weights + 12 * keys * config.n_head * config.head_dim
 
 

@@ -87,6 +87,7 @@ class Common:
     window_start: int = 128  # tokens that a long layer sees at first; grows linearly to Config.window_size
     # AdamW for everything that is not a matrix
     embed_lr: float = 0.6
+    ngram_embed_lr: float = 0.6
     value_embed_lr: float = 0.6
     head_lr: float = 0.008
     router_lr: float = 0.005
@@ -214,8 +215,8 @@ class Muon(torch.optim.Optimizer):
 
 def adamw_groups(tensors: dict[str, list[Tensor]], hp: Common) -> list[dict]:
     """AdamW's groups for the kinds that are not matrices; `base_lr` is what the schedule scales."""
-    rates = {"embed": hp.embed_lr, "value_embed": hp.value_embed_lr, "head": hp.head_lr, "router": hp.router_lr, "scalar": hp.scalar_lr}
-    return [dict(params=tensors[kind], base_lr=lr) for kind, lr in rates.items() if tensors.get(kind)]
+    kinds = ("embed", "ngram_embed", "value_embed", "head", "router", "scalar")
+    return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
 
 
 def adamw(groups: list[dict], hp: Common, **options) -> torch.optim.Optimizer:

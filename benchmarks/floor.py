@@ -99,7 +99,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
     a, T, D, W = DTYPES[config.dtype].itemsize, tokens, config.n_embd, config.n_head * config.head_dim
     E, R, routed, V = config.num_experts, T * config.top_k, config.routed_layers, config.padded_vocab_size
     hidden = T * config.top_k * config.hidden_size
-    windows = [window for window, letter in zip(config.tiled("window"), config.tiled("attention")) if letter == "A"]
+    windows = [window for window, letter in zip(config.tiled("window"), config.tiled("attention")) if letter != "-"]
     attending, keys = len(windows), [mean_keys(config, window, seq_len) for window in windows]
 
     def matmuls(name: str, weights: list[tuple], rows: float, calls: float = 1, near: float = 0, exps: float = 0, extra: str = "") -> Part:
@@ -111,8 +111,8 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         return Part(name, gemms, (2 * a + 4) * size(weights) + kept, passed + near, exps, why)
 
     block, chunk = min(seq_len, 128), min(T, 1024)  # queries, tokens at a time: whole scores and logits would not fit
-    tables, experts = of("embed") + of("value_embed"), [shape[1:] for shape in of("expert") for _ in range(shape[0])]
-    rows_of_tables, touched = (rows * sum(shape[-1] for shape in tables) for rows in (T, min(T, V)))
+    tables, experts = of("embed") + of("ngram_embed") + of("value_embed"), [shape[1:] for shape in of("expert") for _ in range(shape[0])]
+    rows_of_tables, touched = (sum(f(rows) * cols for rows, cols in tables) for f in (lambda rows: T, lambda rows: min(T, rows)))
     router, head = of("router"), of("head")
     kept = a * ((2 * D * T + hidden) * config.n_layer + 2 * W * T * attending)  # what element-wise kernels leave for backward
     parts = [

@@ -36,6 +36,7 @@ NO_AUX = dict(balance_coef=0.0, z_coef=0.0)
 NEEDS_IDS = {"hash"}  # routers that cannot run on embeddings
 BUILDS = [dict(router=r, depth=d, pattern=p, attention=a)
           for r, d, p, a in itertools.product(sorted(ROUTERS), sorted(DEPTHS), ("M", "DM"), ("A", "A-"))]
+BUILDS.append(dict(router="linear", attention="KA-K", ngrams="24", ngram_rows=128))
 
 
 def name_of(options: dict) -> str:
@@ -434,7 +435,7 @@ def test_hashed_noise_is_a_function_of_the_token_number_alone():
 
 def moe_context(config, T, training_step=STEP):
     key = (torch.tensor(SEED), torch.tensor(training_step), torch.arange(T))
-    return M.Context(None, {}, None, None, key, torch.zeros(1, config.num_experts), None)
+    return M.Context(None, {}, None, None, None, key, torch.zeros(1, config.num_experts), None)
 
 
 def slow_moe(moe, x_TD, ctx, training: bool):
@@ -1166,7 +1167,7 @@ def test_every_parameter_has_a_kind(build):
     model = GPT(Config(**TINY | build))
     kinds = model.parameter_kinds()
     assert list(kinds) == [name for name, _ in model.named_parameters()]
-    assert set(kinds.values()) <= {"embed", "value_embed", "head", "matrix", "expert", "router", "scalar"}
+    assert set(kinds.values()) <= {"embed", "ngram_embed", "value_embed", "head", "matrix", "expert", "router", "scalar"}
     for name, p in model.named_parameters():
         if ".experts." in name:
             assert kinds[name] == "expert" and p.ndim == 3
@@ -1225,7 +1226,8 @@ BAD = [
     ("bias_update_factor", -1e-3, "at least 0"), ("mlp_ratio", 0.0, "above 0"), ("attn_scale", -1.0, "above 0"), ("softcap", 0.0, "above 0"),
     ("softcap", math.nan, "above 0"), ("mlp_ratio", math.inf, "mlp_ratio"),
     ("router", "lineer", "linear"), ("depth", "stak", "stack"), ("head", "fp4", "fp8"), ("dtype", "fp16", "bf16"),
-    ("pattern", "MX", "M D"), ("pattern", "", "M D"), ("attention", "B", "A -"), ("window", "LX", "L S"), ("window", "", "L S"),
+    ("pattern", "MX", "M D"), ("pattern", "", "M D"), ("attention", "B", "A K -"), ("window", "LX", "L S Q E"), ("window", "", "L S"),
+    ("ngrams", "21", "digits from 2 to 9"), ("ngrams", "2,3", "digits"), ("ngram_rows", 0, "at least 1"),
     ("eot_token", 61, "below vocab_size = 61"), ("eot_token", -1, "below vocab_size"),
     ("head_dim", 12, "multiple of 8"), ("head_dim", 0, "multiple of 8"),
     ("n_embd", 36, "multiple of 8"), ("top_k", 5, "num_experts = 4"), ("mlp_ratio", 0.3, "multiple of 8"), ("mlp_ratio", 0.01, "multiple of 8"),
@@ -1295,6 +1297,20 @@ def test_skips_pair_the_layers_in_mirror_order():
     assert x.item() == (1 + 2 + 4) + 10 * (1 + 2) + 8 + 100 * 1 + 16 and stats == [0, 1, 2, 3, 4]
 
 
+def slow_hash(ids, t, n):
+    """Of ids[t], ids[t - 1], ..., n of them, with Python's integers."""
+
+    def mix(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return x ^ x >> 16
+
+    key = 0
+    for back in range(n):
+        key = mix((key + ids[t - back]) % 2**32)
+    return key - 2**32 * (key >= 2**31)
+
+
 def slow_forward(model, x):
     """Logits of one document from the definition of the dense speedrun model, with nothing of the model but its parameters."""
     config, p, T = model.config, dict(model.named_parameters()), x.size(1)
@@ -1308,22 +1324,30 @@ def slow_forward(model, x):
         z = torch.complex(*z.chunk(2, dim=-1)) * torch.exp(-1j * theta)
         return torch.cat([z.real, z.imag], -1)
 
-    embedding = h = rms(p["embed"][x])
+    summed = p["embed"][x]
+    for table, n in enumerate(map(int, config.ngrams)):
+        row = torch.tensor([[slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(T)] for ids in x.tolist()])
+        summed = summed + p[f"ngram_embeds.{table}"][row]
+    embedding = h = rms(summed)
     n, half, outputs = config.n_layer, config.n_layer - config.n_layer // 2, []
     for i in range(n):
         if i >= half:
             h = h + p["depth.skip_weights"][i - half] * outputs[n // 2 - 1 - (i - half)]
         mix = p[f"blocks.{i}.stream_mix"]
         h = mix[0] * h + mix[1] * embedding
-        if config.tiled("attention")[i] == "A":
+        if config.tiled("attention")[i] != "-":
             q, k, v = (heads(rms(h) @ part.T) for part in p[f"blocks.{i}.attention.qkv"])
             table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}.get(i)
             added = 0 if table is None else heads(p[f"value_embeds.{table}"][x])
             mix = p[f"blocks.{i}.attention.value_mix"]
             v = mix[0] * v + mix[1] * added
-            window = config.window_size // (2 if config.tiled("window")[i] == "S" else 1)
+            window = config.window_size // {"L": 1, "S": 2, "Q": 4, "E": 8}[config.tiled("window")[i]]
             seen = slow_visible(T, torch.zeros_like(x), window)
-            score = (turned(rms(q)) @ turned(rms(k)).mT * config.attn_scale).masked_fill(~seen, -math.inf)
+            k = turned(rms(k))
+            if config.tiled("attention")[i] == "K":  # channels in the second and in the last quarter come from the token before
+                before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1]], 2)
+                k = torch.where(torch.arange(config.head_dim) // quarter % 2 == 1, before, k)
+            score = (turned(rms(q)) @ k.mT * config.attn_scale).masked_fill(~seen, -math.inf)
             h = h + (score.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ p[f"blocks.{i}.attention.out"].T
         h = h + (rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T
         outputs.append(h)
@@ -1331,7 +1355,8 @@ def slow_forward(model, x):
     return (config.softcap * torch.tanh(z / config.softcap) + config.softcap)[..., :VOCAB]
 
 
-DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attention="AA-A"), dict(n_layer=4, value_embeds=0)]
+DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attention="AA-A"), dict(n_layer=4, value_embeds=0),
+         dict(attention="KAK-", window="LSQE", ngrams="23", ngram_rows=100)]
 
 
 @pytest.mark.parametrize("changes", DENSE, ids=name_of)
@@ -1344,6 +1369,39 @@ def test_the_dense_model_equals_its_definition_in_logits_and_gradients(changes):
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("n", (2, 3, 5))
+def test_an_n_gram_ends_at_its_token_and_begins_no_earlier_than_its_document(n):
+    """Changing an id changes the hash of its own and of the next n - 1 tokens, up to the end of its document, and no other."""
+    id_BT, doc_BT = text(1, 24, 1), (torch.arange(24) >= 10).long()[None]
+    before = M.ngram_hash(id_BT, doc_BT, n)
+    for t in range(24):
+        changed = id_BT.clone()
+        changed[0, t] = (changed[0, t] + 1) % EOT
+        moved = (M.ngram_hash(changed, doc_BT, n) != before)[0].nonzero().flatten().tolist()
+        assert moved == [u for u in range(t, min(t + n, 24)) if doc_BT[0, u] == doc_BT[0, t]]
+
+
+def test_offset_attention_copies_in_one_layer():
+    """With keys of the token before, one layer whose queries and keys are the embedding finds what followed an earlier occurrence."""
+    ids = torch.tensor([[EOT, 3, 9, 4, 7, 8, 1, 3]])
+    found = {}
+    for letter in "AK":
+        model = tiny(n_layer=1, n_head=1, head_dim=32, value_embeds=0, attention=letter, pattern="D", window="L", attn_scale=8.0).eval()
+        with torch.no_grad():
+            query, key, value = model.blocks[0].attention.qkv
+            still = torch.arange(32) // 8 % 2 == 1
+            for weight in (query, key):
+                weight.copy_(torch.randn(32, 32, generator=rng(1)) * still[:, None])
+            value.copy_(torch.eye(32))
+            model.blocks[0].attention.out.copy_(torch.eye(32) * 8)
+            model.blocks[0].attention.value_mix.copy_(torch.tensor([1.0, 0.0]))
+            model.blocks[0].stream_mix.copy_(torch.tensor([1.0, 0.0]))
+            model.blocks[0].ffn.down.zero_()
+            model.head.copy_(model.embed)
+            found[letter] = model(ids).logits[0, -1].argmax().item()
+    assert found == {"A": 3, "K": 9}
+
+
 # -----------------------------------------------------------------------------
 # 13. Counting
 
@@ -1354,7 +1412,7 @@ def test_parameter_counts_equal_those_by_hand():
     assert counts["matrix"] == 2 * 4 * 32 * 32 + 2 * 2 * 32 * 128  # two attentions, two dense MLPs
     assert counts["expert"] == 2 * 4 * 2 * 32 * 64 and counts["router"] == 2 * 2 * 4 * 32
     assert counts["scalar"] == 4 * 2 + 2 * 2 + 2
-    kinds = [counts[kind] for kind in ("embed", "value_embed", "head", "matrix", "expert", "router", "scalar")]
+    kinds = [counts[kind] for kind in ("embed", "ngram_embed", "value_embed", "head", "matrix", "expert", "router", "scalar")]
     assert counts["total"] == sum(kinds) == sum(p.numel() for p in GPT(Config(**TINY | dict(pattern="DM", attention="A-"))).parameters())
     assert counts["active"] == counts["total"] - counts["expert"] // 2 - 63 * 32 * 2
 

@@ -2,7 +2,7 @@
 
     python logger.py                                # a table and plots of every run below logs/
     python logger.py --experiment_name muon adamw   # of these two, in this order
-    python logger.py --records                      # the history of each track below records/
+    python logger.py --records                      # the history of each track below records/, and its picture
 
 A run owns one folder, logs/<experiment_name>/, which alone says what was run, on what, and what came out:
 
@@ -520,13 +520,39 @@ def plot_expert_load(figure, runs):
     figure.supylabel("expert")
 
 
-def write_plots(runs, folder):
-    """Writes the PNGs into `folder` and prints their paths, and which runs a picture leaves out because of what."""
+@contextmanager
+def _drawing(path):
+    """An empty Figure in our style, which is saved at `path` in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
+    with _naming(path), matplotlib.rc_context(THEME):
+        figure = Figure(layout="constrained")
+        yield figure
+        figure.savefig(path)
+
+
+def plot_history(figure, target, records):
+    """The training loss of every record against seconds, averaged over its seeds, where its validation ended, and the target."""
+    figure.set_size_inches(9, 5)
+    ax = figure.subplots()
+    for i, record in enumerate(records):
+        curve = _binned([[mean(point) for point in zip(*points)] for points in zip(*record["curves"])], 60)
+        ax.plot(*curve.T, color=COLOURS[i % 8], linewidth=1)
+        ax.plot(mean(record["seconds"]), mean(record["values"]), "o", markersize=8, color=COLOURS[i % 8],
+                label=f"{i + 1}  {record['name']}: {mean(record['seconds']):,.0f} s")
+    ax.axhline(target, color="black", linestyle=":", linewidth=1, label=f"target {target:.4f}")
+    ax.set_xscale("log")
+    ax.set_ylim(top=2 * target)  # the first losses would flatten the end
+    ax.set_xlabel("training seconds")
+    ax.set_ylabel("bits per byte: lines training, dots validation")
+    ax.legend()
+
+
+def write_plots(runs, folder):
+    """Writes the PNGs into `folder` and prints their paths, and which runs a picture leaves out because of what."""
     plots = [("val_loss", "val/loss", plot_val_loss, runs), ("step_time", "time/*", plot_step_time, runs),
              ("router_entropy", "moe/router_entropy", plot_router_entropy, runs)]
     plots += [(f"{run['name']}_expert_load", "moe/load", plot_expert_load, [run]) for run in runs]
@@ -544,10 +570,8 @@ def write_plots(runs, folder):
                 reason = f"no {pattern} logged" if run["rows"] else "no rows yet"
                 print(f"{path.name} leaves out {run['name']}: {reason}")
         if shown:
-            with _naming(path), matplotlib.rc_context(THEME):
-                figure = Figure(layout="constrained")
+            with _drawing(path) as figure:
                 plot(figure, shown)
-                figure.savefig(path)
             print(path)
 
 
@@ -586,9 +610,9 @@ def final_row(rows, metric: str) -> dict:
 
 
 def read_record(folder, track: dict) -> dict:
-    """What a record's logs say: `steps` and `flops` of one seed; `seconds` and `values` (of track["metric"]), lists over the seeds; `p`
-    against the target, None before there is one; `per_step`, the time of a step over that of row 1, both re-timed in turns, with half
-    the 95% interval of the turns' own ratios. Raises RunError for a record that breaks a rule; row 1 need not reach the target it sets."""
+    """What a record's logs say: `steps` and `flops` of one seed; `seconds` and `values` (of track["metric"]), lists over the seeds, and
+    `curves`, a list of (seconds, training loss in bits per byte) for each; `p` against the target, None before there is one; `per_step`,
+    the time of a step over that of row 1, both re-timed in turns, with half the 95% interval of the turns' own ratios. Raises RunError for a record that breaks a rule; row 1 need not reach the target it sets."""
     first = track["row_1"] in (None, folder.name)
     n = max(len(list(folder.glob(f"seed*.{kind}"))) for kind in ("log", "jsonl"))
     wanted = ["README.md", "config.json", *(f"seed{seed}.{kind}" for seed in range(n) for kind in ("log", "jsonl"))]
@@ -600,7 +624,7 @@ def read_record(folder, track: dict) -> dict:
         settings, pinned = config["hyperparameters"], config["track"]["corpus_sha256"]
         for name, value in (("val_tokens", settings["val_tokens"]), ("encoding", config["encoding"])):
             _demand(value == track[name], folder / "config.json", f"{name} is {value}, in its track {track[name]}")
-        rows, sources = zip(*(_read_seed(folder, seed, track, pinned) for seed in range(n)))
+        rows, sources, curves = zip(*(_read_seed(folder, seed, track, pinned) for seed in range(n)))
         steps, values = [row["step"] for row in rows], [row[track["metric"]] for row in rows]
         _demand(set(steps) == {settings["num_iterations"]}, folder,
                 f"its seeds stopped at steps {', '.join(map(str, steps))}, not all at the {settings['num_iterations']} of config.json")
@@ -609,17 +633,18 @@ def read_record(folder, track: dict) -> dict:
         _demand(first or p < track["p"], folder, f"p against the target {track['target']} is {p}, not below {track['p']}")
         timing = {"row": 1, "row_1": 1, "rounds": [(1, 1)] * 2} if first else read_json(folder / "timing.json")
         per_step = timing["row"] / timing["row_1"], half_width([row / row_1 for row, row_1 in timing["rounds"]])
-        return {"steps": steps[0], "flops": float(rows[0]["train/flops"]), "seconds": [float(row["train_time"]) for row in rows],
+        return {"name": folder.name, "curves": curves, "steps": steps[0], "flops": float(rows[0]["train/flops"]), "seconds": [float(row["train_time"]) for row in rows],
                 "values": values, "p": p, "per_step": per_step}
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # edited by hand, or written by something else
         raise RunError(f"{folder} holds a file of another form than benchmarks/track.py writes ({error!r}); restore it") from error
 
 
 def _read_seed(folder, seed, track, pinned):
-    """The final row of one seed's run, and the source that its log holds."""
+    """The final row of one seed's run, the source that its log holds, and its training loss as read_record gives it."""
     metric, log, metrics = track["metric"], folder / f"seed{seed}.log", folder / f"seed{seed}.jsonl"
     source, _, told = log.read_text(encoding="utf-8").partition(f"\n{SEPARATOR}\n")
-    row = final_row(_read_rows(metrics)[1], metric)
+    rows = _read_rows(metrics)[1]
+    row = final_row(rows, metric)
     finite = isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])
     _demand(finite, metrics, f"the run did not end with a finite {metric}")
     said = re.search(rf"^step:{row['step']}/\d+ .*{metric.replace('/', '_')}:([\d.]+)", told, re.M)
@@ -627,7 +652,8 @@ def _read_seed(folder, seed, track, pinned):
     version, threads = (re.search(rf"^{fact} +([^\s+]+)", told, re.M)[1] for fact in ("torch", "threads"))
     _demand(pinned == track["corpus_sha256"].get(version), log, f"its corpus is not the one pinned for torch {version}")
     _demand(int(threads) == track["threads"], log, f"it ran on {threads} threads, its track on {track['threads']}")
-    return row, source
+    bits = row[metric] / row["val/loss"]  # per nat and token
+    return row, source, [(line["train_time"], bits * line["train/loss"]) for line in rows if "train/loss" in line]
 
 
 def _demand(fine, where, what):
@@ -638,38 +664,54 @@ def _demand(fine, where, what):
 RECORD_TITLES = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte", "n", "p")
 
 
-def track_history(folder) -> str:
-    """The records of one track as a markdown table under a line with the target: row 1, then the others by name, so by date.
+def read_history(folder) -> tuple[dict, list[dict]]:
+    """A track, and what read_record says of row 1 and then of the other records by name, so by date.
     Raises RunError for a record that breaks the rules, and for a target that is not row 1's mean + margin."""
     track = read_json(folder / "track.json")
     there = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".partial")
     there.sort(key=lambda path: path.name != track["row_1"])
     if not there:
-        return f"**Track `{folder.name}`**: no records yet."
+        return track, []
     _demand(there[0].name == track["row_1"], folder / "track.json", f"row_1 is {track['row_1']}, which is no record there")
     records = [read_record(path, track) for path in there]
     target = round(mean(records[0]["values"]) + track["margin"], 4)
     _demand(track["target"] == target, folder / "track.json", f"target is {track['target']}, row 1's mean + {track['margin']} is {target}")
-    lines = [f"**Track `{folder.name}`**: {track['metric']} of at most {target:.4f} (row 1's mean + {track['margin']:g}).", "",
+    return track, records
+
+
+def track_history(folder) -> str:
+    """The records of one track as a markdown table under a line with the target. Raises RunError as read_history does."""
+    track, records = read_history(folder)
+    if not records:
+        return f"**Track `{folder.name}`**: no records yet."
+    lines = [f"**Track `{folder.name}`**: {track['metric']} of at most {track['target']:.4f} (row 1's mean + {track['margin']:g}).", "",
              f"| {' | '.join(RECORD_TITLES)} |", "|---" * len(RECORD_TITLES) + "|"]
-    for number, (path, record) in enumerate(zip(there, records), start=1):
+    for number, record in enumerate(records, start=1):
         seconds, values, more_steps = record["seconds"], record["values"], record["steps"] / records[0]["steps"]
         ratio, spread = (more_steps * part for part in record["per_step"])
-        cells = (number, f"[{path.name}]({path.as_posix()})", f"{record['steps']:,}", f"{mean(seconds):,.1f} ± {half_width(seconds):.1f}",
+        cells = (number, f"[{record['name']}]({(folder / record['name']).as_posix()})", f"{record['steps']:,}", f"{mean(seconds):,.1f} ± {half_width(seconds):.1f}",
                  f"{ratio:.3f} ± {spread:.3f}" if number > 1 else "1", f"{record['flops'] / 1e12:,.2f}",
                  f"{mean(values):.4f} ± {stdev(values):.4f}", len(values), f"{record['p']:.1e}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def records_text(folder, track: str | None = None) -> str:
-    """The history of every track below `folder`, or of one. Raises RunError if there is none."""
+def write_history(folder):
+    """Draws the records of one track into `folder`/history.png, if there are any."""
+    track, records = read_history(folder)
+    if records:
+        with _drawing(folder / "history.png") as figure:
+            plot_history(figure, track["target"], records)
+
+
+def tracks(folder, track: str | None = None) -> list[Path]:
+    """The folders of every track below `folder`, or of one. Raises RunError if there is none."""
     there = sorted(path.parent for path in Path(folder).glob("*/track.json"))
     chosen = [path for path in there if track in (None, path.name)]
     if not chosen:
         names = ", ".join(path.name for path in there) or "none"
         raise RunError(f"no track{f' {track!r}' if track else ''} below {folder} (a folder with a track.json); there are: {names}")
-    return "\n\n".join(map(track_history, chosen))
+    return chosen
 
 
 # -----------------------------------------------------------------------------
@@ -682,7 +724,7 @@ def parse(argv=None):
     parser.add_argument("--out_dir", "--out-dir", type=Path, default="logs", metavar="DIR",
                         help="the folder the runs are in (default: logs)")
     parser.add_argument("--records", nargs="?", const=Path("records"), type=Path, metavar="DIR",
-                        help="print the history of the tracks below DIR (default: records) as markdown tables, and stop")
+                        help="print the history of the tracks below DIR (default: records) as markdown tables, draw each, and stop")
     parser.add_argument("--track", metavar="NAME", help="beside --records: only this track")
     return parser.parse_args(argv)
 
@@ -691,7 +733,10 @@ def main():
     args = parse()
     try:
         if args.records:
-            print(records_text(args.records, args.track))
+            chosen = tracks(args.records, args.track)
+            print("\n\n".join(map(track_history, chosen)))
+            for folder in chosen:
+                write_history(folder)
             return
         there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
         unknown = [name for name in args.experiment_name if name not in there]

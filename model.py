@@ -4,8 +4,8 @@
     python model.py --checkpoint logs/muon/checkpoint --prompt "def forward(self"
 
 What is in it: RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, attention scale 0.12, ReLU^2 experts behind a noisy
-top-2 router, zero-initialised output projections, an untied head, embedding and U-net skips, value embeddings, long-short sliding
-windows, document masks, softcapped logits, an FP8 head, and a loss that never holds all logits in fp32.
+top-2 router, zero-initialised output projections, an untied head, embedding and U-net skips, value embeddings, n-gram tables, keys
+of the token before, long-short sliding windows, document masks, softcapped logits, an FP8 head, and a loss that never holds all logits in fp32.
 
 Two axes: width (what a block does to a token: `ROUTERS`, `EXPERTS`, `dispatch`) and depth (which blocks, how often: `DEPTHS`).
 To read it in ten minutes: Config, dispatch, MoE, Stack, GPT.
@@ -13,7 +13,8 @@ To read it in ten minutes: Config, dispatch, MoE, Stack, GPT.
 Shapes: B rows, T tokens of a row (or all B*T tokens where B is absent), D n_embd, H heads, C head_dim, E experts, K top_k,
 R = T*K routed rows, F hidden width of one expert, L routed layers, V padded vocabulary. `x_BTD` has the shape (B, T, D).
 
-Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), Shazeer et al. 1701.06538 (noisy top-k),
+Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables), Shazeer et al.
+1701.06538 (noisy top-k),
 Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance).
 """
 

@@ -3,15 +3,18 @@
     python benchmarks/track.py short --name "MoE Muon, E=8" --row "MoE Muon" --seeds 0 1 -- train_muon.py --pattern M --num_experts 8
     python benchmarks/track.py full --folder records/cpu/2026-11-26_MoEMuon --steps 900 --seeds 0 1 2 3 -- train_muon.py --pattern M
     python benchmarks/track.py compare "MoE Muon, E=8" "MoE Muon, E=4"
+    python benchmarks/track.py curve "dense Muon" "MoE Muon"
 
 `short` measures the time of a step with exactly these flags, takes as many steps as fit into the track's 60 seconds, and adds a line to
 records/cpu/tuning.jsonl. `full` runs the seeds, re-times row 1 and this row in turns, and leaves a record's folder; cut off, the same
-command goes on with the seeds that are missing. `compare` takes differences seed by seed, for a seed fixes the order of the data.
+command goes on with the seeds that are missing. `compare` takes differences seed by seed, for a seed fixes the order of the data;
+`curve` does so for every length of training that both were run with under the name "<name>, <seconds> s", and draws them.
 Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the repository."""
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -155,17 +158,58 @@ def read_tuning(log: Path) -> list[dict]:
 def compare(args):
     """Prints the mean of a - b over the seeds that both have, and its standard error."""
     metric, log = logger.read_json(ROOT / args.track / "track.json")["metric"], ROOT / args.track / "tuning.jsonl"
-    lines, values = read_tuning(log), {}
-    for name in args.names:
-        pairs = [pair for line in lines if line["name"] == name for pair in zip(line["seeds"], line[metric])]
-        values[name] = {seed: value for seed, value in pairs if value is not None}
-    a, b = (values[name] for name in args.names)
-    differences = {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
-    if not differences:
+    lines = read_tuning(log)
+    a, b = (by_seed([line for line in lines if line["name"] == name], metric) for name in args.names)
+    if not a.keys() & b.keys():
         raise RunError(f"{args.names[0]!r} and {args.names[1]!r} share no seed in {log}, which holds: {', '.join({x['name']: 0 for x in lines})}")
-    error = statistics.stdev(differences.values()) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    print("\n".join(f"seed {seed}: {a[seed]:.4f} - {b[seed]:.4f} = {difference:+.4f}" for seed, difference in differences.items()))
-    print(f"mean {statistics.mean(differences.values()):+.4f}, standard error {error:.4f}, n = {len(differences)}")
+    for seed in sorted(a.keys() & b.keys()):
+        print(f"seed {seed}: {a[seed]:.4f} - {b[seed]:.4f} = {a[seed] - b[seed]:+.4f}")
+    print(difference(a, b))
+
+
+def by_seed(lines: list[dict], metric: str) -> dict[int, float]:
+    """What the runs of some lines ended at, without those that failed."""
+    return {seed: value for line in lines for seed, value in zip(line["seeds"], line[metric]) if value is not None}
+
+
+def difference(a: dict[int, float], b: dict[int, float]) -> str:
+    """The mean of a - b over the seeds that both have, with its standard error."""
+    differences = [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
+    return f"mean {statistics.mean(differences):+.4f}, standard error {error:.4f}, n = {len(differences)}"
+
+
+def curve(args):
+    """Prints and draws what two rows end at after every length of training that both have runs of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    folder, metric = ROOT / args.track, logger.read_json(ROOT / args.track / "track.json")["metric"]
+    ends = {name: {} for name in args.names}  # row -> seconds -> seed -> bits per byte
+    for line in read_tuning(folder / "tuning.jsonl"):
+        name, _, length = line["name"].rpartition(", ")
+        if name in ends and re.fullmatch(r"\d+ s", length):
+            ends[name].setdefault(int(length[:-2]), {}).update(by_seed([line], metric))
+    a, b = ends.values()
+    both = [seconds for seconds in sorted(a.keys() & b.keys()) if a[seconds].keys() & b[seconds].keys()]
+    if not both:
+        raise RunError(f'no runs named "{args.names[0]}, <seconds> s" and "{args.names[1]}, <seconds> s" with a common length and seed; make them with short')
+    for seconds in both:
+        print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
+    figure = Figure(layout="constrained", figsize=(8, 4.5))
+    ax = figure.subplots()
+    for (name, runs), colour in zip(ends.items(), logger.COLOURS):
+        values = [list(runs[seconds].values()) for seconds in both]
+        ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
+        for seconds, points in zip(both, values):
+            ax.plot([seconds] * len(points), points, "o", color=colour)
+    ax.set(xscale="log", xticks=both, xticklabels=both, xlabel="seconds of training, a run of its own for each", ylabel=metric)
+    ax.minorticks_off()
+    ax.legend()
+    figure.savefig(folder / "curve.png")
+    print(folder / "curve.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,10 +275,10 @@ def write_json(path: Path, value: dict):
 
 def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
     """Milliseconds per step of this row and of row 1, with the present code: short runs in turns, every second round in the other order,
-    so that a machine that slows down or speeds up does so for both."""
-    script = config_1["track"]["script"]
-    known = {field.name for cls in (model_file.Config, RECIPES[script].hyperparameters) for field in dataclasses.fields(cls)} - set(OURS)
-    settings = {name: value for name, value in (config_1["model"] | config_1["hyperparameters"]).items() if name in known}
+    so that a machine that slows down or speeds up does so for both. A field that is younger than row 1 has its default there."""
+    script, recorded = config_1["track"]["script"], config_1["model"] | config_1["hyperparameters"]
+    fields = [field for cls in (model_file.Config, RECIPES[script].hyperparameters) for field in dataclasses.fields(cls) if field.name not in OURS]
+    settings = {field.name: recorded.get(field.name, field.default) for field in fields}
     rows, ms = {"row": row, "row_1": Row(track, [script, *as_flags(settings)], row.hp.data)}, {"row": [], "row_1": []}
     with tempfile.TemporaryDirectory() as out:
         for i in range(rounds):
@@ -255,8 +299,8 @@ def parse(argv: list[str]):
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
     actions = parser.add_subparsers(dest="action", required=True)
-    add = {function: actions.add_parser(function.__name__) for function in (short, full, compare)}
-    for function in (short, compare):
+    add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve)}
+    for function in (short, compare, curve):
         add[function].add_argument("--track", type=Path, default="records/cpu", help="the folder with its track.json")
     for function in (short, full):
         add[function].add_argument("--seeds", type=int, nargs="+", required=True)
@@ -268,10 +312,11 @@ def parse(argv: list[str]):
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
     add[full].add_argument("--steps", type=model_file.positive, required=True)
     add[full].add_argument("--rounds", type=model_file.positive, default=6, help="in which row 1 and this row are timed in turns")
-    add[compare].add_argument("names", nargs=2)
+    for function in (compare, curve):
+        add[function].add_argument("names", nargs=2)
     args = parser.parse_args(ours)
-    if (args.action == "compare") == bool(theirs):
-        parser.error("after -- come a script and its flags, except for compare")
+    if (args.action in ("compare", "curve")) == bool(theirs):
+        parser.error("after -- come a script and its flags, except for compare and curve")
     args.function, args.command = {function.__name__: function for function in add}[args.action], theirs
     return args
 

@@ -17,8 +17,10 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -141,7 +143,7 @@ def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f")
     (folder / "config.json").write_text(json.dumps(config))
     for seed, (value, second) in enumerate(zip(values, seconds)):
         rows = [{"step": step, "train_time": step * second / steps, "train/flops": step * 4.5e10, "train/loss": 2.0} for step in (1, steps)]
-        rows += [rows[-1] | {"val/bpb": value}, {"step": steps, "event": "end"}]
+        rows += [rows[-1] | {"val/loss": value / 2, "val/bpb": value}, {"step": steps, "event": "end"}]
         (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"seed{seed}.log").write_text(
             f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\n{'=' * 100}\n"
@@ -173,6 +175,22 @@ def test_planted_records_make_the_known_table(planted):
         f"| 1 | {link('2026-01-02_DenseAdamW')} | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
         f"| 2 | {link('2026-01-01_MoEMuon')} | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
         f"| 3 | {link('2026-01-02_DenseMuon')} | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |"]  # fmt: skip
+
+
+def test_the_picture_has_every_record_s_curve_and_end(planted):
+    printed(planted)
+    assert (planted / "records/cpu/history.png").read_bytes().startswith(b"\x89PNG")
+    figure = Figure()
+    track, records = logger.read_history(planted / "records/cpu")
+    logger.plot_history(figure, track["target"], records)
+    [ax] = figure.axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "1  2026-01-02_DenseAdamW: 601 s", "2  2026-01-01_MoEMuon: 220 s", "3  2026-01-02_DenseMuon: 282 s", "target 1.4350"]  # fmt: skip
+    lines = [line.get_xydata() for line in ax.lines]
+    for (curve, end), record, steps in zip(zip(lines[::2], lines[1::2]), records, (1200, 400, 540)):
+        assert end.tolist() == [[mean(record["seconds"]), mean(record["values"])]]
+        assert curve == pytest.approx(np.array([[mean(record["seconds"]) / steps, 4.0], [mean(record["seconds"]), 4.0]]))  # 2 nats, 2 bits each
+    assert set(lines[-1][:, 1]) == {1.435}
 
 
 def test_every_digit_of_the_table_is_checked(planted):
@@ -224,14 +242,14 @@ def test_a_broken_record_is_named(planted, what):
     breaks, said = BROKEN[what]
     breaks(planted / "records/cpu/2026-01-01_MoEMuon")
     with pytest.raises(RunError, match=said) as stopped:
-        logger.records_text(planted / "records")
+        [logger.track_history(folder) for folder in logger.tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
     with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
-        logger.records_text(planted / "records")
+        [logger.track_history(folder) for folder in logger.tracks(planted / "records")]
     done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
 
@@ -303,6 +321,20 @@ def refused(*words) -> str:
 
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "tuning.jsonl").read_text().splitlines()]
+
+
+def test_the_curve_pairs_seeds_at_every_length_that_both_rows_have(tiny):
+    folder, _ = tiny
+    ends = [("A, 60 s", [0, 1], [1.5, 1.6]), ("B, 60 s", [1, 0], [1.65, 1.52]), ("A, 180 s", [0, 1], [1.2, 1.3]), ("B, 180 s", [0], [1.1]),
+            ("B, 180 s", [1], [None]), ("A, 600 s", [0], [1.0]), ("B, 600 s", [1], [0.9]), ("A", [0], [9.0])]  # fmt: skip
+    lines = [json.dumps({"name": name, "seeds": seeds, "val/bpb": values}) + "\n" for name, seeds, values in ends]
+    (folder / "tuning.jsonl").write_text("".join(lines))
+    status, out, err = run_track("curve", "--track", folder, "A", "B")
+    assert status == 0, err
+    assert out.splitlines() == ["60 s: A - B: mean -0.0350, standard error 0.0150, n = 2", "180 s: A - B: mean +0.1000, standard error nan, n = 1",
+                                str(folder / "curve.png")]  # fmt: skip
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert '"C, <seconds> s"' in refused("curve", "--track", folder, "A", "C")
 
 
 def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):

@@ -36,7 +36,8 @@ from train_muon import MUON, Exchange, Muon, Transfer, World, cut_slabs, lr_scal
 
 BOTH = pytest.mark.parametrize("recipe", [MUON, ADAMW], ids=lambda recipe: recipe.name)
 CPU = torch.device("cpu")
-TINY_MODEL = dict(n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, window_size=64, dtype="fp32")
+TINY_MODEL = dict(n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, attention="AK", ngrams="2", ngram_rows=64,
+                  window="L", window_size=64, dtype="fp32")  # fmt: skip
 TINY_RUN = dict(preset="cpu", device="cpu", **TINY_MODEL, ns_dtype="fp32", seq_len=32, batch_tokens=384, micro_batch_tokens=384, window_start=64,
                 num_iterations=4, val_every=0, val_tokens=0, sample_tokens=0, warmup_steps=0)  # fmt: skip
 
@@ -520,15 +521,15 @@ def made_optimizers(recipe, exchange, hp, change=lambda tensors: None) -> list:
     return exchange.optimizers
 
 
-MUON_RATES = {"embed": 1.0, "value_embed": 2.0, "head": 3.0, "router": 4.0, "scalar": 5.0, "matrix": 6.0, "expert": 6.0}
+MUON_RATES = {"embed": 1.0, "ngram_embed": 7.0, "value_embed": 2.0, "head": 3.0, "router": 4.0, "scalar": 5.0, "matrix": 6.0, "expert": 6.0}
 
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe, size):
     matrix_rate = {"muon_lr": 6.0} if recipe is MUON else {"matrix_lr": 6.0}
-    hp = dataclasses.replace(recipe.presets["cpu"], embed_lr=1.0, value_embed_lr=2.0, head_lr=3.0, router_lr=4.0, scalar_lr=5.0,
-                             weight_decay=0.125, **matrix_rate)  # fmt: skip
+    hp = dataclasses.replace(recipe.presets["cpu"], embed_lr=1.0, ngram_embed_lr=7.0, value_embed_lr=2.0, head_lr=3.0, router_lr=4.0,
+                             scalar_lr=5.0, weight_decay=0.125, **matrix_rate)  # fmt: skip
     for rank in range(size):
         exchange = Exchange(GPT(CONFIGS["tiny"]), World(rank, size, CPU))
         optimizers = made_optimizers(recipe, exchange, hp)
@@ -603,7 +604,7 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
 # rounding leaves of it by its own size. The seeds are those, of a few, whose closest choice between two experts is the clearest.
 
 LAYOUT_RUN = dict(val_every=6, checkpoint_every=6, router_noise=1.0, balance_coef=0.01,
-                  embed_lr=0.2, value_embed_lr=0.2, head_lr=0.003, router_lr=0.0015, scalar_lr=0.001)  # fmt: skip
+                  embed_lr=0.2, ngram_embed_lr=0.02, value_embed_lr=0.2, head_lr=0.003, router_lr=0.0015, scalar_lr=0.001)  # fmt: skip
 LAYOUT_RUNS = {
     "muon": LAYOUT_RUN | dict(seed=5, num_iterations=30, muon_lr=0.015),
     "adamw": LAYOUT_RUN | dict(seed=28, num_iterations=12, matrix_lr=0.001),
@@ -1159,8 +1160,8 @@ CHANGES = {
     "window_size": (8, {}),
     "attn_scale": (1.0, {}),
     "value_embeds": (0, {}),
-    "ngrams": ("2", {}),
-    "ngram_rows": (64, {"ngrams": "23"}),
+    "ngrams": ("23", {}),
+    "ngram_rows": (128, {}),
     "softcap": (30.0, {}),
     "head": ("fp8", {}),
     "dtype": ("bf16", {}),
@@ -1179,7 +1180,7 @@ CHANGES = {
     "final_lr_scale": (0.5, {"cooldown_frac": 1.0}),
     "window_start": (256, {"window_size": 256, "seq_len": 192, "batch_tokens": 384}),
     "embed_lr": (0.17, {}),
-    "ngram_embed_lr": (0.17, {"ngrams": "2"}),
+    "ngram_embed_lr": (0.17, {}),
     "value_embed_lr": (0.17, {}),
     "head_lr": (0.1, {}),
     "router_lr": (0.1, {}),

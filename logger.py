@@ -545,6 +545,8 @@ def plot_history(figure, target, records):
                 label=f"{i + 1}  {record['name']}: {mean(record['seconds']):,.0f} s")
     ax.axhline(target, color="black", linestyle=":", linewidth=1, label=f"target {target:.4f}")
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlim(left=min(mean(record["seconds"]) for record in records) / 10)
     ax.set_ylim(top=2 * target)  # the first losses would flatten the end
     ax.set_xlabel("training seconds")
     ax.set_ylabel("bits per byte: lines training, dots validation")
@@ -612,7 +614,8 @@ def final_row(rows, metric: str) -> dict:
 def read_record(folder, track: dict) -> dict:
     """What a record's logs say: `steps` and `flops` of one seed; `seconds` and `values` (of track["metric"]), lists over the seeds, and
     `curves`, a list of (seconds, training loss in bits per byte) for each; `p` against the target, None before there is one; `per_step`,
-    the time of a step over that of row 1, both re-timed in turns, with half the 95% interval of the turns' own ratios. Raises RunError for a record that breaks a rule; row 1 need not reach the target it sets."""
+    the time of a step over that of row 1, both re-timed in turns, with half the 95% interval of the turns' own ratios.
+    Raises RunError for a record that breaks a rule; row 1 need not reach the target it sets."""
     first = track["row_1"] in (None, folder.name)
     n = max(len(list(folder.glob(f"seed*.{kind}"))) for kind in ("log", "jsonl"))
     wanted = ["README.md", "config.json", *(f"seed{seed}.{kind}" for seed in range(n) for kind in ("log", "jsonl"))]
@@ -633,8 +636,8 @@ def read_record(folder, track: dict) -> dict:
         _demand(first or p < track["p"], folder, f"p against the target {track['target']} is {p}, not below {track['p']}")
         timing = {"row": 1, "row_1": 1, "rounds": [(1, 1)] * 2} if first else read_json(folder / "timing.json")
         per_step = timing["row"] / timing["row_1"], half_width([row / row_1 for row, row_1 in timing["rounds"]])
-        return {"name": folder.name, "curves": curves, "steps": steps[0], "flops": float(rows[0]["train/flops"]), "seconds": [float(row["train_time"]) for row in rows],
-                "values": values, "p": p, "per_step": per_step}
+        return {"name": folder.name, "curves": curves, "steps": steps[0], "flops": float(rows[0]["train/flops"]),
+                "seconds": [float(row["train_time"]) for row in rows], "values": values, "p": p, "per_step": per_step}
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # edited by hand, or written by something else
         raise RunError(f"{folder} holds a file of another form than benchmarks/track.py writes ({error!r}); restore it") from error
 
@@ -689,8 +692,9 @@ def track_history(folder) -> str:
     for number, record in enumerate(records, start=1):
         seconds, values, more_steps = record["seconds"], record["values"], record["steps"] / records[0]["steps"]
         ratio, spread = (more_steps * part for part in record["per_step"])
-        cells = (number, f"[{record['name']}]({(folder / record['name']).as_posix()})", f"{record['steps']:,}", f"{mean(seconds):,.1f} ± {half_width(seconds):.1f}",
-                 f"{ratio:.3f} ± {spread:.3f}" if number > 1 else "1", f"{record['flops'] / 1e12:,.2f}",
+        cells = (number, f"[{record['name']}]({(folder / record['name']).as_posix()})", f"{record['steps']:,}",
+                 f"{mean(seconds):,.1f} ± {half_width(seconds):.1f}", f"{ratio:.3f} ± {spread:.3f}" if number > 1 else "1",
+                 f"{record['flops'] / 1e12:,.2f}",
                  f"{mean(values):.4f} ± {stdev(values):.4f}", len(values), f"{record['p']:.1e}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -195,7 +195,8 @@ def curve(args):
     a, b = ends.values()
     both = [seconds for seconds in sorted(a.keys() & b.keys()) if a[seconds].keys() & b[seconds].keys()]
     if not both:
-        raise RunError(f'no runs named "{args.names[0]}, <seconds> s" and "{args.names[1]}, <seconds> s" with a common length and seed; make them with short')
+        wanted = " and ".join(f'"{name}, <seconds> s"' for name in args.names)
+        raise RunError(f"no runs named {wanted} have a length and a seed in common; make them with short")
     for seconds in both:
         print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
     figure = Figure(layout="constrained", figsize=(8, 4.5))

@@ -43,8 +43,8 @@ import model  # noqa: E402
 import train_muon  # noqa: E402
 
 STEPS, EVERY = 60, 4  # of a run, and between its checkpoints
-TINY = dict(preset="cpu", device="cpu", n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, attention="AK", ngrams="2",
-            ngram_rows=64, window="L", window_size=64, dtype="fp32",
+TINY = dict(preset="cpu", device="cpu", n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, mlp_ratio=4.0, attention="AK",
+            ngrams="2", ngram_rows=64, window="L", window_size=64, dtype="fp32",
             ns_dtype="fp32", seq_len=32, batch_tokens=384, micro_batch_tokens=192, window_start=64, num_iterations=STEPS, val_every=20, val_tokens=0,
             checkpoint_every=EVERY, sample_tokens=0, warmup_steps=0)  # fmt: skip
 PATIENCE = 150  # seconds after which whatever should have happened did not

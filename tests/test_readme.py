@@ -26,7 +26,7 @@ SHORT = {
     "data.py": "--max_tokens 400000",
     "train_muon.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
     "train_adamw.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
-    "profile.sh": "--batch_tokens 1024 --warmup_steps 0",
+    "profile.sh": "--batch_tokens 2048 --warmup_steps 0",
     "pip": "--no-index --quiet",  # what it names must be installed already
     "pytest": "--collect-only",
     "overlap.py": "--steps 1",

@@ -143,7 +143,8 @@ def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f")
     (folder / "config.json").write_text(json.dumps(config))
     for seed, (value, second) in enumerate(zip(values, seconds)):
         rows = [{"step": step, "train_time": step * second / steps, "train/flops": step * 4.5e10, "train/loss": 2.0} for step in (1, steps)]
-        rows += [rows[-1] | {"val/loss": value / 2, "val/bpb": value}, {"step": steps, "event": "end"}]
+        rows += [{"step": steps, "train_time": second, "train/flops": steps * 4.5e10, "val/loss": value / 2, "val/bpb": value},
+                 {"step": steps, "event": "end"}]  # fmt: skip
         (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"seed{seed}.log").write_text(
             f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\n{'=' * 100}\n"
@@ -287,7 +288,8 @@ def tiny(tmp_path, corpus, monkeypatch):
     folder, launched, threads = tmp_path / "records/tiny", [], torch.get_num_threads()
     folder.mkdir(parents=True)
     pinned = {data.torch_version(): "a" * 64}
-    (folder / "track.json").write_text(json.dumps(RULES | dict(seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)))
+    rules = RULES | dict(row_1=None, target=None, seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)
+    (folder / "track.json").write_text(json.dumps(rules))
 
     def launch(words, _):
         launched.append(words)

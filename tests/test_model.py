@@ -1643,7 +1643,7 @@ def main(monkeypatch, capsys, *words):
 def test_the_script_prints_a_card():
     done = cli("--preset", "cpu")
     assert done.returncode == 0 and done.stderr == ""
-    assert "2,963,474 total" in done.stdout and "router linear" in done.stdout and "10,632,192 training" in done.stdout
+    assert "11,227,154 total" in done.stdout and "router linear" in done.stdout and "7,250,976 training" in done.stdout
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -1666,7 +1666,7 @@ def test_every_dtype_has_a_card(dtype, monkeypatch, capsys):
 def test_flags_override_the_preset_in_both_spellings(monkeypatch, capsys):
     for words in (("--n_layer", "2", "--value_embeds", "1"), ("--n-layer=2", "--value-embeds=1")):
         status, out, _ = main(monkeypatch, capsys, "--preset", "cpu", *words, "--seq-len", "64")
-        assert status == 0 and "2 (MAL MAL)" in out and "64 tokens per row" in out
+        assert status == 0 and "2 (MKE MKE)" in out and "64 tokens per row" in out
 
 
 @pytest.mark.parametrize("words, said, expect", (
@@ -1675,7 +1675,7 @@ def test_flags_override_the_preset_in_both_spellings(monkeypatch, capsys):
     (("--n_lay", "3"), ("--n_lay",), 2),
     (("--n_layer", "three"), ("n_layer", "int", "three"), 2),
     (("--router", "lineer"), ("router", "linear", "hash"), None),
-    (("--top_k", "9"), ("top_k", "at most num_experts = 4"), None),
+    (("--top_k", "9"), ("top_k", "at most num_experts = 8"), None),
     (("--mlp_ratio", "inf"), ("mlp_ratio",), None),
     (("--seq_len", "-5"), ("seq_len",), None),
     (("--checkpoint", "/no/such/folder"), ("/no/such/folder", "no checkpoint"), None),

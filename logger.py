@@ -521,7 +521,7 @@ def plot_expert_load(figure, runs):
 
 
 @contextmanager
-def _drawing(path):
+def drawing(path):
     """An empty Figure in our style, which is saved at `path` in the end."""
     import matplotlib
 
@@ -572,7 +572,7 @@ def write_plots(runs, folder):
                 reason = f"no {pattern} logged" if run["rows"] else "no rows yet"
                 print(f"{path.name} leaves out {run['name']}: {reason}")
         if shown:
-            with _drawing(path) as figure:
+            with drawing(path) as figure:
                 plot(figure, shown)
             print(path)
 
@@ -682,9 +682,8 @@ def read_history(folder) -> tuple[dict, list[dict]]:
     return track, records
 
 
-def track_history(folder) -> str:
-    """The records of one track as a markdown table under a line with the target. Raises RunError as read_history does."""
-    track, records = read_history(folder)
+def track_history(folder, track: dict, records: list[dict]) -> str:
+    """What read_history says of a track, as a markdown table under a line with the target."""
     if not records:
         return f"**Track `{folder.name}`**: no records yet."
     lines = [f"**Track `{folder.name}`**: {track['metric']} of at most {track['target']:.4f} (row 1's mean + {track['margin']:g}).", "",
@@ -700,11 +699,10 @@ def track_history(folder) -> str:
     return "\n".join(lines)
 
 
-def write_history(folder):
-    """Draws the records of one track into `folder`/history.png, if there are any."""
-    track, records = read_history(folder)
+def write_history(folder, track: dict, records: list[dict]):
+    """Draws what read_history says of a track into `folder`/history.png, if there are any records."""
     if records:
-        with _drawing(folder / "history.png") as figure:
+        with drawing(folder / "history.png") as figure:
             plot_history(figure, track["target"], records)
 
 
@@ -737,10 +735,10 @@ def main():
     args = parse()
     try:
         if args.records:
-            chosen = tracks(args.records, args.track)
-            print("\n\n".join(map(track_history, chosen)))
-            for folder in chosen:
-                write_history(folder)
+            histories = [(folder, *read_history(folder)) for folder in tracks(args.records, args.track)]
+            print("\n\n".join(track_history(*history) for history in histories))
+            for history in histories:
+                write_history(*history)
             return
         there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
         unknown = [name for name in args.experiment_name if name not in there]

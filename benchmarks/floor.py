@@ -112,7 +112,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
 
     block, chunk = min(seq_len, 128), min(T, 1024)  # queries, tokens at a time: whole scores and logits would not fit
     tables, experts = of("embed") + of("ngram_embed") + of("value_embed"), [shape[1:] for shape in of("expert") for _ in range(shape[0])]
-    rows_of_tables, touched = (sum(f(rows) * cols for rows, cols in tables) for f in (lambda rows: T, lambda rows: min(T, rows)))
+    rows_of_tables, touched = sum(T * cols for _, cols in tables), sum(min(T, rows) * cols for rows, cols in tables)
     router, head = of("router"), of("head")
     kept = a * ((2 * D * T + hidden) * config.n_layer + 2 * W * T * attending)  # what element-wise kernels leave for backward
     parts = [

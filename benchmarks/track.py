@@ -181,11 +181,6 @@ def difference(a: dict[int, float], b: dict[int, float]) -> str:
 
 def curve(args):
     """Prints and draws what two rows end at after every length of training that both have runs of."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     folder, metric = ROOT / args.track, logger.read_json(ROOT / args.track / "track.json")["metric"]
     ends = {name: {} for name in args.names}  # row -> seconds -> seed -> bits per byte
     for line in read_tuning(folder / "tuning.jsonl"):
@@ -199,17 +194,17 @@ def curve(args):
         raise RunError(f"no runs named {wanted} have a length and a seed in common; make them with short")
     for seconds in both:
         print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
-    figure = Figure(layout="constrained", figsize=(8, 4.5))
-    ax = figure.subplots()
-    for (name, runs), colour in zip(ends.items(), logger.COLOURS):
-        values = [list(runs[seconds].values()) for seconds in both]
-        ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
-        for seconds, points in zip(both, values):
-            ax.plot([seconds] * len(points), points, "o", color=colour)
-    ax.set(xscale="log", xticks=both, xticklabels=both, xlabel="seconds of training, a run of its own for each", ylabel=metric)
-    ax.minorticks_off()
-    ax.legend()
-    figure.savefig(folder / "curve.png")
+    with logger.drawing(folder / "curve.png") as figure:
+        figure.set_size_inches(8, 4.5)
+        ax = figure.subplots()
+        for (name, runs), colour in zip(ends.items(), logger.COLOURS):
+            values = [list(runs[seconds].values()) for seconds in both]
+            ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
+            for seconds, points in zip(both, values):
+                ax.plot([seconds] * len(points), points, "o", color=colour)
+        ax.set(xscale="log", xticks=both, xticklabels=both, xlabel="seconds of training, a run of its own for each", ylabel=metric)
+        ax.minorticks_off()
+        ax.legend()
     print(folder / "curve.png")
 
 

@@ -243,14 +243,14 @@ def test_a_broken_record_is_named(planted, what):
     breaks, said = BROKEN[what]
     breaks(planted / "records/cpu/2026-01-01_MoEMuon")
     with pytest.raises(RunError, match=said) as stopped:
-        [logger.track_history(folder) for folder in logger.tracks(planted / "records")]
+        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
     with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
-        [logger.track_history(folder) for folder in logger.tracks(planted / "records")]
+        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
     done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
 

@@ -59,7 +59,7 @@ class Config:
     num_experts: int = 8
     top_k: int = 2
     router: str = "linear"  # a key of ROUTERS
-    router_noise: float = 1.0  # multiplies the learned noise of the linear router; 0 = off
+    router_noise: float = 1.0  # multiplies the learned noise of the linear router; 0 = no noise, and no weights for it
     balance_coef: float = 0.01  # Switch balance loss
     z_coef: float = 0.001  # router z-loss
     bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of probability
@@ -539,11 +539,11 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.top_k, self.route_layer, self.noise_scale = config.top_k, route_layer, config.router_noise
         self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        self.noise = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+        self.noise = nn.Parameter(torch.empty_like(self.gate)) if config.router_noise else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
         x_TD = x_BTD.flatten(0, 1)
-        if self.training:
+        if self.training and self.noise is not None:
             logits_TE, spread_TE = linear_fp32(x_TD, torch.cat([self.gate, self.noise])).chunk(2, dim=1)
             normal_TE = hashed_normal(*ctx.noise_key[:2], self.route_layer, ctx.noise_key[2], logits_TE.size(1))
             noisy_TE = logits_TE + self.noise_scale * normal_TE * F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower

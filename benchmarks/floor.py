@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, mean_keys, parameter_rule, positive  # noqa: E402
+from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
 COMMON = dict(n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512)
 SHAPES = {
@@ -85,8 +86,8 @@ def attention(queries: int, head_dim: int, keys: float, batch: float, count: flo
 
 
 def newton_schulz(rows: int, cols: int, batch: int) -> list[Gemm]:
-    """Five steps: A = X X^T, A A, B X; rows <= cols."""
-    return [Gemm(rows, cols, rows, "nt", batch, 5), Gemm(rows, rows, rows, "nn", batch, 5), Gemm(rows, rows, cols, "nn", batch, 5)]
+    """In each step A = X X^T, A A, B X; rows <= cols."""
+    return [Gemm(*shape, batch, NEWTON_SCHULZ_STEPS) for shape in ((rows, cols, rows, "nt"), (rows, rows, rows, "nn"), (rows, rows, cols, "nn"))]
 
 
 def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[Part]:
@@ -149,9 +150,9 @@ def muon(elements: int, matrices: list[tuple], a: int) -> list[Part]:
     for count, *shape in matrices:
         by_shape[tuple(shape)] = by_shape.get(tuple(shape), 0) + count
     gemms = [gemm for (rows, cols), count in by_shape.items() for gemm in newton_schulz(rows, cols, count)]
-    near = 5 * 2 * sum(count * (3 * rows * cols + 4 * rows * rows) for (rows, cols), count in by_shape.items())
+    near = NEWTON_SCHULZ_STEPS * 2 * sum(count * (3 * rows * cols + 4 * rows * rows) for (rows, cols), count in by_shape.items())
     mine = sum(count * rows * cols for (rows, cols), count in by_shape.items())
-    why = "weight, gradient, momentum read, two written: 20 B per weight; in bf16 X twice, A, B read, A, B, X written in each of 5 steps"
+    why = "weight, gradient, momentum read, two written: 20 B per weight; in bf16 X twice, A, B read, A, B, X written in each step"
     return [Part("Newton-Schulz + Muon", gemms, 20 * mine, near, 0, why), *adamw(elements - mine, [], a)]
 
 

@@ -38,7 +38,7 @@ from logger import RunError  # noqa: E402
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every out_dir experiment_name seed resume enable_profiling
           plan""".split()  # flags that are the track's
-CALIBRATION_STEPS, ROUND_STEPS, SETTLING_STEPS = 24, 15, 3  # of a run that only measures, of which the first few may still allocate
+TIMED_STEPS = 20  # of a run that only measures, and as many before, in which experts still meet new row counts, and after
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -70,11 +70,11 @@ class Row:
             raise RunError(f"{self.script} ended with status {status}; what it said is above")
         return logger.read_run(out / name)["rows"]
 
-    def step_ms(self, out: Path, name: str, steps: int) -> float:
-        """The median milliseconds of a step. The schedules run from end to end in few steps, so the median is that of their middle."""
-        rows = self.run(out, name, num_iterations=steps, val_tokens=self.hp.seq_len)
-        times = [row["train_time"] for row in rows if "train/loss" in row]
-        return 1000 * statistics.median(after - before for before, after in zip(times[SETTLING_STEPS - 1 :], times[SETTLING_STEPS:]))
+    def step_ms(self, out: Path, name: str) -> float:
+        """The median milliseconds of a step in the middle of a short run, where every schedule is half way."""
+        rows = self.run(out, name, num_iterations=3 * TIMED_STEPS, val_tokens=self.hp.seq_len)
+        times = [row["train_time"] for row in rows if "train/loss" in row][TIMED_STEPS : 2 * TIMED_STEPS + 1]
+        return 1000 * statistics.median(after - before for before, after in zip(times, times[1:]))
 
     def result(self, out: Path, seed: int, steps: int) -> dict:
         """The row with the final evaluation of one seed's run, in out/seed<N>."""
@@ -113,6 +113,7 @@ def pinned_corpus(track: dict, folder: Path) -> dict:
 
 def short(args):
     track, log = logger.read_json(ROOT / args.track / "track.json"), ROOT / args.track / "tuning.jsonl"
+    track["threads"] = args.threads or track["threads"]
     row, lines = Row(track, args.command, args.data), read_tuning(log)
     earlier = [line for line in lines if line["name"] == args.name]
     asked = sum(len(line["seeds"]) for line in lines if args.row and line["row"] == args.row) + len(args.seeds)
@@ -124,7 +125,7 @@ def short(args):
             raise RunError(f"{args.name!r} is in {log} with other flags, or with one of these seeds; choose another --name")
     with tempfile.TemporaryDirectory() as folder:
         if steps is None:
-            step_ms = row.step_ms(Path(folder), "calibration", CALIBRATION_STEPS)
+            step_ms = row.step_ms(Path(folder), "calibration")
             steps = max(1, int(1000 * (args.seconds or track["seconds"]["short"]) / step_ms))
             print(f"{step_ms:.1f} ms per step: {steps} steps", flush=True)
         results, failure = [], None
@@ -137,8 +138,8 @@ def short(args):
             except RunError as error:  # a loss that is not finite is a result too
                 failure = error
                 break
-    line = {"date": today(), "name": args.name, "row": args.row, "commit": logger.commit_of(ROOT), **row.facts, "steps": steps, "step_ms": step_ms,
-            "seeds": args.seeds[: len(results) + bool(failure)]}  # fmt: skip
+    line = {"date": today(), "name": args.name, "row": args.row, "commit": logger.commit_of(ROOT), **row.facts, "threads": track["threads"],
+            "steps": steps, "step_ms": step_ms, "seeds": args.seeds[: len(results) + bool(failure)]}  # fmt: skip
     for key, name in ((track["metric"], track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
         line[key] = [result[name] for result in results] + [None] * bool(failure)
     with open(log, "a") as file:
@@ -279,10 +280,10 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         for i in range(rounds):
             for name in list(rows)[:: (-1) ** i]:
-                ms[name].append(rows[name].step_ms(Path(out), f"{name}_{i}", ROUND_STEPS))
+                ms[name].append(rows[name].step_ms(Path(out), f"{name}_{i}"))
             print(f"round {i}: {ms['row'][-1]:.1f} ms per step, row 1 {ms['row_1'][-1]:.1f} ms", flush=True)
     medians = {name: statistics.median(values) for name, values in ms.items()}
-    return medians | {"rounds": list(zip(ms["row"], ms["row_1"])), "steps_per_round": ROUND_STEPS - SETTLING_STEPS, "date": today(),
+    return medians | {"rounds": list(zip(ms["row"], ms["row_1"])), "steps_per_round": TIMED_STEPS, "date": today(),
                       "commit": logger.commit_of(ROOT)}  # fmt: skip
 
 
@@ -305,6 +306,7 @@ def parse(argv: list[str]):
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
     add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
     add[short].add_argument("--seconds", type=float, help="instead of the track's")
+    add[short].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
     add[full].add_argument("--steps", type=model_file.positive, required=True)
     add[full].add_argument("--rounds", type=model_file.positive, default=6, help="in which row 1 and this row are timed in turns")

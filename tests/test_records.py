@@ -284,15 +284,15 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tmp_path, corpus, monkeypatch):
-    """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines."""
+    """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines, with threads=<n> at the end."""
     folder, launched, threads = tmp_path / "records/tiny", [], torch.get_num_threads()
     folder.mkdir(parents=True)
     pinned = {data.torch_version(): "a" * 64}
     rules = RULES | dict(row_1=None, target=None, seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)
     (folder / "track.json").write_text(json.dumps(rules))
 
-    def launch(words, _):
-        launched.append(words)
+    def launch(words, threads):
+        launched.append([*words, f"threads={threads}"])
         status, _, err = call(lambda: train_muon.main(track.RECIPES[words[0]]), words[1:])
         print(err, file=sys.stderr)
         return status
@@ -352,8 +352,9 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     # more seeds of the same name take the same steps; a dense twin
     assert run_track(*short("MoE", 2), *tiny_command(corpus))[0] == 0
     dense = tiny_command(corpus, "train_adamw.py", pattern="D")
-    assert run_track(*short("dense", 0, 2, 3, "--steps", 3), *dense)[0] == 0
+    assert run_track(*short("dense", 0, 2, 3, "--steps", 3, "--threads", 3), *dense)[0] == 0
     lines = lines_of(folder)
+    assert [line["threads"] for line in lines] == [1, 1, 3] and [words[-1] for words in launched[-4:]] == ["threads=1", *["threads=3"] * 3]
     assert lines[1]["steps"] == line["steps"] and lines[2]["steps"] == 3 and lines[2]["step_ms"] is None
     status, out, _ = run_track("compare", "--track", folder, "MoE", "dense")
     differences = [line["val/bpb"][0] - lines[2]["val/bpb"][0], lines[1]["val/bpb"][0] - lines[2]["val/bpb"][1]]

@@ -235,6 +235,13 @@ def test_newton_schulz_brings_singular_values_near_one(rows, cols, dtype):
         assert values.min() >= 0.68 - slack and values.max() <= 1.21 + slack, values
 
 
+@pytest.mark.parametrize("spectrum", [torch.ones(64), torch.arange(1, 65) ** -0.5, torch.arange(1, 65) ** -1.0], ids=["flat", "root", "harmonic"])
+def test_newton_schulz_brings_up_small_singular_values_too(spectrum):
+    U, V = (torch.linalg.qr(torch.randn(n, 64, generator=torch.Generator().manual_seed(n)))[0] for n in (64, 96))
+    values = torch.linalg.svdvals(newton_schulz(U * spectrum @ V.mT, torch.float32))
+    assert values.min() >= 0.68 and values.max() <= 1.21, values
+
+
 @SHAPES
 def test_newton_schulz_keeps_the_singular_vectors_and_their_signs(rows, cols):
     G, U, V = with_spectrum(rows, cols, 2)
@@ -277,8 +284,8 @@ def test_newton_schulz_in_bf16_is_near_fp32(rows, cols):
 
 def plain_newton_schulz(G):
     X = G.T if len(G) > G.size(1) else G
-    X = X / (X.square().sum().sqrt() + 1e-7)
-    for _ in range(5):
+    X = X / (torch.linalg.svdvals(X).pow(4).sum() ** 0.25 + 1e-7)
+    for _ in range(4):
         A = X @ X.T
         X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ (A @ X)
     return X.T if len(G) > G.size(1) else X

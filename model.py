@@ -385,9 +385,9 @@ def mask_kind(device_type: str, T: int) -> type:
     return kinds.get(device_type, DenseMask)
 
 
-def make_masks(kind: type, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor) -> dict:
-    """One mask per window letter; even the shortest window sees its own token."""
-    windows = {letter: (window // divisor).clamp(min=1) for letter, divisor in WINDOWS.items()}
+def make_masks(kind: type, letters: str, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor) -> dict:
+    """One mask for each letter that occurs; even the shortest window sees its own token."""
+    windows = {letter: (window // WINDOWS[letter]).clamp(min=1) for letter in dict.fromkeys(letters)}
     return {letter: kind(q_position, kv_position, q_doc_BT, kv_doc_BT, tokens) for letter, tokens in windows.items()}
 
 
@@ -1058,7 +1058,8 @@ class GPT(nn.Module):
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
-        masks = make_masks(mask_kind(device.type, T) if cache is None else DenseMask, position_T, position_S, doc_BT, doc_BS, window)
+        kind = mask_kind(device.type, T) if cache is None else DenseMask
+        masks = make_masks(kind, self.config.window, position_T, position_S, doc_BT, doc_BS, window)
         follows_BS = F.pad(doc_BS, (1, -1), value=-1) == doc_BS
         noise_key = (seed, step, first_token + torch.arange(B * T, device=device))
         rotary = rotary_tables(position_T, self.config.head_dim, DTYPES[self.config.dtype])

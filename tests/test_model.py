@@ -762,6 +762,12 @@ def test_blocked_attention_skips_what_no_query_sees():
     assert sum(kept) <= 1024 * (128 + 128 + 16)
 
 
+def test_masks_are_made_for_the_windows_in_use_only():
+    net, x = tiny(window="LS"), text(1, 8, 0)
+    ctx = net.context(x, torch.zeros_like(x), torch.zeros_like(x), None)
+    assert ctx.masks.keys() == {"L", "S"}
+
+
 FLEX = [(T, window, rate) for T in (256, 384) for window, rate in (
     (1, 0.0), (64, 0.02), (100, 0.0), (128, 0.0), (129, 0.01), (200, 0.0), (256, 0.003), (300, 0.0), (1000, 0.003))]  # fmt: skip
 

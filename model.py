@@ -288,18 +288,24 @@ class BlockedMask:
     """For the CPU: queries in blocks of 128, each against the keys it can reach at all.
 
     The upper triangle and what lies beyond the window cost nothing: forward + backward take 0.3 to 0.6 of the time of SDPA with
-    a dense mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores)."""
+    a dense mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores). As documents only count up, a query
+    sees one run of keys, and one comparison finds where it begins: a third of the time of visible(), which asks three questions."""
 
     BLOCK = 128
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
         T, reach = q_position.numel(), int(window)
-        self.blocks = []  # (query slice, key slice, mask of that block)
+        begins_BT = F.pad(kv_doc_BT.diff(dim=1) != 0, (1, 0))
+        first_BT = torch.maximum(torch.where(begins_BT, kv_position, kv_position[0]).cummax(1).values, q_position - window + 1)
+        first_B1T1, key_S = first_BT.int()[:, None, :, None], kv_position.int()
+        later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=first_BT.device).triu(1)
+        self.blocks = []  # (query slice, key slice, what is hidden in that block)
         for start in range(0, T, self.BLOCK):
             q = slice(start, min(start + self.BLOCK, T))
             kv = slice(max(0, start - reach + 1) // 16 * 16, q.stop)
-            mask = DenseMask(q_position[q], kv_position[kv], q_doc_BT[:, q], kv_doc_BT[:, kv], window).mask
-            self.blocks.append((q, kv, ~mask))
+            hidden_B1QK = key_S[kv] < first_B1T1[:, :, q]
+            hidden_B1QK[..., start - kv.start :] |= later[: q.stop - start, : q.stop - start]
+            self.blocks.append((q, kv, hidden_B1QK))
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         flat = lambda x_BHTC: x_BHTC.flatten(0, 1).contiguous()

@@ -205,14 +205,14 @@ class Blend(torch.autograd.Function):
 
 
 def rotary_tables(position_T: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, C/4) of the half-truncated rotary: base 1024, over the quarter of the channel pairs that turns fastest."""
+    """cos and sin (T, 1, C) of the half-truncated rotary, signed as `rotate` wants them: the pairs (c, c + C/2) turn for c < C/4, with
+    base 1024; the others stand still and carry content without position (modded-nanogpt record 17)."""
     frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, device=position_T.device)
-    theta = position_T.float()[:, None, None] * frequency
-    return theta.cos().to(dtype), theta.sin().to(dtype)
+    theta = F.pad(position_T.float()[:, None, None] * frequency, (0, head_dim // 4))
+    return torch.cat([theta.cos()] * 2, dim=-1).to(dtype), torch.cat([theta.sin(), -theta.sin()], dim=-1).to(dtype)
 
 
 def rotate(x_BTHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (c, c + C/2) for c < C/4; the other pairs carry content without position (modded-nanogpt record 17)."""
     return Rotation.apply(x_BTHC, cos, sin)
 
 
@@ -221,8 +221,8 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def turn(x_BTHC, cos, sin):
-        a, a_still, b, b_still = x_BTHC.chunk(4, dim=-1)
-        return torch.cat([a * cos + b * sin, a_still, b * cos - a * sin, b_still], dim=-1)
+        a, b = x_BTHC.chunk(2, dim=-1)
+        return torch.addcmul(x_BTHC * cos, torch.cat([b, a], dim=-1), sin)
 
     @staticmethod
     def forward(ctx, x_BTHC, cos, sin):

@@ -154,24 +154,22 @@ PRESETS = {
 def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Roughly the nearest semi-orthogonal matrix to each of (..., rows, cols): singular values land in [0.68, 1.21].
 
-    Four steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, whose slope at 0 is steep rather than its fixed point exact.
-    They start from G over its Schatten-4 norm, ||G G^T||^(1/2): never below the largest singular value, and for n equal ones
-    n^(1/4) times that where the Frobenius norm is n^(1/2), which saves the fifth step. A zero matrix stays zero. Returns `dtype`."""
+    Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, whose slope at 0 is steep rather than its fixed point exact.
+    A zero matrix stays zero. Returns `dtype`. Four steps after the tighter Schatten-4 norm, ||G G^T||^(1/2), bring up flat and
+    harmonic spectra as well, and yet train worse (records/cpu/NEGATIVE.md)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
     X = X if wide else X.mT
-    A = X @ X.mT
-    largest = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True) + 1e-14  # at least the square of the largest singular value
-    X, A = X / largest.sqrt(), A / largest
-    for step in range(NEWTON_SCHULZ_STEPS):
-        A = A if step == 0 else X @ X.mT
+    X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X if wide else X.mT).reshape(G.shape)
 
 
-NEWTON_SCHULZ_STEPS = 4
+NEWTON_SCHULZ_STEPS = 5
 MOST_TOGETHER = 2**28  # elements orthogonalised at once: 14 bytes of temporaries for each
 
 

@@ -89,7 +89,7 @@ def test_a_step_of_two_ranks_by_hand():
     for slab, owner in zip(bucket.slabs, bucket.owners):
         rows_by_columns = slab.kind == "matrix"
         state[owner] += 4 * slab.numel * (1 if rows_by_columns else 2)
-        work[owner] += rows_by_columns * 4 * 2 * 32**2 * (2 * slab.numel // 32 + 32)
+        work[owner] += rows_by_columns * 10 * 32**2 * (2 * slab.numel // 32 + 32)
     ring = 1e-3 + 1e-4 + 4 * bucket.part / 0.5e9
     compute = model.flops_per_token(DENSE, seq_len) * rows * seq_len / 0.5e12
     assert row["seconds"]["compute"] == pytest.approx(compute, rel=1e-6)

@@ -155,15 +155,18 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Roughly the nearest semi-orthogonal matrix to each of (..., rows, cols): singular values land in [0.68, 1.21].
 
     Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, whose slope at 0 is steep rather than its fixed point exact.
-    A zero matrix stays zero. Returns `dtype`. Four steps after the tighter Schatten-4 norm, ||G G^T||^(1/2), bring up flat and
-    harmonic spectra as well, and yet train worse (records/cpu/NEGATIVE.md)."""
+    They start from G over its Schatten-4 norm, ||G G^T||^(1/2), which the first step has at hand: never below the largest singular
+    value, and for n equal ones n^(1/4) times that, where the Frobenius norm is n^(1/2). What starts larger ends nearer to one: 0.004 bits
+    per byte less on track cpu; a fifth step saved instead costs 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero. Returns `dtype`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
     X = X if wide else X.mT
-    X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        A = X @ X.mT
+    A = X @ X.mT
+    largest = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True) + 1e-14  # at least the largest singular value's square
+    X, A = X / largest.sqrt(), A / largest
+    for step in range(NEWTON_SCHULZ_STEPS):
+        A = A if step == 0 else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X if wide else X.mT).reshape(G.shape)

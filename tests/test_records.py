@@ -194,6 +194,23 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     assert set(lines[-1][:, 1]) == {1.435}
 
 
+def test_the_readme_s_curve_is_that_of_the_runs():
+    """Means over the seeds that both rows have; the error is that of the mean of their differences."""
+    table = r"^\| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$"
+    rows, runs = re.findall(table, (ROOT / "README.md").read_text(), re.M), {}
+    for line in lines_of(ROOT / "records/cpu"):
+        runs.setdefault(line["name"], {}).update(zip(line["seeds"], line["val/bpb"]))
+    lengths = {int(name[12:-2]) for name in runs if name.startswith("dense Muon, ") and name.replace("dense", "MoE") in runs}
+    assert rows and [row[0] for row in rows] == [f"{length:,}" for length in sorted(lengths)]
+    for length, *cells in rows:
+        dense, moe = (runs[f"{name} Muon, {length.replace(',', '')} s"] for name in ("dense", "MoE"))
+        seeds = dense.keys() & moe.keys()
+        differences = [dense[seed] - moe[seed] for seed in seeds]
+        error = f"{stdev(differences) / len(seeds) ** 0.5:.4f}" if len(seeds) > 1 else ""
+        means = [f"{mean(values[seed] for seed in seeds):.4f}" for values in (dense, moe)]
+        assert cells == [*means, f"{mean(differences):+.4f}", error, str(len(seeds))]
+
+
 def test_every_digit_of_the_table_is_checked(planted):
     text = printed(planted)
     head = text.index("of at most")

@@ -200,7 +200,8 @@ def test_the_readme_s_curve_is_that_of_the_runs():
     rows, runs = re.findall(table, (ROOT / "README.md").read_text(), re.M), {}
     for line in lines_of(ROOT / "records/cpu"):
         runs.setdefault(line["name"], {}).update(zip(line["seeds"], line["val/bpb"]))
-    lengths = {int(name[12:-2]) for name in runs if name.startswith("dense Muon, ") and name.replace("dense", "MoE") in runs}
+    both = [name for name in runs if re.fullmatch(r"dense Muon, \d+ s", name) and name.replace("dense", "MoE") in runs]
+    lengths = [int(name.split()[2]) for name in both]
     assert rows and [row[0] for row in rows] == [f"{length:,}" for length in sorted(lengths)]
     for length, *cells in rows:
         dense, moe = (runs[f"{name} Muon, {length.replace(',', '')} s"] for name in ("dense", "MoE"))

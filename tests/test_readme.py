@@ -124,7 +124,7 @@ def test_checklist_points_at_code_and_tests():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     source = {path.name: path.read_text() for path in ROOT.glob("*.py")}
     checklist = README[README.index("## What is in it") :]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in checklist.splitlines() if re.match(r"\| \d+", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in checklist.splitlines() if re.match(r"\| \d+ \|", line)]
     assert len(rows) >= 21
     for _, item, where, test in (row for row in rows if row[2] != "not yet"):
         for file, name in re.findall(r"`(\w+\.py): (\w+)`", where):

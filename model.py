@@ -213,6 +213,7 @@ def rotary_tables(position_T: Tensor, head_dim: int, dtype: torch.dtype) -> tupl
 
 
 def rotate(x_BTHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels (c, c + C/2) by its token's angle, out of rotary_tables; the same shape and type."""
     return Rotation.apply(x_BTHC, cos, sin)
 
 

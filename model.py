@@ -252,11 +252,11 @@ def ngram_hash(id_BT: Tensor, doc_BT: Tensor, n: int) -> Tensor:
     return hash_BT
 
 
-def hashed_normal(seed: Tensor, step: Tensor, layer: int, token_T: Tensor, num: int) -> Tensor:
+def hashed_normal(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor, num: int) -> Tensor:
     """Standard normal noise (T, num): a pure function of its arguments, so any rank layout or resumed run draws the same.
 
     token_T holds token numbers within the global batch. Box-Muller: two counter-based hashes of 24 bits make two normals."""
-    seed, step, token_T = ((x & 0xFFFFFFFF).to(torch.int32) for x in (seed ^ (seed >> 32), step, token_T))
+    seed, step, layer, token_T = ((x & 0xFFFFFFFF).to(torch.int32) for x in (seed ^ (seed >> 32), step, layer, token_T))
     key = mix_bits(mix_bits(mix_bits(seed + 0x1E3779B9) + step) + layer)
     lane = torch.arange(-(-num // 2), dtype=torch.int32, device=token_T.device)
     counter_T1 = mix_bits(key + token_T)[:, None]
@@ -403,15 +403,18 @@ def make_masks(kind: type, letters: str, q_position: Tensor, kv_position: Tensor
 
 
 class Context(NamedTuple):
-    """What every layer may look at besides its input. Nothing in it depends on a later token."""
+    """What a layer may look at besides its input. Nothing in it depends on a later token.
+
+    What differs from layer to layer is a tensor here and no number in the module, so layers of one kind share one compiled graph."""
 
     token_BT: Tensor | None  # ids, None when embeddings were given
-    masks: dict  # window letter -> mask
+    mask: object  # of this layer's window
+    value_embed_BTHC: Tensor  # what is mixed into this layer's values: a table's rows or zero
     cos: Tensor
     sin: Tensor
     follows_BS: Tensor  # of each key's token: is the one before it in the same document
-    noise_key: tuple[Tensor, Tensor, Tensor]  # seed, step, number of each token within the global batch (T,)
-    bias_LE: Tensor  # the aux-loss-free bias
+    noise_key: tuple[Tensor, Tensor, Tensor, Tensor]  # seed, step, routed layers before this one, number of each token in the global batch (T,)
+    bias_E: Tensor  # the aux-loss-free bias
     cache: "Cache | None"
 
 
@@ -422,20 +425,19 @@ class Attention(nn.Module):
         super().__init__()
         width = config.n_head * config.head_dim
         self.layer, self.n_head, self.scale = layer, config.n_head, config.attn_scale
-        self.window = config.tiled("window")[layer]
         self.qkv = nn.Parameter(torch.empty(3, width, config.n_embd))
         self.out = nn.Parameter(torch.empty(config.n_embd, width))
         self.value_mix = nn.Parameter(torch.empty(2))
 
-    def forward(self, x_BTD: Tensor, value_embed_BTHC: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         qkv = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1))
         q, k, v = qkv.unbind(2)
         q, k = rotate(norm(q), ctx.cos, ctx.sin), rotate(norm(k), ctx.cos, ctx.sin)
-        v = blend(self.value_mix, v, value_embed_BTHC)
+        v = blend(self.value_mix, v, ctx.value_embed_BTHC)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.layer, k, v)
         k = self.keys(k, ctx)
-        y = ctx.masks[self.window].attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        y = ctx.mask.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
         return F.linear(y.transpose(1, 2).flatten(-2), self.out.type_as(x_BTD))
 
     def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
@@ -459,7 +461,7 @@ class NoAttention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
 
-    def forward(self, x_BTD: Tensor, value_embed_BTHC: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         return x_BTD.new_zeros(())
 
 
@@ -508,11 +510,6 @@ class Route(NamedTuple):
     weight_TK: Tensor  # fp32 gates, a row sums to 1
     logits_TE: Tensor  # fp32, without noise and bias: what the balance and z losses see
 
-    def counts_E(self) -> Tensor:
-        """int64: tokens that chose each expert."""
-        chosen = self.expert_TK.flatten()
-        return chosen.new_zeros(self.logits_TE.size(1)).scatter_add_(0, chosen, torch.ones_like(chosen))
-
 
 def softmax(x: Tensor) -> Tensor:
     """Over the last dimension. Over 2 to 64 numbers, on a CPU, a quarter of Tensor.softmax's time."""
@@ -542,9 +539,9 @@ class LinearRouter(nn.Module):
 
     The noise is drawn in training only. The aux-loss-free bias moves the selection, never the gates (2408.15664)."""
 
-    def __init__(self, config: Config, route_layer: int):
+    def __init__(self, config: Config):
         super().__init__()
-        self.top_k, self.route_layer, self.noise_scale = config.top_k, route_layer, config.router_noise
+        self.top_k, self.noise_scale = config.top_k, config.router_noise
         self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
         self.noise = nn.Parameter(torch.empty_like(self.gate)) if config.router_noise else None
 
@@ -552,18 +549,18 @@ class LinearRouter(nn.Module):
         x_TD = x_BTD.flatten(0, 1)
         if self.training and self.noise is not None:
             logits_TE, spread_TE = linear_fp32(x_TD, torch.cat([self.gate, self.noise])).chunk(2, dim=1)
-            normal_TE = hashed_normal(*ctx.noise_key[:2], self.route_layer, ctx.noise_key[2], logits_TE.size(1))
+            normal_TE = hashed_normal(*ctx.noise_key, logits_TE.size(1))
             noisy_TE = logits_TE + self.noise_scale * normal_TE * F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower
         else:
             noisy_TE = logits_TE = linear_fp32(x_TD, self.gate)
-        expert_TK = (softmax(noisy_TE.detach()) + ctx.bias_LE[self.route_layer]).topk(self.top_k).indices
+        expert_TK = (softmax(noisy_TE.detach()) + ctx.bias_E).topk(self.top_k).indices
         return Route(expert_TK, softmax(noisy_TE.gather(1, expert_TK)), logits_TE)
 
 
 class HashRouter(nn.Module):
     """The baseline that learns nothing: token id mod E, further choices spread evenly, uniform gates (Hash Layers, 2106.04426)."""
 
-    def __init__(self, config: Config, route_layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         self.top_k, self.num_experts = config.top_k, config.num_experts
 
@@ -663,16 +660,32 @@ EXPERTS = {"mlp": MLPExperts}
 # Dispatch: the only code that sorts, moves, exchanges and combines rows
 
 
-def dispatch(x_TD: Tensor, route: Route, fn) -> Tensor:
-    """Send every token to its K experts and add up what comes back, weighted: dropless, whatever the load.
+def dispatch(x_TD: Tensor, route: Route, fn) -> tuple[Tensor, Tensor]:
+    """Send every token to its K experts and add up what comes back, weighted: dropless, whatever the load. Also returns how many
+    tokens chose each expert (E,), int64.
 
     Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
     T, K = route.expert_TK.shape
-    choice_R = route.expert_TK.flatten().to(torch.int16).argsort(stable=True)  # a radix sort: 5 times faster than on int64
+    expert_R, choice_R = route.expert_TK.flatten().to(torch.int16).sort(stable=True)  # a radix sort: 5 times faster than on int64
     row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
-    offs_E = route.counts_E().cumsum(0).int()
+    expert_E = torch.arange(route.logits_TE.size(1), dtype=torch.int16, device=x_TD.device)
+    offs_E = torch.searchsorted(expert_R, expert_E, right=True, out_int32=True)  # no counting: a GPU's atomics would queue up for E numbers
     rows_RD = fn(Gather.apply(x_TD, choice_R // K, row_TK), offs_E)
-    return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK)
+    return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK), offs_E.diff(prepend=offs_E.new_zeros(1)).long()
+
+
+def bag_sum(rows_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """Each token's K rows, added up with these weights: (T, D)."""
+    return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+
+
+def gather_sum(rows_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """The same in operators that a compiler melts into one kernel, with what comes before and after."""
+    rows_TKD = rows_RD[row_TK]
+    return (rows_TKD if weight_TK is None else rows_TKD * weight_TK[:, :, None]).sum(1)
+
+
+ROW_SUMS = {"cpu": bag_sum, "cuda": gather_sum}
 
 
 class Gather(torch.autograd.Function):
@@ -686,7 +699,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, drows_RD):
         (row_TK,) = ctx.saved_tensors
-        return F.embedding_bag(row_TK, drows_RD.contiguous(), mode="sum"), None, None
+        return ROW_SUMS.get(drows_RD.device.type, gather_sum)(drows_RD.contiguous(), row_TK), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -695,7 +708,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD, weight_TK, choice_R, row_TK):
         ctx.save_for_backward(rows_RD, weight_TK, choice_R, row_TK)
-        return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+        return ROW_SUMS.get(rows_RD.device.type, gather_sum)(rows_RD, row_TK, weight_TK)
 
     @staticmethod
     def backward(ctx, dy_TD):
@@ -772,33 +785,33 @@ class RouteStats(NamedTuple):
     entropy: Tensor  # mean entropy of the router's distribution / log E: 1 = undecided
 
 
-def route_stats(route: Route) -> RouteStats:
+def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
     lse_T = route.logits_TE.logsumexp(-1)
     log_p_TE = route.logits_TE - lse_T[:, None]
     p_TE = log_p_TE.exp()
     entropy = -(p_TE * log_p_TE).detach().sum(-1).mean() / math.log(max(p_TE.size(1), 2))
-    return RouteStats(route.counts_E(), p_TE.mean(0), lse_T.square().mean(), entropy)
+    return RouteStats(counts_E, p_TE.mean(0), lse_T.square().mean(), entropy)
 
 
 class MoE(nn.Module):
     """A router, a pool of experts, and the dispatch between them."""
 
-    def __init__(self, config: Config, route_layer: int, ranks: ExpertRanks = ALL_HERE):
+    def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        self.router = ROUTERS[config.router](config, route_layer)
+        self.router = ROUTERS[config.router](config)
         self.experts = EXPERTS["mlp"](config, config.num_experts // ranks.size)
         self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         route = self.router(x_BTD, ctx)
-        y_TD = dispatch(x_BTD.flatten(0, 1), route, functools.partial(self.carry, self.experts))
-        return y_TD.view_as(x_BTD), [route_stats(route)]
+        y_TD, counts_E = dispatch(x_BTD.flatten(0, 1), route, functools.partial(self.carry, self.experts))
+        return y_TD.view_as(x_BTD), [route_stats(route, counts_E)]
 
 
 class DenseMLP(nn.Module):
     """The dense twin: the same ReLU^2 MLP at the same active width, plain matmuls."""
 
-    def __init__(self, config: Config, route_layer: int, ranks: ExpertRanks = ALL_HERE):
+    def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         width = config.hidden_size * config.top_k
         self.up = nn.Parameter(torch.empty(width, config.n_embd))
@@ -819,12 +832,11 @@ class Block(nn.Module):
         super().__init__()
         self.stream_mix = nn.Parameter(torch.empty(2))
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
-        route_layer = config.tiled("pattern")[:layer].count("M")
-        self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, route_layer, ranks)
+        self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, ranks)
 
-    def forward(self, x_BTD, embedding_BTD, value_embed_BTHC, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         x_BTD = blend(self.stream_mix, x_BTD, embedding_BTD)
-        x_BTD = x_BTD + self.attention(norm(x_BTD), value_embed_BTHC, ctx)
+        x_BTD = x_BTD + self.attention(norm(x_BTD), ctx)
         y_BTD, stats = self.ffn(norm(x_BTD), ctx)
         return x_BTD + y_BTD, stats
 
@@ -840,17 +852,17 @@ class Stack(nn.Module):
         super().__init__()
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
 
-    def forward(self, blocks, embedding_BTD: Tensor, value_embeds: list[Tensor], ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+    def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
         x_BTD, all_stats, outputs = embedding_BTD.clone(), [], []  # a compiled Function refuses one tensor twice
         num_down = len(blocks) - len(self.skip_weights)
-        for block, value_embed in zip(blocks[:num_down], value_embeds[:num_down]):
-            x_BTD, stats = block(x_BTD, embedding_BTD, value_embed, ctx)
+        for block, ctx in zip(blocks[:num_down], contexts[:num_down]):
+            x_BTD, stats = block(x_BTD, embedding_BTD, ctx)
             outputs.append(x_BTD)
             all_stats += stats
         outputs = outputs[: len(self.skip_weights)]
-        for block, value_embed, weight in zip(blocks[num_down:], value_embeds[num_down:], self.skip_weights):
+        for block, ctx, weight in zip(blocks[num_down:], contexts[num_down:], self.skip_weights):
             x_BTD = blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, outputs.pop())
-            x_BTD, stats = block(x_BTD, embedding_BTD, value_embed, ctx)
+            x_BTD, stats = block(x_BTD, embedding_BTD, ctx)
             all_stats += stats
         return x_BTD, all_stats
 
@@ -861,42 +873,26 @@ DEPTHS = {"stack": Stack}
 # Head and loss
 
 
-@torch.library.custom_op("nanomoe::fp8_head", mutates_args=())
-def fp8_head(x_TD: Tensor, w_f8: Tensor) -> tuple[Tensor, Tensor]:
-    """z = x w^T with both sides in e4m3 (w_f8 from fp8_weights); also returns the quantised x for backward (modded-nanogpt record 19)."""
-    x_scale, w_scale, _ = fp8_scales(x_TD)
-    x_f8 = (x_TD / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return torch._scaled_mm(x_f8, w_f8.T, out_dtype=torch.bfloat16, scale_a=x_scale, scale_b=w_scale, use_fast_accum=True), x_f8
+def on_cuda_a_kernel(plain):
+    """Decorates a function that has a Triton kernel of the same name in kernels.py: tensors on CUDA go there."""
+
+    @functools.wraps(plain)
+    def pick(x: Tensor, *args, **kwargs):
+        if not x.is_cuda:
+            return plain(x, *args, **kwargs)
+        import kernels  # needs triton, which torch brings along where there is CUDA
+
+        return getattr(kernels, plain.__name__)(x, *args, **kwargs)
+
+    return pick
 
 
-@fp8_head.register_fake
-def _(x_TD, w_f8):
-    return x_TD.new_empty(len(x_TD), len(w_f8), dtype=torch.bfloat16), x_TD.new_empty(x_TD.shape, dtype=torch.float8_e4m3fn)
-
-
-def fp8_weights(w_VD: Tensor) -> Tensor:
-    return (w_VD / fp8_scales(w_VD)[1]).clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-@torch.library.custom_op("nanomoe::fp8_head_backward", mutates_args=())
-def fp8_head_backward(dz_TV: Tensor, x_f8: Tensor, w_f8: Tensor) -> tuple[Tensor, Tensor]:
-    """dx (bf16) and dw (fp32); the incoming gradient, at most 1 in size, in e5m2. The CUDA kernel wants its right side column-major."""
-    x_scale, w_scale, dz_scale = fp8_scales(dz_TV, x_f8.size(1))
-    dz_f8 = (dz_TV / dz_scale).to(torch.float8_e5m2)
-    dx_TD = torch._scaled_mm(dz_f8, w_f8.T.contiguous().T, out_dtype=torch.bfloat16, scale_a=dz_scale, scale_b=w_scale)
-    dw_DV = torch._scaled_mm(x_f8.T.contiguous(), dz_f8.T.contiguous().T, out_dtype=torch.float32, scale_a=x_scale, scale_b=dz_scale)
-    return dx_TD, dw_DV.T.contiguous()
-
-
-@fp8_head_backward.register_fake
-def _(dz_TV, x_f8, w_f8):
-    return x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)
-
-
-def fp8_scales(like: Tensor, n_embd: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales of x (RMS-normed, so at most sqrt(D)), of the weights (at most 24), and of the gradient: constants, never measured."""
-    n_embd = n_embd or like.size(1)
-    return tuple(torch.tensor(scale, dtype=torch.float32, device=like.device) for scale in (math.sqrt(n_embd) / 448, 24 / 448, 1 / 448))
+@on_cuda_a_kernel
+def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale (rows, cols) in an FP8 type, clipped to its range, and its transpose, both contiguous."""
+    most = torch.finfo(dtype).max
+    q = (x / scale).clamp(-most, most).to(dtype)
+    return q, q.T.contiguous()
 
 
 class HeadMatmul(NamedTuple):
@@ -907,14 +903,49 @@ class HeadMatmul(NamedTuple):
     backward: callable
 
 
+FP8_MOST = {"weight": 24.0, "dz": 1.0}  # in size, of a head weight and of the loss's gradient: scales are constants, never measured
+
+
+def fp8_scale(name: str, n_embd: int) -> float:
+    """What is divided by before e4m3, whose largest is 448; an input is RMS-normed, so at most sqrt(D)."""
+    return FP8_MOST.get(name, math.sqrt(n_embd)) / 448
+
+
+def fp8_matmul(a: Tensor, b_T: Tensor, a_scale: float, b_scale: float, **how) -> Tensor:
+    """a @ b of FP8 matrices, b given as its transpose: the GPU wants both contiguous along what is summed over."""
+    scales = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
+    return torch._scaled_mm(a, b_T.T, *scales, **how)
+
+
+def fp8_prepare(w_VD: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return quantise(w_VD, fp8_scale("weight", w_VD.size(1)), torch.float8_e4m3fn)
+
+
+def fp8_forward(x_TD: Tensor, w_ready: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple]:
+    """z = x w^T with both sides in e4m3 (modded-nanogpt record 19)."""
+    (w_VD, w_DV), D = w_ready, x_TD.size(1)
+    x_f8_TD, x_f8_DT = quantise(x_TD, fp8_scale("x", D), torch.float8_e4m3fn)
+    z_TV = fp8_matmul(x_f8_TD, w_VD, fp8_scale("x", D), fp8_scale("weight", D), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return z_TV, (x_f8_DT, w_DV)
+
+
+def fp8_backward(dz_TV: Tensor, saved: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """dx (bf16) and dw (fp32); the incoming gradient, at most 1 in size, in e5m2."""
+    x_DT, w_DV = saved
+    x_scale, w_scale, dz_scale = (fp8_scale(name, len(x_DT)) for name in ("x", "weight", "dz"))
+    dz_f8_TV, dz_f8_VT = quantise(dz_TV, dz_scale, torch.float8_e5m2)
+    dx_TD = fp8_matmul(dz_f8_TV, w_DV, dz_scale, w_scale, out_dtype=torch.bfloat16)
+    return dx_TD, fp8_matmul(dz_f8_VT, x_DT, dz_scale, x_scale, out_dtype=torch.float32)
+
+
 HEADS = {
     "bf16": HeadMatmul(
         lambda w, x: w.type_as(x), lambda x, w: (x @ w.T, (x, w)), lambda dz, saved: (dz @ saved[1], dz.T @ saved[0])),
-    "fp8": HeadMatmul(
-        lambda w, x: fp8_weights(w), lambda x, w: (lambda z, x_f8: (z, (x_f8, w)))(*fp8_head(x, w)), lambda dz, saved: fp8_head_backward(dz, *saved)),
+    "fp8": HeadMatmul(fp8_prepare, fp8_forward, fp8_backward),
 }  # fmt: skip
 
 
+@on_cuda_a_kernel
 def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float) -> Tensor:
     """Cross-entropy (T,) in nats, fp32, of logits softcapped to 2 c sigmoid(2 z / c); z becomes its own gradient.
 
@@ -933,8 +964,14 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
     return (nll_T1 * counts_T1).squeeze(1)
 
 
-LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits held at a time
-LOSS_PIECE = {"cpu": 2**20, "cuda": 2**28}  # logits of which the loss is computed at a time: on a CPU what the caches hold in fp32
+LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # logits held at a time
+LOSS_PIECE = {"cpu": 2**20, "cuda": 2**29}  # logits of which the loss is computed at a time: on a CPU what the caches hold in fp32
+
+
+def loss_rows(limit: dict[str, int], w_VD: Tensor) -> int:
+    """Tokens whose logits keep to a limit; multiples of 128, where there are as many, as FP8 matmuls want their sides aligned."""
+    rows = max(1, limit.get(w_VD.device.type, 2**24) // len(w_VD))
+    return rows - rows % 128 if rows > 128 else rows
 
 
 def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: HeadMatmul, chunk_nll) -> Tensor:
@@ -949,7 +986,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x_TD, w_VD, target_T, head, chunk_nll, with_gradients):
         nats = torch.zeros((), device=x_TD.device)
         dx_TD, dw_VD, w_ready = torch.empty_like(x_TD), torch.zeros_like(w_VD), head.prepare(w_VD, x_TD)
-        rows, piece = (max(1, limit.get(x_TD.device.type, 2**24) // len(w_VD)) for limit in (LOSS_CHUNK, LOSS_PIECE))
+        rows, piece = (loss_rows(limit, w_VD) for limit in (LOSS_CHUNK, LOSS_PIECE))
         for x, dx, target in zip(x_TD.split(rows), dx_TD.split(rows), target_T.split(rows)):
             z, saved = head.forward(x, w_ready)
             for some_z, some_target in zip(z.split(piece), target.split(piece)):
@@ -1022,8 +1059,8 @@ class GPT(nn.Module):
         id_BT, doc_BT = self.ids(tokens_BT), self.documents(tokens_BT, doc_ids_BT, cache)
         id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
         embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
-        ctx = self.context(id_BT, doc_BT, doc_BS, cache)
-        x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), value_embeds, ctx)
+        contexts = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
+        x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), contexts)
         x_BTD, stats = norm(x_BTD), self.summary(stats)
         if cache is not None:
             cache.length += x_BTD.size(1)
@@ -1060,17 +1097,21 @@ class GPT(nn.Module):
         starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
         return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
 
-    def context(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, cache: Cache | None) -> Context:
-        (B, T), device = doc_BT.shape, doc_BT.device
+    def contexts(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, value_embeds: list[Tensor], cache: Cache | None) -> list[Context]:
+        """One for each layer."""
+        (B, T), device, config = doc_BT.shape, doc_BT.device, self.config
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
         kind = mask_kind(device.type, T) if cache is None else DenseMask
-        masks = make_masks(kind, self.config.window, position_T, position_S, doc_BT, doc_BS, window)
+        masks = make_masks(kind, config.window, position_T, position_S, doc_BT, doc_BS, window)
         follows_BS = F.pad(doc_BS, (1, -1), value=-1) == doc_BS
-        noise_key = (seed, step, first_token + torch.arange(B * T, device=device))
-        rotary = rotary_tables(position_T, self.config.head_dim, DTYPES[self.config.dtype])
-        return Context(id_BT, masks, *rotary, follows_BS, noise_key, self.bias_LE, cache)
+        token_T = first_token + torch.arange(B * T, device=device)
+        cos, sin = rotary_tables(position_T, config.head_dim, DTYPES[config.dtype])
+        layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
+        routed = [config.tiled("pattern")[:layer].count("M") for layer in range(config.n_layer)]
+        return [Context(id_BT, masks[letter], value_embed, cos, sin, follows_BS, (seed, step, layer_L[r], token_T), bias_LE[r], cache)
+                for letter, value_embed, r in zip(config.tiled("window"), value_embeds, routed)]  # fmt: skip
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
@@ -1111,15 +1152,16 @@ class GPT(nn.Module):
         cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                logits_BV = self(new_BT, cache=cache).logits[:, -1]
-                kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
-                if temperature > 0:
-                    pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
-                else:
-                    pick_B1 = torch.zeros_like(id_BK[:, :1])
-                new_BT = id_BK.gather(1, pick_B1)
-                tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
+            with torch.compiler.set_stance("force_eager"):  # or each new length of the cache would be compiled for itself
+                for _ in range(max_new_tokens):
+                    logits_BV = self(new_BT, cache=cache).logits[:, -1]
+                    kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
+                    if temperature > 0:
+                        pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
+                    else:
+                        pick_B1 = torch.zeros_like(id_BK[:, :1])
+                    new_BT = id_BK.gather(1, pick_B1)
+                    tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
         finally:
             self.train(training)
         return tokens_BT
@@ -1254,7 +1296,7 @@ def activation_bytes(config: Config, seq_len: int) -> int:
     T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores. All others grow in
     proportion to T, so two lengths that no width of the model equals tell the rest."""
     widths = {config.head_dim, config.n_embd, config.n_head * config.head_dim, config.hidden_size, config.hidden_size * config.top_k}
-    short, long = [T for T in range(128, 1024, 8) if T not in widths][:2]
+    short, long = [T for T in range(128, 1024, 16) if T not in widths][:2]  # FP8 heads want multiples of 16
     few, many = saved_bytes(config, short), saved_bytes(config, long)
     return few + (many - few) * (seq_len - short) // (long - short)
 

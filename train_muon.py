@@ -1173,7 +1173,7 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
     return Prepared(data.load_meta(hp.data), loader, micro_rows)
 
 
-SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py")]
 
 
 def shared_facts(config: Config, hp: Common, **others) -> dict:
@@ -1358,9 +1358,11 @@ def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
         return "eager"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         return "eager (--compile needs a C++ compiler and found none)"
+    torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
     for block in model.blocks:
         block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
-    model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
+    if device.type == "cpu":  # CUDA has a kernel
+        model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
     return "compiled"
 
 

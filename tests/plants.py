@@ -15,7 +15,7 @@ def starve(patch, half: int, experts: list[int], everywhere: bool):
 
     def forward(self, x_BTD, ctx):
         kept = route(self, x_BTD, ctx)
-        if not (self.training and (everywhere or ctx.noise_key[2][0] >= half)):
+        if not (self.training and (everywhere or ctx.noise_key[3][0] >= half)):
             return kept
         logits_TE = kept.logits_TE.index_fill(1, torch.tensor(experts), -1e4)
         expert_TK = logits_TE.topk(self.top_k).indices

@@ -1368,7 +1368,7 @@ def test_a_run_leaves_its_files(recipe, finished):
     run = finished(recipe)
     assert {path.name for path in run.iterdir()} == {"run.log", "metrics.jsonl", "config.json", "checkpoint"}
     text = (run / "run.log").read_text()
-    for name in ("train_muon.py", "train_adamw.py", "model.py", "data.py", "logger.py"):
+    for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py"):
         assert (ROOT / name).read_text().strip() in text
     tail = text.rpartition("=" * 100)[2]
     line = re.compile(r"^step:(\d+)/(\d+) val_loss:([0-9.]+) train_time:[0-9.]+s step_avg:[0-9.]+ms", re.M)

@@ -1,0 +1,72 @@
+"""Triton kernels, for CUDA only: what torch's own operators and Inductor leave slow. Each has a plain version to be compared with.
+
+    softcap_nll   the loss and its gradient, in place: the logits are read from memory once and written once
+    quantise      FP8 copies of a matrix and of its transpose in one reading, as FP8 matmuls want both sides along the summed dimension
+
+Why these and no others: benchmarks/README.md, "On a GPU". TRITON_INTERPRET=1 runs them on a CPU, which is how tests/test_kernels.py
+checks them anywhere. Letters as in model.py: T tokens, V padded vocabulary, D n_embd."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def softcap_nll_kernel(z_ptr, target_ptr, nll_ptr, half_cap, bits, vocab_size: tl.constexpr, padded_size: tl.constexpr, BLOCK: tl.constexpr):
+    """One token: sum of exponentials on the first reading, the gradient over the logits on the second, which the cache answers."""
+    t = tl.program_id(0).to(tl.int64)
+    row_ptr = z_ptr + t * padded_size
+    target = tl.load(target_ptr + t)
+    cols = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        col = start + cols
+        z = tl.load(row_ptr + col, mask=col < vocab_size, other=0.0).to(tl.float32)
+        s = 1 / (1 + tl.exp2(z * (-1.4426950408889634 / half_cap)))
+        sums += tl.where(col < vocab_size, tl.exp2(s * bits - bits / 2), 0.0)
+    total = tl.sum(sums)
+    counts = tl.where(target >= 0, 1.0, 0.0)
+    z_target = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
+    s_target = 1 / (1 + tl.exp2(z_target * (-1.4426950408889634 / half_cap)))
+    tl.store(nll_ptr + t, counts * (tl.log(total) - (s_target - 0.5) * bits * 0.6931471805599453))
+    for start in range(0, padded_size, BLOCK):
+        col = start + cols
+        z = tl.load(row_ptr + col, mask=col < vocab_size, other=0.0).to(tl.float32)
+        s = 1 / (1 + tl.exp2(z * (-1.4426950408889634 / half_cap)))
+        p = tl.where(col < vocab_size, tl.exp2(s * bits - bits / 2) / total, 0.0)
+        dz = (p - tl.where(col == target, 1.0, 0.0)) * (4 * counts) * s * (1 - s)
+        tl.store(row_ptr + col, dz, mask=col < padded_size)
+
+
+def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float) -> Tensor:
+    """As model.softcap_nll: cross-entropy (T,) in nats, fp32, of logits softcapped to 2 c sigmoid(2 z / c); z becomes its own gradient.
+
+    2 exponentials and 2 divisions an element and reading: at GPT-2's vocabulary these, not memory, set the time."""
+    nll_T = torch.empty(len(z_TV), dtype=torch.float32, device=z_TV.device)
+    softcap_nll_kernel[(len(z_TV),)](z_TV, target_T, nll_T, softcap / 2, 2 * softcap / math.log(2), vocab_size, z_TV.size(1),
+                                     BLOCK=min(4096, triton.next_power_of_2(z_TV.size(1))), num_warps=8)  # fmt: skip
+    return nll_T
+
+
+@triton.jit
+def quantise_kernel(x_ptr, q_ptr, qt_ptr, rows, cols, inverse_scale, MOST: tl.constexpr, SIDE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)[:, None]
+    col = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)[None, :]
+    inside = (row < rows) & (col < cols)
+    x = tl.load(x_ptr + row * cols + col, mask=inside, other=0.0).to(tl.float32) * inverse_scale
+    q = tl.minimum(tl.maximum(x, -MOST), MOST).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row * cols + col, q, mask=inside)
+    tl.store(qt_ptr + tl.trans(col) * rows + tl.trans(row), tl.trans(q), mask=tl.trans(inside))
+
+
+def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As model.quantise: x / scale (rows, cols) in an FP8 type, clipped to its range, and its transpose, both contiguous."""
+    rows, cols = x.shape
+    q, qt = torch.empty(rows, cols, dtype=dtype, device=x.device), torch.empty(cols, rows, dtype=dtype, device=x.device)
+    side = 64
+    quantise_kernel[(triton.cdiv(rows, side), triton.cdiv(cols, side))](
+        x.contiguous(), q, qt, rows, cols, 1 / scale, MOST=torch.finfo(dtype).max, SIDE=side, num_warps=4)  # fmt: skip
+    return q, qt

@@ -68,6 +68,7 @@ class Part(NamedTuple):
     cache: float  # bytes that need not leave the cache
     exps: float  # elements of exponentials, logarithms, cosines
     why: str  # the count in words
+    speed: float = 1.0  # of its matmuls, in units of the rate of the activations' type
 
     @property
     def flops(self) -> float:
@@ -132,7 +133,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         Part("element-wise", [], 2 * kept, 3 * a * ((9 * D * T + 2 * hidden) * config.n_layer + 4 * W * T * attending) - 2 * kept, 0,
              "rows: residual + skip + norm* 5, residual + norm* 4, norm and rotary* of q, k 4, activation* 2 per hidden unit; backward twice that"),
         matmuls("head + loss", head, chunk, T / chunk, near=a * T * V * 2, exps=2 * T * V,
-                extra="; logits read, their gradient written; two exponentials each"),
+                extra="; logits read, their gradient written; two exponentials each")._replace(speed={"fp8": 2.0}.get(config.head, 1.0)),
         Part("casts", [], a * size(of("matrix") + of("expert") + head) * (a < 4), 0, 0,
              "copy of each matmul's weight in the activations' type, written while the optimizer has it at hand"),
     ]  # fmt: skip
@@ -181,21 +182,24 @@ class Rates:
 
 def best_seconds(function, budget: float = 0.03) -> float:
     """The fastest of at least three calls, after one to warm up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     function()
+    wait()
     seconds, end = [], time.perf_counter() + budget
     while len(seconds) < 3 or time.perf_counter() < end:
         began = time.perf_counter()
         function()
+        wait()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
 
-def gemm_rate(gemm: Gemm, dtype: torch.dtype) -> float:
+def gemm_rate(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of torch.matmul on random matrices of this shape and layout."""
     m, k, n, batch = (max(1, round(x)) for x in (gemm.m, gemm.k, gemm.n, gemm.batch))
 
     def side(rows: int, cols: int, letter: str) -> torch.Tensor:
-        x = torch.randn(batch, *{"n": (rows, cols), "t": (cols, rows)}[letter], dtype=dtype)
+        x = torch.randn(batch, *{"n": (rows, cols), "t": (cols, rows)}[letter], dtype=dtype, device=device)
         return {"n": x, "t": x.mT}[letter].squeeze(0)
 
     left, right = side(m, k, gemm.layout[0]), side(k, n, gemm.layout[1])
@@ -203,25 +207,27 @@ def gemm_rate(gemm: Gemm, dtype: torch.dtype) -> float:
     return 2 * m * k * n * batch / best_seconds(lambda: torch.matmul(left, right, out=out))
 
 
-def copy_rate(nbytes: int) -> float:
+def copy_rate(nbytes: int, device: torch.device) -> float:
     """Bytes read and written per second by a copy of nbytes."""
-    source, target = torch.ones(nbytes // 4), torch.zeros(nbytes // 4)
+    source, target = torch.ones(nbytes // 4, device=device), torch.zeros(nbytes // 4, device=device)
     return 2 * nbytes / best_seconds(lambda: target.copy_(source), 0.2)
 
 
-def exp_rate() -> float:
-    """Elements per second of the faster of torch.exp and torch.sigmoid, which takes an exponential too."""
-    x = torch.randn(2**19)
+def exp_rate(device: torch.device) -> float:
+    """Elements per second of the faster of torch.exp and torch.sigmoid, which takes an exponential too; on a GPU memory may limit it."""
+    x = torch.randn(2**19 if device.type == "cpu" else 2**23, device=device)
     out = torch.empty_like(x)
     return x.numel() / min(best_seconds(lambda: function(x, out=out), 0.1) for function in (torch.exp, torch.sigmoid))
 
 
 @torch.no_grad()
-def measure_rates(dtype: torch.dtype, gemms: list[Gemm], copied: int = 2**28) -> Rates:
-    """What this machine reaches now; `gemms` and two squares compete for the matmul rate."""
-    wanted = {gemm._replace(count=1) for gemm in gemms} | {Gemm(side, side, side) for side in (1024, 2048)}
-    shapes = {gemm: gemm_rate(gemm, dtype) for gemm in wanted}
-    return Rates(max(shapes.values()), copy_rate(copied), copy_rate(min(copied, 2**21)), exp_rate(), shapes)
+def measure_rates(dtype: torch.dtype, gemms: list[Gemm], device: torch.device = torch.device("cpu"), copied: int | None = None) -> Rates:
+    """What this machine's CPU or GPU reaches now; `gemms` and squares compete for the matmul rate."""
+    squares, large, small = {"cpu": ((1024, 2048), 2**28, 2**21), "cuda": ((4096, 8192), 2**31, 2**23)}[device.type]
+    wanted = {gemm._replace(count=1) for gemm in gemms} | {Gemm(side, side, side) for side in squares}
+    shapes = {gemm: gemm_rate(gemm, dtype, device) for gemm in wanted}
+    copies = (copy_rate(min(copied or nbytes, nbytes), device) for nbytes in (large, small))
+    return Rates(max(shapes.values()), *copies, exp_rate(device), shapes)
 
 
 # -----------------------------------------------------------------------------
@@ -245,8 +251,8 @@ class Cost(NamedTuple):
 
 def cost_of(part: Part, rates: Rates) -> Cost:
     exps = part.exps / rates.exp
-    own = sum(gemm.flops / rates.own(gemm) for gemm in part.gemms)
-    return Cost(part, part.flops / rates.matmul + exps, own + exps, part.memory / rates.memory + part.cache / rates.cache)
+    own = sum(gemm.flops / rates.own(gemm) for gemm in part.gemms) / part.speed
+    return Cost(part, part.flops / rates.matmul / part.speed + exps, own + exps, part.memory / rates.memory + part.cache / rates.cache)
 
 
 def floor(config: Config, tokens: int, seq_len: int, optimizer: str, rates: Rates) -> list[Cost]:

@@ -1,0 +1,390 @@
+"""The speedrun's step on one GPU: MoE against its dense twin at equal active FLOPs, what each part takes, and what the options change.
+
+    python benchmarks/gpu.py                                   # preset speedrun, 393,216 tokens per step, random tokens
+    python benchmarks/gpu.py --data data/h200 --seconds 300    # real text; stop beginning new rows after 300 seconds
+    python benchmarks/gpu.py --only steps --rows moe dense --kernels   # two rows, and the kernels that their time goes to
+
+Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first step is not counted.
+Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is train_muon.train_step with Muon, compiled.
+
+  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (train_muon.PEAK_FLOPS), FP8 matmuls counted like all others
+  x floor  the step / the least time that floor.py computes for it at the matmul and copy rates measured here
+  memory   largest allocation while the variant steps, less what was there before it was built
+
+The JSON is written anew after every row, so what was measured is kept when time runs out."""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import model as model_file  # noqa: E402
+import train_muon  # noqa: E402
+from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
+from logger import PhaseTimer  # noqa: E402
+from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class UniformRouter(torch.nn.Module):
+    """Equal load whatever the text: tokens take turns. For timing only, and for nothing but it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k, self.num_experts = config.top_k, config.num_experts
+
+    def forward(self, x_BTD, ctx) -> Route:
+        first_T = ctx.noise_key[3] * self.top_k
+        expert_TK = (first_T[:, None] + torch.arange(self.top_k, device=x_BTD.device)) % self.num_experts
+        weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=torch.float32)
+        return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
+
+
+ROUTERS["uniform"] = UniformRouter
+
+many = lambda experts: lambda config: dataclasses.replace(config, num_experts=experts)
+with_head = lambda head, shape=lambda config: config: lambda config: dataclasses.replace(shape(config), head=head)
+ROWS = {  # name -> (shape, what it is compared with, what it is)
+    "dense": (dense_twin, "dense", "the dense twin"),
+    "moe": (lambda config: config, "dense", "8 experts, top-2"),
+    "moe_uniform": (lambda config: dataclasses.replace(config, router="uniform"), "moe", "equal load by force, no router"),
+    "dense_bf16": (with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
+    "moe_bf16": (with_head("bf16"), "moe", "head in bf16"),
+    "moe_plain": (lambda config: config, "moe", "no Triton kernels of ours: compiled plain versions"),
+    "moe_1": (lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
+    "moe_16": (many(16), "moe", "16 experts of the same width"),
+    "moe_64": (many(64), "moe", "64 experts of the same width"),
+    "last": (lambda config: dataclasses.replace(config, pattern="DDDM"), "dense", "experts in every fourth layer"),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def plain_versions():
+    """The decorated functions of model.py without their kernels, compiled where that helps."""
+    names, kept = ("softcap_nll", "quantise"), {}
+    for name in names:
+        kept[name] = getattr(model_file, name)
+        setattr(model_file, name, torch.compile(kept[name].__wrapped__, dynamic=False))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(model_file, name, kept[name])
+
+
+class Stepper:
+    """One row's model, optimizers and batches on the device."""
+
+    def __init__(self, name: str, config: Config, args: argparse.Namespace):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        hp = dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.tokens, seq_len=args.seq_len, micro_batch_tokens=args.micro,
+                                 num_iterations=10**6, window_start=config.window_size)  # fmt: skip
+        self.name, self.config, self.hp, self.plain = name, config, hp, name == "moe_plain"
+        self.timer, self.number = PhaseTimer("cuda"), 0
+        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, train_muon.World(0, 1, DEVICE))
+        with self.kernels():
+            self.model = drawn_on_the_device(config).train()
+            self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, DEVICE))
+            for transfer in self.exchange.transfers:
+                transfer.optimizers = train_muon.make_optimizers(transfer.owned_by_kind(), hp)
+            train_muon.compile_model(self.model, hp, DEVICE)
+            self.batches = batches(config, hp, rows, args.data)
+            torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            for _ in range(3):
+                self.step()
+            torch.cuda.synchronize()
+            self.compile_seconds = time.perf_counter() - began
+            self.memory = torch.cuda.max_memory_allocated() - before
+
+    def kernels(self):
+        return plain_versions() if self.plain else contextlib.nullcontext()
+
+    def step(self):
+        batch = self.batches[self.number % len(self.batches)]
+        self.row, _ = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, lambda: batch, self.number, self.hp,
+                                            train_muon.MUON, self.timer)  # fmt: skip
+        self.number += 1
+
+    def turn(self, steps: int) -> list[float]:
+        """Milliseconds of each step, after one that is not counted."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        with self.kernels():
+            for event in events:
+                self.step()
+                event.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])]
+
+
+def drawn_on_the_device(config: Config) -> GPT:
+    """A model whose initial values the GPU draws: other numbers than the CPU's, which takes seconds for them."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model, generator = model.to_empty(device=DEVICE), torch.Generator(DEVICE).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        model_file.parameter_rule(name).init(parameter.detach(), generator)
+    model.load_WLE.fill_(1 / config.num_experts)
+    model.bias_LE.zero_()
+    return model
+
+
+def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) -> list[list[data.Batch]]:
+    """Micro-batches of a few steps, on the device: of a folder of shards, or random ids without the end-of-text token."""
+    if folder:
+        loader = data.Loader(folder, seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=rows, rank=0, world_size=1, seed=0,
+                             vocab_size=config.vocab_size, device=DEVICE)  # fmt: skip
+        made = [loader.next_step() for _ in range(steps)]
+        loader.close()
+        return made
+    shape = (hp.batch_tokens // hp.seq_len // rows, rows, hp.seq_len + 1)
+    ids = [torch.randint(config.eot_token, shape, device=DEVICE) for _ in range(steps)]
+    return [[data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(step)] for step in ids]
+
+
+def measured(name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str) -> dict:
+    """A row of the table: milliseconds, ratio to what it is compared with, MFU, memory."""
+    ms, config = statistics.median(sum(mine, [])), stepper.config
+    peak = train_muon.matmul_rate(DEVICE, config.dtype)
+    load = stepper.row.get("moe/load_max_over_mean")
+    return {
+        "row": name, "what": ROWS[name][2], "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
+        "ratio": statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)),
+        "ratios": [statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)],
+        "mfu": 1000 * stepper.hp.batch_tokens / ms * flops_per_token(config, stepper.hp.seq_len) / peak, "floors": ms / 1000 / floor,
+        "memory": stepper.memory, "load_max_over_mean": None if load is None else load.item(), "first_steps_seconds": stepper.compile_seconds,
+    }  # fmt: skip
+
+
+def step_rows(args, rates, save):
+    """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it."""
+    alive, config = {}, args.config
+    build = lambda name: Stepper(name, ROWS[name][0](config), args)
+    for i, name in enumerate(args.rows):
+        if time.perf_counter() > args.ends:
+            print(f"no time for {' '.join(args.rows[i:])}", flush=True)
+            break
+        other = ROWS[name][1]
+        for needed in dict.fromkeys((other, name)):
+            if needed not in alive:
+                alive[needed] = build(needed)
+                print(f"{needed}: first steps {alive[needed].compile_seconds:.1f} s", flush=True)
+        mine, theirs = [], []
+        for turn in range(args.rounds):
+            for who in ((other, name), (name, other))[turn % 2]:
+                (mine if who == name else theirs).append(alive[who].turn(args.steps))
+                if name == other:
+                    theirs = mine
+                    break
+        floor = step_floor(alive[name].config, args.tokens, args.seq_len, "muon", rates)
+        save(measured(name, mine, theirs, alive[name], floor, other))
+        if args.kernels and name in args.kernels_of:
+            print(kernel_table(alive[name]), flush=True)
+        later = {needed for row in args.rows[i + 1 :] for needed in (row, ROWS[row][1])}
+        for dropped in alive.keys() - later:
+            del alive[dropped]
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def kernel_table(stepper: Stepper, most: int = 45) -> str:
+    """The GPU's kernels in one step, those that take most first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    stepper.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        stepper.step()
+        torch.cuda.synchronize()
+    phases = ("data", "forward", "backward", "communication", "optimizer")
+    rows = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and e.key not in phases]
+    rows.sort(key=lambda e: -e.self_device_time_total)
+    total = max(1, sum(e.self_device_time_total for e in rows))
+    lines = [f"{stepper.name}: {total / 1000:.1f} ms in kernels, {sum(e.count for e in rows):,} launches"]
+    lines += [f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}" for e in rows[:most]]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def milliseconds(function, budget: float = 0.15) -> float:
+    """The median of as many calls as fit the budget (seconds), at least five, after two to warm up."""
+    function(), function()
+    times, ends = [], time.perf_counter() + budget
+    while len(times) < 5 or time.perf_counter() < ends:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def forward_backward(function, *inputs):
+    """A call of function on inputs and of its backward, with a gradient made beforehand."""
+    output = function(*inputs)
+    gradient = torch.randn_like(output)
+
+    def call():
+        torch.autograd.grad(function(*inputs), [x for x in inputs if x.requires_grad], gradient)
+
+    return call
+
+
+def part_rows(args, save):
+    """Forward and backward of one micro-batch, part by part, outside of a model; Newton-Schulz of all matrices, once per step."""
+    c, T = args.config, args.micro
+    K, E, D, F_, W = c.top_k, c.num_experts, c.n_embd, c.hidden_size, c.n_head * c.head_dim
+    grad = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    part = lambda name, call, flops=0.0: save({"part": name, "ms": (ms := milliseconds(call)), "tflops": flops / ms / 1e9})
+    x, rows = grad(T, D), grad(T * K, D)
+    batch = batches(c, dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.seq_len, seq_len=args.seq_len), 1, args.data, 1)[0][0]
+    doc_BT = (batch.inputs_BT == c.eot_token).long().cumsum(1)
+    position = torch.arange(args.seq_len, device=DEVICE)
+    q = [grad(1, args.seq_len, c.n_head, c.head_dim) for _ in range(3)]
+    for letter in dict.fromkeys(c.window):
+        tokens = torch.tensor(c.window_size // model_file.WINDOWS[letter], device=DEVICE)
+        mask = model_file.FlexMask(position, position, doc_BT, doc_BT, tokens)
+        keys = model_file.mean_keys(c, letter, args.seq_len)
+        part(f"attention scores, window {tokens.item()}", forward_backward(lambda *q: mask.attend(*(z.transpose(1, 2) for z in q), 0.12), *q),
+             12 * keys * W * args.seq_len)  # fmt: skip
+    part("block masks", lambda: model_file.make_masks(model_file.FlexMask, c.window, position, position, doc_BT, doc_BT, tokens))
+    qkv, out = grad(3 * W, D), grad(D, W)
+    up, down, ups, downs = grad(K * F_, D), grad(D, K * F_), grad(E, F_, D), grad(E, D, F_)
+    linear, hidden, hidden_rows = torch.nn.functional.linear, grad(T, K * F_), grad(T * K, F_)
+    part("attention, merged q, k, v", forward_backward(linear, x, qkv), 18 * T * W * D)
+    part("attention, output", forward_backward(linear, x, out), 6 * T * W * D)
+    part("dense up", forward_backward(linear, x, up), 6 * T * K * F_ * D)
+    part("dense down", forward_backward(linear, hidden, down), 6 * T * K * F_ * D)
+    expert_TK = torch.rand(T, E, device=DEVICE).topk(K).indices
+    counts = expert_TK.flatten().bincount(minlength=E)
+    offs = counts.cumsum(0).int()
+    part("grouped up", forward_backward(lambda r, w: model_file.grouped_mm(r, w, offs), rows, ups), 6 * T * K * F_ * D)
+    part("grouped down", forward_backward(lambda r, w: model_file.grouped_mm(r, w, offs), hidden_rows, downs), 6 * T * K * F_ * D)
+    logits, weights = grad(T, E), torch.rand(T, K, device=DEVICE)
+    part("top-k of the scores", lambda: logits.topk(K))
+    part("sort by expert", lambda: expert_TK.flatten().to(torch.int16).sort(stable=True))
+    router = model_file.LinearRouter(c).to(DEVICE).train()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    ctx = model_file.Context(None, None, None, None, None, None, (zero, zero, zero, torch.arange(T, device=DEVICE)), torch.zeros(E, device=DEVICE), None)
+    compiled_router = torch.compile(lambda x: (lambda route: (route.weight_TK.sum() + model_file.route_stats(route, offs).z_loss))(router(x[None], ctx)))
+    part("router and its losses", forward_backward(compiled_router, x))
+    route = Route(expert_TK, weights, torch.zeros(T, E, device=DEVICE))
+    moved = torch.compile(lambda x: model_file.dispatch(x, route, lambda rows, offs: rows + 1)[0])
+    part("dispatch: sort, gather, combine", forward_backward(moved, x))
+    w = (torch.randn(c.padded_vocab_size, D, device=DEVICE) * 0.02).requires_grad_()
+    target = torch.randint(c.vocab_size, (T,), device=DEVICE)
+    loss = lambda head: lambda x, w: model_file.chunked_loss(
+        x, w, target, model_file.HEADS[head], lambda z, t: model_file.softcap_nll(z, t, vocab_size=c.vocab_size, softcap=c.softcap))
+    head_flops = 6 * T * D * c.padded_vocab_size
+    for head in model_file.HEADS:
+        part(f"head + loss, {head}", forward_backward(loss(head), x, w), head_flops)
+    z = torch.randn(min(8192, T), c.padded_vocab_size, device=DEVICE, dtype=torch.bfloat16)
+    part("loss of 8,192 tokens", lambda: model_file.softcap_nll(z, target[: len(z)], c.vocab_size, c.softcap))
+    part("its gradient to FP8 and transposed", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2))
+    with plain_versions():
+        for head in model_file.HEADS:
+            part(f"head + loss, {head}, plain versions compiled", forward_backward(loss(head), x, w), head_flops)
+        part("loss of 8,192 tokens, plain compiled", lambda: model_file.softcap_nll(z, target[: len(z)], c.vocab_size, c.softcap))
+        part("its gradient to FP8 and transposed, plain compiled", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2))
+    for name, count, n_rows, cols in (("experts", 2 * E * c.n_layer, F_, D), ("dense MLPs", 2 * c.n_layer, K * F_, D), ("attention", 4 * c.n_layer, W, D)):
+        g, short, long = torch.randn(count, n_rows, cols, device=DEVICE), *sorted((n_rows, cols))
+        part(f"Newton-Schulz of {count} {name}", lambda: train_muon.newton_schulz(g), count * 5 * 2 * short**2 * (2 * long + short))
+    table = torch.randn(c.padded_vocab_size, D, device=DEVICE).requires_grad_()
+    table.grad = torch.randn_like(table)
+    optimizer = torch.optim.AdamW([table], fused=True)
+    part("AdamW on one table", optimizer.step)
+    if args.data:
+        loader = data.Loader(args.data, seq_len=args.seq_len, batch_rows=args.tokens // args.seq_len, micro_rows=args.micro // args.seq_len, rank=0,
+                             world_size=1, seed=0, vocab_size=c.vocab_size, device=DEVICE)  # fmt: skip
+        loader.next_step()
+        began = time.perf_counter()
+        for _ in range(10):
+            loader.next_step()
+        torch.cuda.synchronize()
+        save({"part": f"data: {args.tokens:,} tokens read and sent", "ms": 100 * (time.perf_counter() - began), "tflops": 0.0})
+        loader.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, command line
+
+
+def text(results: dict) -> str:
+    lines = [f"{results['gpu']}, torch {results['torch']}: matmul {results['rates']['matmul'] / 1e12:,.0f} TFLOP/s, copy "
+             f"{results['rates']['memory'] / 1e12:.2f} TB/s; {results['tokens']:,} tokens per step, {results['micro']:,} at a time"]  # fmt: skip
+    if results["parts"]:
+        lines.append(f"{'part, forward + backward of a micro-batch':<55}{'ms':>9}{'TFLOP/s':>9}")
+        lines += [f"{row['part']:<55}{row['ms']:>9.3f}" + (f"{row['tflops']:>9.0f}" if row["tflops"] else "") for row in results["parts"]]
+    if results["steps"]:
+        lines.append(f"{'row':<13}{'ms/step':>9}{'tokens/s':>11}{'MFU':>7}{'x floor':>9}{'ratio':>8} to {'':<8}{'MiB':>8}{'load':>6}")
+    for row in results["steps"]:
+        load = "-" if row["load_max_over_mean"] is None else f"{row['load_max_over_mean']:.2f}"
+        lines.append(f"{row['row']:<13}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}{row['floors']:>9.2f}{row['ratio']:>8.3f}"
+                     f" to {row['against']:<8}{row['memory'] / 2**20:>8,.0f}{load:>6}  {row['what']}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="gpu.py", description="Step time, MFU and parts of preset speedrun on one GPU.")
+    parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
+    parser.add_argument("--data", type=Path, help="a folder of shards; default: random tokens")
+    parser.add_argument("--tokens", type=positive, default=393_216, help="per step")
+    parser.add_argument("--seq_len", "--seq-len", type=positive, default=49_152)
+    parser.add_argument("--micro", type=positive, default=49_152, help="tokens of one forward pass")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=2, help="of a turn")
+    parser.add_argument("--seconds", type=positive, default=540, help="after which no new row begins")
+    parser.add_argument("--only", choices=["parts", "steps"], help="default: steps, then parts")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--kernels", action="store_true", help="print what kernels the steps of moe and dense spend their time in")
+    parser.add_argument("--kernels_of", nargs="+", choices=list(ROWS), default=["moe", "dense"])
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="written anew after every row")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
+    if DEVICE.type != "cuda":
+        sys.exit("gpu.py: error: needs a CUDA device, and this machine has none; benchmarks/throughput.py measures a CPU")
+    args.ends, args.config = time.perf_counter() + args.seconds, PRESETS[args.preset]
+    try:
+        rates = measure_rates(torch.bfloat16, [], DEVICE)
+        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rates": {k: getattr(rates, k) for k in ("matmul", "memory", "cache", "exp")},
+                   "tokens": args.tokens, "seq_len": args.seq_len, "micro": args.micro, "model": dataclasses.asdict(args.config), "steps": [], "parts": []}  # fmt: skip
+
+        def save(row: dict):
+            results["parts" if "part" in row else "steps"].append(row)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            print(row.get("part", row.get("row")), f"{row['ms']:.3f} ms", f"ratio {row['ratio']:.3f}" if "ratio" in row else "", flush=True)
+
+        if args.only != "parts":
+            step_rows(args, rates, save)
+        if args.only != "steps" and time.perf_counter() < args.ends:
+            part_rows(args, save)
+        print(text(results))
+    except (data.DataError, model_file.ConfigError, OSError) as error:
+        sys.exit(f"gpu.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -275,6 +275,14 @@ def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tens
     return (distance >= 0) & (distance < window) & (q_doc == kv_doc)
 
 
+def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) -> Tensor:
+    """The position (B, T), int32, of the first key that each query of a whole sequence sees. As documents only count up, it sees all from
+    there to its own: one comparison where visible() asks three questions."""
+    begins_BT = F.pad(doc_BT.diff(dim=1) != 0, (1, 0))
+    document_BT = torch.where(begins_BT, kv_position, kv_position[0]).cummax(1).values
+    return torch.maximum(document_BT, q_position - window + 1).int()
+
+
 class DenseMask:
     """SDPA with the full mask: any device, any lengths. Decoding uses it, and tests take it as the reference."""
 
@@ -289,17 +297,15 @@ class BlockedMask:
     """For the CPU: queries in blocks of 128, each against the keys it can reach at all.
 
     The upper triangle and what lies beyond the window cost nothing: forward + backward take 0.3 to 0.6 of the time of SDPA with
-    a dense mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores). As documents only count up, a query
-    sees one run of keys, and one comparison finds where it begins: a third of the time of visible(), which asks three questions."""
+    a dense mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores); what is hidden is found by
+    first_seen() in a third of the time that visible() takes."""
 
     BLOCK = 128
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
         T, reach = q_position.numel(), int(window)
-        begins_BT = F.pad(kv_doc_BT.diff(dim=1) != 0, (1, 0))
-        first_BT = torch.maximum(torch.where(begins_BT, kv_position, kv_position[0]).cummax(1).values, q_position - window + 1)
-        first_B1T1, key_S = first_BT.int()[:, None, :, None], kv_position.int()
-        later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=first_BT.device).triu(1)
+        first_B1T1, key_S = first_seen(q_position, kv_position, kv_doc_BT, window)[:, None, :, None], kv_position.int()
+        later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=first_B1T1.device).triu(1)
         self.blocks = []  # (query slice, key slice, what is hidden in that block)
         for start in range(0, T, self.BLOCK):
             q = slice(start, min(start + self.BLOCK, T))
@@ -352,8 +358,10 @@ class FlexMask:
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
         from torch.nn.attention.flex_attention import BlockMask
 
+        first_BT = first_seen(q_position, kv_position, kv_doc_BT, window)
+
         def mask_mod(b, h, q, kv):
-            return visible(q, kv, q_doc_BT[b, q], kv_doc_BT[b, kv], window)
+            return (kv <= q) & (kv >= first_BT[b, q])
 
         first_Bn, last_Bn = q_doc_BT[:, :: self.BLOCK], q_doc_BT[:, self.BLOCK - 1 :: self.BLOCK]  # documents only count up
         block = torch.arange(first_Bn.size(1), device=q_doc_BT.device)
@@ -521,17 +529,43 @@ def linear_fp32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return LinearFP32.apply(x_TD, weight_ED)
 
 
+@torch.library.custom_op("nanomoe::split_matmul", mutates_args=())
+def split_matmul(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """bf16 rows times the two bf16 halves of each fp32 weight, summed in fp32: lost are a weight's last 8 bits. On an H200 a quarter of the
+    time of a matmul in fp32, which has no tensor cores and needs a copy of x."""
+    high = weight_ED.to(torch.bfloat16)
+    y_TF = torch.mm(x_TD, torch.cat([high, (weight_ED - high).to(torch.bfloat16)]).T, out_dtype=torch.float32)
+    return y_TF[:, : len(weight_ED)] + y_TF[:, len(weight_ED) :]
+
+
+split_matmul.register_fake(lambda x, weight: x.new_empty(len(x), len(weight), dtype=torch.float32))
+plain_matmul = lambda x_TD, weight_ED: x_TD.float() @ weight_ED.T
+MATMULS_FP32 = {("cuda", torch.bfloat16): split_matmul}
+
+
 class LinearFP32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD.float() @ weight_ED.T
+        return MATMULS_FP32.get((x_TD.device.type, x_TD.dtype), plain_matmul)(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx, dy_TE):
         x_TD, weight_ED = ctx.saved_tensors
         dy_TE = dy_TE.type_as(x_TD)
         return dy_TE @ weight_ED.type_as(x_TD), (dy_TE.T @ x_TD).type_as(weight_ED)
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """Indices (T, k) of the largest scores, one after another: for a few of them a GPU's topk takes twice as long."""
+    index_E, found = torch.arange(score_TE.size(1), device=score_TE.device), []
+    for _ in range(k):
+        found.append(score_TE.argmax(-1))
+        score_TE = score_TE.masked_fill(index_E == found[-1][:, None], -math.inf)
+    return torch.stack(found, dim=1)
+
+
+TOP_K = {"cpu": lambda score_TE, k: score_TE.topk(k).indices, "cuda": lambda score_TE, k: largest(score_TE, k) if k <= 4 else score_TE.topk(k).indices}
 
 
 class LinearRouter(nn.Module):
@@ -553,7 +587,7 @@ class LinearRouter(nn.Module):
             noisy_TE = logits_TE + self.noise_scale * normal_TE * F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower
         else:
             noisy_TE = logits_TE = linear_fp32(x_TD, self.gate)
-        expert_TK = (softmax(noisy_TE.detach()) + ctx.bias_E).topk(self.top_k).indices
+        expert_TK = TOP_K.get(x_TD.device.type, largest)(softmax(noisy_TE.detach()) + ctx.bias_E, self.top_k)
         return Route(expert_TK, softmax(noisy_TE.gather(1, expert_TK)), logits_TE)
 
 
@@ -845,12 +879,17 @@ class Block(nn.Module):
 # Depth: in what order, and how often, the blocks run
 
 
+def add_skip(weight: Tensor, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+    return blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, y_BTD)
+
+
 class Stack(nn.Module):
     """Every block once. The second half reads the first half's outputs in mirror order, U-net style (modded-nanogpt record 11)."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
+        self.add_skip = add_skip  # the loop may put a compiled one here
 
     def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
         x_BTD, all_stats, outputs = embedding_BTD.clone(), [], []  # a compiled Function refuses one tensor twice
@@ -861,7 +900,7 @@ class Stack(nn.Module):
             all_stats += stats
         outputs = outputs[: len(self.skip_weights)]
         for block, ctx, weight in zip(blocks[num_down:], contexts[num_down:], self.skip_weights):
-            x_BTD = blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, outputs.pop())
+            x_BTD = self.add_skip(weight, x_BTD, outputs.pop())
             x_BTD, stats = block(x_BTD, embedding_BTD, ctx)
             all_stats += stats
         return x_BTD, all_stats

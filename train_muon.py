@@ -1361,6 +1361,7 @@ def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
     torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
     for block in model.blocks:
         block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
+    model.depth.add_skip = torch.compile(model.depth.add_skip, dynamic=False)
     if device.type == "cpu":  # CUDA has a kernel
         model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
     return "compiled"

@@ -67,7 +67,7 @@ ROWS = {  # name -> (shape, what it is compared with, what it is)
     "moe_1": (lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
     "moe_16": (many(16), "moe", "16 experts of the same width"),
     "moe_64": (many(64), "moe", "64 experts of the same width"),
-    "last": (lambda config: dataclasses.replace(config, pattern="DDDM"), "dense", "experts in every fourth layer"),
+    "half": (lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
 }  # fmt: skip
 
 

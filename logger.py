@@ -652,9 +652,11 @@ def _read_seed(folder, seed, track, pinned):
     _demand(finite, metrics, f"the run did not end with a finite {metric}")
     said = re.search(rf"^step:{row['step']}/\d+ .*{metric.replace('/', '_')}:([\d.]+)", told, re.M)
     _demand(said and abs(float(said[1]) - row[metric]) < 1e-4, log, f"it does not say what {metrics.name} says")
-    version, threads = (re.search(rf"^{fact} +([^\s+]+)", told, re.M)[1] for fact in ("torch", "threads"))
-    _demand(pinned == track["corpus_sha256"].get(version), log, f"its corpus is not the one pinned for torch {version}")
-    _demand(int(threads) == track["threads"], log, f"it ran on {threads} threads, its track on {track['threads']}")
+    version, pins = re.search(r"^torch +([^\s+]+)", told, re.M)[1], track["corpus_sha256"]
+    _demand(pinned == pins.get(version, pins.get(ANY_TORCH)), log, f"its corpus is not the one pinned for torch {version}")
+    for fact in ("threads", "gpu"):
+        there = re.search(rf"^{fact} +(.*\S)", told, re.M)[1]
+        _demand(there == str(track.get(fact, there)), log, f"it ran with {fact} {there}, its track with {track.get(fact)}")
     bits = row[metric] / row["val/loss"]  # per nat and token
     return row, source, [(line["train_time"], bits * line["train/loss"]) for line in rows if "train/loss" in line]
 
@@ -663,6 +665,8 @@ def _demand(fine, where, what):
     if not fine:
         raise RunError(f"{where}: {what}; restore it, or make the record again by the rules in records/README.md")
 
+
+ANY_TORCH = "any torch"  # key of a corpus whose text is not torch's own
 
 RECORD_TITLES = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte", "n", "p")
 

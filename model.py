@@ -21,6 +21,7 @@ Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import sys
@@ -916,14 +917,17 @@ DEPTHS = {"stack": Stack}
 # Head and loss
 
 
+TRITON_IS_THERE = importlib.util.find_spec("triton") is not None  # torch brings it along for CUDA, but not on every system
+
+
 def on_cuda_a_kernel(plain):
-    """Decorates a function that has a Triton kernel of the same name in kernels.py: tensors on CUDA go there."""
+    """Decorates a function that has a Triton kernel of the same name in kernels.py: tensors on CUDA go there. The plain one is __wrapped__."""
 
     @functools.wraps(plain)
     def pick(x: Tensor, *args, **kwargs):
-        if not x.is_cuda:
+        if not (x.is_cuda and TRITON_IS_THERE):
             return plain(x, *args, **kwargs)
-        import kernels  # needs triton, which torch brings along where there is CUDA
+        import kernels
 
         return getattr(kernels, plain.__name__)(x, *args, **kwargs)
 

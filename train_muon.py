@@ -49,7 +49,7 @@ import data
 import logger
 import model as model_file
 from logger import PhaseTimer, Run, RunError
-from model import DTYPES, GPT, CheckpointError, Config, ConfigError, ExpertRanks, Parser, add_flags
+from model import DTYPES, GPT, CheckpointError, Config, ConfigError, ExpertRanks, Parser, add_flags, on_cuda_a_kernel
 
 # -----------------------------------------------------------------------------
 # Hyperparameters: every field is a flag
@@ -163,14 +163,25 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
     X = X if wide else X.mT
-    A = X @ X.mT
+    A = gram(X)
     largest = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True) + 1e-14  # at least the largest singular value's square
     X, A = X / largest.sqrt(), A / largest
     for step in range(NEWTON_SCHULZ_STEPS):
-        A = A if step == 0 else X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        A = A if step == 0 else gram(X)
+        X = torch.baddbmm(X, gram_polynomial(A, b, c), X, beta=a)
     return (X if wide else X.mT).reshape(G.shape)
+
+
+@on_cuda_a_kernel
+def gram(X: Tensor) -> Tensor:
+    """X X^T of (N, rows, cols)."""
+    return X @ X.mT
+
+
+@on_cuda_a_kernel
+def gram_polynomial(A: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A A of symmetric (N, rows, rows)."""
+    return torch.baddbmm(A, A, A, beta=b, alpha=c)
 
 
 NEWTON_SCHULZ_STEPS = 5

@@ -214,20 +214,31 @@ def copy_rate(nbytes: int, device: torch.device) -> float:
 
 
 def exp_rate(device: torch.device) -> float:
-    """Elements per second of the faster of torch.exp and torch.sigmoid, which takes an exponential too; on a GPU memory may limit it."""
-    x = torch.randn(2**19 if device.type == "cpu" else 2**23, device=device)
+    """Elements per second of exponentials: on a CPU of the faster of torch.exp and torch.sigmoid, which takes one too; on a GPU, where one
+    operator would measure its memory, of a compiled chain of sixteen."""
+    if device.type == "cuda":
+        x, chain = torch.randn(2**24, device=device), torch.compile(sixteen_exponentials)
+        return 16 * x.numel() / best_seconds(lambda: chain(x), 0.1)
+    x = torch.randn(2**19)
     out = torch.empty_like(x)
     return x.numel() / min(best_seconds(lambda: function(x, out=out), 0.1) for function in (torch.exp, torch.sigmoid))
 
 
+def sixteen_exponentials(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(16):
+        x = torch.exp(-x)  # comes to rest at 0.567
+    return x
+
+
 @torch.no_grad()
-def measure_rates(dtype: torch.dtype, gemms: list[Gemm], device: torch.device = torch.device("cpu"), copied: int | None = None) -> Rates:
-    """What this machine's CPU or GPU reaches now; `gemms` and squares compete for the matmul rate."""
+def measure_rates(dtype: torch.dtype, gemms: list[Gemm], device: str = "cpu", copied: int | None = None) -> Rates:
+    """What this machine's CPU or GPU ("cuda") reaches now; `gemms` and squares compete for the matmul rate."""
+    device = torch.device(device)
     squares, large, small = {"cpu": ((1024, 2048), 2**28, 2**21), "cuda": ((4096, 8192), 2**31, 2**23)}[device.type]
     wanted = {gemm._replace(count=1) for gemm in gemms} | {Gemm(side, side, side) for side in squares}
     shapes = {gemm: gemm_rate(gemm, dtype, device) for gemm in wanted}
-    copies = (copy_rate(min(copied or nbytes, nbytes), device) for nbytes in (large, small))
-    return Rates(max(shapes.values()), *copies, exp_rate(device), shapes)
+    memory, cache = (copy_rate(min(copied or nbytes, nbytes), device) for nbytes in (large, small))
+    return Rates(max(shapes.values()), memory, max(memory, cache), exp_rate(device), shapes)  # a small copy on a GPU is mostly its launch
 
 
 # -----------------------------------------------------------------------------

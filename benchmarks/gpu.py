@@ -7,7 +7,8 @@
 Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first step is not counted.
 Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is train_muon.train_step with Muon, compiled.
 
-  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (train_muon.PEAK_FLOPS), FP8 matmuls counted like all others
+  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (train_muon.PEAK_FLOPS), FP8 matmuls counted like all others.
+           Attention counts every key inside the window: random tokens have no documents that would hide some
   x floor  the step / the least time that floor.py computes for it at the matmul and copy rates measured here
   memory   largest allocation while the variant steps, less what was there before it was built
 
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -73,16 +75,17 @@ ROWS = {  # name -> (shape, what it is compared with, what it is)
 
 @contextlib.contextmanager
 def plain_versions():
-    """The decorated functions of model.py without their kernels, compiled where that helps."""
-    names, kept = ("softcap_nll", "quantise"), {}
-    for name in names:
-        kept[name] = getattr(model_file, name)
-        setattr(model_file, name, torch.compile(kept[name].__wrapped__, dynamic=False))
+    """The functions that have kernels without them; those of the head compiled, which makes them faster."""
+    kept = {}
+    for module, name in ((model_file, "softcap_nll"), (model_file, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
+        kept[module, name] = getattr(module, name)
+        plain = kept[module, name].__wrapped__
+        setattr(module, name, torch.compile(plain, dynamic=False) if module is model_file else plain)
     try:
         yield
     finally:
-        for name in names:
-            setattr(model_file, name, kept[name])
+        for (module, name), function in kept.items():
+            setattr(module, name, function)
 
 
 class Stepper:
@@ -160,13 +163,16 @@ def measured(name: str, mine: list[list[float]], theirs: list[list[float]], step
     """A row of the table: milliseconds, ratio to what it is compared with, MFU, memory."""
     ms, config = statistics.median(sum(mine, [])), stepper.config
     peak = train_muon.matmul_rate(DEVICE, config.dtype)
-    load = stepper.row.get("moe/load_max_over_mean")
+    load, loss = stepper.row.get("moe/load_max_over_mean"), stepper.row["train/loss"].item()
+    if not math.isfinite(loss):
+        raise RuntimeError(f"row {name}: the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
     return {
         "row": name, "what": ROWS[name][2], "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
         "ratio": statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)),
         "ratios": [statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)],
         "mfu": 1000 * stepper.hp.batch_tokens / ms * flops_per_token(config, stepper.hp.seq_len) / peak, "floors": ms / 1000 / floor,
-        "memory": stepper.memory, "load_max_over_mean": None if load is None else load.item(), "first_steps_seconds": stepper.compile_seconds,
+        "memory": stepper.memory, "loss": loss, "load_max_over_mean": None if load is None else load.item(),
+        "first_steps_seconds": stepper.compile_seconds,
     }  # fmt: skip
 
 
@@ -215,7 +221,8 @@ def kernel_table(stepper: Stepper, most: int = 45) -> str:
     rows.sort(key=lambda e: -e.self_device_time_total)
     total = max(1, sum(e.self_device_time_total for e in rows))
     lines = [f"{stepper.name}: {total / 1000:.1f} ms in kernels, {sum(e.count for e in rows):,} launches"]
-    lines += [f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}" for e in rows[:most]]
+    for e in rows[:most]:
+        lines.append(f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}")
     return "\n".join(lines)
 
 
@@ -248,81 +255,118 @@ def forward_backward(function, *inputs):
     return call
 
 
-def part_rows(args, save):
-    """Forward and backward of one micro-batch, part by part, outside of a model; Newton-Schulz of all matrices, once per step."""
-    c, T = args.config, args.micro
-    K, E, D, F_, W = c.top_k, c.num_experts, c.n_embd, c.hidden_size, c.n_head * c.head_dim
-    grad = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
-    part = lambda name, call, flops=0.0: save({"part": name, "ms": (ms := milliseconds(call)), "tflops": flops / ms / 1e9})
-    x, rows = grad(T, D), grad(T * K, D)
-    batch = batches(c, dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.seq_len, seq_len=args.seq_len), 1, args.data, 1)[0][0]
-    doc_BT = (batch.inputs_BT == c.eot_token).long().cumsum(1)
-    position = torch.arange(args.seq_len, device=DEVICE)
-    q = [grad(1, args.seq_len, c.n_head, c.head_dim) for _ in range(3)]
+def grad(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+
+
+def attention_parts(args):
+    """(name, call, FLOPs) of one row of seq_len tokens, with its documents."""
+    c, linear = args.config, torch.nn.functional.linear
+    T, D, W = args.seq_len, c.n_embd, c.n_head * c.head_dim
+    hp = dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=T, seq_len=T)
+    ids = batches(c, hp, 1, args.data, 1)[0][0].inputs_BT
+    doc_BT, position = (ids == c.eot_token).long().cumsum(1), torch.arange(T, device=DEVICE)
+    qkv = [grad(1, T, c.n_head, c.head_dim) for _ in range(3)]
     for letter in dict.fromkeys(c.window):
-        tokens = torch.tensor(c.window_size // model_file.WINDOWS[letter], device=DEVICE)
-        mask = model_file.FlexMask(position, position, doc_BT, doc_BT, tokens)
-        keys = model_file.mean_keys(c, letter, args.seq_len)
-        part(f"attention scores, window {tokens.item()}", forward_backward(lambda *q: mask.attend(*(z.transpose(1, 2) for z in q), 0.12), *q),
-             12 * keys * W * args.seq_len)  # fmt: skip
-    part("block masks", lambda: model_file.make_masks(model_file.FlexMask, c.window, position, position, doc_BT, doc_BT, tokens))
-    qkv, out = grad(3 * W, D), grad(D, W)
-    up, down, ups, downs = grad(K * F_, D), grad(D, K * F_), grad(E, F_, D), grad(E, D, F_)
-    linear, hidden, hidden_rows = torch.nn.functional.linear, grad(T, K * F_), grad(T * K, F_)
-    part("attention, merged q, k, v", forward_backward(linear, x, qkv), 18 * T * W * D)
-    part("attention, output", forward_backward(linear, x, out), 6 * T * W * D)
-    part("dense up", forward_backward(linear, x, up), 6 * T * K * F_ * D)
-    part("dense down", forward_backward(linear, hidden, down), 6 * T * K * F_ * D)
-    expert_TK = torch.rand(T, E, device=DEVICE).topk(K).indices
-    counts = expert_TK.flatten().bincount(minlength=E)
-    offs = counts.cumsum(0).int()
-    part("grouped up", forward_backward(lambda r, w: model_file.grouped_mm(r, w, offs), rows, ups), 6 * T * K * F_ * D)
-    part("grouped down", forward_backward(lambda r, w: model_file.grouped_mm(r, w, offs), hidden_rows, downs), 6 * T * K * F_ * D)
-    logits, weights = grad(T, E), torch.rand(T, K, device=DEVICE)
-    part("top-k of the scores", lambda: logits.topk(K))
-    part("sort by expert", lambda: expert_TK.flatten().to(torch.int16).sort(stable=True))
-    router = model_file.LinearRouter(c).to(DEVICE).train()
+        window = torch.tensor(c.window_size // model_file.WINDOWS[letter], device=DEVICE)
+        mask = model_file.mask_kind(DEVICE.type, T)(position, position, doc_BT, doc_BT, window)
+        attend = lambda *qkv: mask.attend(*(z.transpose(1, 2) for z in qkv), c.attn_scale)
+        yield f"attention scores, window {window.item()}", forward_backward(attend, *qkv), 12 * model_file.mean_keys(c, letter, T) * W * T
+    kind, long = model_file.mask_kind(DEVICE.type, T), torch.tensor(c.window_size, device=DEVICE)
+    yield "masks of all windows", lambda: model_file.make_masks(kind, c.window, position, position, doc_BT, doc_BT, long), 0
+    x = grad(T, D)
+    yield "attention, merged q, k, v", forward_backward(linear, x, grad(3 * W, D)), 18 * T * W * D
+    yield "attention, output", forward_backward(linear, x, grad(D, W)), 6 * T * W * D
+
+
+def feed_forward_parts(args):
+    """(name, call, FLOPs): the dense twin's MLP, then router, dispatch and grouped matmuls at even load."""
+    c, T, linear = args.config, args.micro, torch.nn.functional.linear
+    K, E, D, H = c.top_k, c.num_experts, c.n_embd, c.hidden_size
+    x, flops = grad(T, D), 6 * T * K * H * D
+    yield "dense up", forward_backward(linear, x, grad(K * H, D)), flops
+    yield "dense down", forward_backward(linear, grad(T, K * H), grad(D, K * H)), flops
+    score_TE = torch.rand(T, E, device=DEVICE)
+    expert_TK = score_TE.topk(K).indices
+    offs_E = expert_TK.flatten().bincount(minlength=E).cumsum(0).int()
+    grouped = lambda rows, weights: model_file.grouped_mm(rows, weights, offs_E)
+    yield "grouped up", forward_backward(grouped, grad(T * K, D), grad(E, H, D)), flops
+    yield "grouped down", forward_backward(grouped, grad(T * K, H), grad(E, D, H)), flops
+    yield "top-k of the scores", lambda: model_file.sorted_out(score_TE, K), 0
+    largest = torch.compile(model_file.largest)
+    yield "the same by argmax, compiled", lambda: largest(score_TE, K), 0
+    yield "sort by expert", lambda: expert_TK.flatten().to(torch.int16).sort(stable=True), 0
+    router, zero = model_file.LinearRouter(c).to(DEVICE).train(), torch.zeros((), dtype=torch.int64, device=DEVICE)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    ctx = model_file.Context(None, None, None, None, None, None, (zero, zero, zero, torch.arange(T, device=DEVICE)), torch.zeros(E, device=DEVICE), None)
-    compiled_router = torch.compile(lambda x: (lambda route: (route.weight_TK.sum() + model_file.route_stats(route, offs).z_loss))(router(x[None], ctx)))
-    part("router and its losses", forward_backward(compiled_router, x))
-    route = Route(expert_TK, weights, torch.zeros(T, E, device=DEVICE))
+    noise_key = (zero, zero, zero, torch.arange(T, device=DEVICE))
+    ctx = model_file.Context(None, None, None, None, None, None, noise_key, torch.zeros(E, device=DEVICE), None)
+
+    @torch.compile
+    def routed(x):
+        route = router(x[None], ctx)
+        return route.weight_TK.square().sum() + model_file.route_stats(route, offs_E).z_loss
+
+    yield "router and its losses", forward_backward(routed, x), 0
+    route = Route(expert_TK, torch.rand(T, K, device=DEVICE), score_TE)
     moved = torch.compile(lambda x: model_file.dispatch(x, route, lambda rows, offs: rows + 1)[0])
-    part("dispatch: sort, gather, combine", forward_backward(moved, x))
-    w = (torch.randn(c.padded_vocab_size, D, device=DEVICE) * 0.02).requires_grad_()
-    target = torch.randint(c.vocab_size, (T,), device=DEVICE)
-    loss = lambda head: lambda x, w: model_file.chunked_loss(
-        x, w, target, model_file.HEADS[head], lambda z, t: model_file.softcap_nll(z, t, vocab_size=c.vocab_size, softcap=c.softcap))
-    head_flops = 6 * T * D * c.padded_vocab_size
-    for head in model_file.HEADS:
-        part(f"head + loss, {head}", forward_backward(loss(head), x, w), head_flops)
-    z = torch.randn(min(8192, T), c.padded_vocab_size, device=DEVICE, dtype=torch.bfloat16)
-    part("loss of 8,192 tokens", lambda: model_file.softcap_nll(z, target[: len(z)], c.vocab_size, c.softcap))
-    part("its gradient to FP8 and transposed", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2))
-    with plain_versions():
-        for head in model_file.HEADS:
-            part(f"head + loss, {head}, plain versions compiled", forward_backward(loss(head), x, w), head_flops)
-        part("loss of 8,192 tokens, plain compiled", lambda: model_file.softcap_nll(z, target[: len(z)], c.vocab_size, c.softcap))
-        part("its gradient to FP8 and transposed, plain compiled", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2))
-    for name, count, n_rows, cols in (("experts", 2 * E * c.n_layer, F_, D), ("dense MLPs", 2 * c.n_layer, K * F_, D), ("attention", 4 * c.n_layer, W, D)):
-        g, short, long = torch.randn(count, n_rows, cols, device=DEVICE), *sorted((n_rows, cols))
-        part(f"Newton-Schulz of {count} {name}", lambda: train_muon.newton_schulz(g), count * 5 * 2 * short**2 * (2 * long + short))
+    yield "dispatch: sort, gather, combine", forward_backward(moved, x), 0
+
+
+def head_parts(args):
+    """(name, call, FLOPs) of head and loss, with our kernels and with the plain versions compiled."""
+    c, T = args.config, args.micro
+    V, D = c.padded_vocab_size, c.n_embd
+    x, w = grad(T, D), (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
+    target, z = torch.randint(c.vocab_size, (T,), device=DEVICE), torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16)
+    nll = lambda z, target: model_file.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
+    loss = lambda head: lambda x, w: model_file.chunked_loss(x, w, target, model_file.HEADS[head], nll)
+    for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions compiled")):
+        with versions():
+            for head in model_file.HEADS:
+                yield f"head + loss, {head}{said}", forward_backward(loss(head), x, w), 6 * T * D * V
+            yield f"loss of {len(z):,} tokens{said}", lambda: nll(z, target[: len(z)]), 0
+            yield f"its gradient to FP8 and transposed{said}", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2), 0
+
+
+def optimizer_parts(args):
+    """(name, call, FLOPs): once per step."""
+    c = args.config
+    D, H, W = c.n_embd, c.hidden_size, c.n_head * c.head_dim
+    shapes = {"experts": (2 * c.num_experts * c.n_layer, H, D), "dense MLPs": (2 * c.n_layer, c.top_k * H, D),
+              "attention matrices": (4 * c.n_layer, W, D)}  # fmt: skip
+    for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions")):
+        for name, (count, rows, cols) in shapes.items():
+            with versions():
+                G, (short, long) = torch.randn(count, rows, cols, device=DEVICE), sorted((rows, cols))
+                flops = count * train_muon.NEWTON_SCHULZ_STEPS * 2 * short**2 * (2 * long + short)
+                yield f"Newton-Schulz of {count} {name}{said}", lambda: train_muon.newton_schulz(G), flops
     table = torch.randn(c.padded_vocab_size, D, device=DEVICE).requires_grad_()
     table.grad = torch.randn_like(table)
-    optimizer = torch.optim.AdamW([table], fused=True)
-    part("AdamW on one table", optimizer.step)
+    yield "AdamW on one table", torch.optim.AdamW([table], fused=True).step, 0
+
+
+def part_rows(args, save):
+    """Forward and backward of one micro-batch, part by part, outside of a model."""
+    for parts in (attention_parts, feed_forward_parts, head_parts, optimizer_parts):
+        for name, call, flops in parts(args):
+            ms = milliseconds(call)
+            save({"part": name, "ms": ms, "tflops": flops / ms / 1e9})
     if args.data:
-        loader = data.Loader(args.data, seq_len=args.seq_len, batch_rows=args.tokens // args.seq_len, micro_rows=args.micro // args.seq_len, rank=0,
-                             world_size=1, seed=0, vocab_size=c.vocab_size, device=DEVICE)  # fmt: skip
+        save({"part": f"data: {args.tokens:,} tokens read and sent", "ms": data_milliseconds(args), "tflops": 0.0})
+
+
+def data_milliseconds(args, steps: int = 10) -> float:
+    """Of a step's batches, when nothing else keeps the loader waiting."""
+    loader = data.Loader(args.data, seq_len=args.seq_len, batch_rows=args.tokens // args.seq_len, micro_rows=args.micro // args.seq_len, rank=0,
+                         world_size=1, seed=0, vocab_size=args.config.vocab_size, device=DEVICE)  # fmt: skip
+    loader.next_step()
+    began = time.perf_counter()
+    for _ in range(steps):
         loader.next_step()
-        began = time.perf_counter()
-        for _ in range(10):
-            loader.next_step()
-        torch.cuda.synchronize()
-        save({"part": f"data: {args.tokens:,} tokens read and sent", "ms": 100 * (time.perf_counter() - began), "tflops": 0.0})
-        loader.close()
+    torch.cuda.synchronize()
+    loader.close()
+    return 1000 * (time.perf_counter() - began) / steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,9 +412,11 @@ def main():
         sys.exit("gpu.py: error: needs a CUDA device, and this machine has none; benchmarks/throughput.py measures a CPU")
     args.ends, args.config = time.perf_counter() + args.seconds, PRESETS[args.preset]
     try:
-        rates = measure_rates(torch.bfloat16, [], DEVICE)
-        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rates": {k: getattr(rates, k) for k in ("matmul", "memory", "cache", "exp")},
-                   "tokens": args.tokens, "seq_len": args.seq_len, "micro": args.micro, "model": dataclasses.asdict(args.config), "steps": [], "parts": []}  # fmt: skip
+        rates = measure_rates(torch.bfloat16, [], DEVICE.type)
+        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                   "rates": {name: getattr(rates, name) for name in ("matmul", "memory", "cache", "exp")},
+                   "tokens": args.tokens, "seq_len": args.seq_len, "micro": args.micro, "model": dataclasses.asdict(args.config),
+                   "steps": [], "parts": []}  # fmt: skip
 
         def save(row: dict):
             results["parts" if "part" in row else "steps"].append(row)
@@ -382,7 +428,7 @@ def main():
         if args.only != "steps" and time.perf_counter() < args.ends:
             part_rows(args, save)
         print(text(results))
-    except (data.DataError, model_file.ConfigError, OSError) as error:
+    except (data.DataError, model_file.ConfigError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
@@ -47,7 +49,7 @@ TIMED_STEPS = 20  # of a run that only measures, and as many before, in which ex
 class Row:
     """A script and its flags, checked against the track before anything runs.
 
-    Raises RunError for a flag that is the track's to set, for data other than the track's, and for a torch that is not pinned."""
+    Raises RunError for a flag that is the track's to set, for data or a GPU other than the track's, and for a torch that is not pinned."""
 
     def __init__(self, track: dict, command: list[str], folder: Path):
         script, *flags = command
@@ -55,7 +57,8 @@ class Row:
             raise RunError(f"{script} is not a script of the track; after -- comes one of {', '.join(RECIPES)} and its flags")
         for flag in {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")} & set(OURS):
             raise RunError(f"--{flag} is set by the track; after -- leave it out")
-        self.track, self.script, self.flags = track, script, ["--preset=cpu", f"--data={folder}", *flags]
+        self.track, self.script, self.flags = track, script, [f"--preset={track['preset']}", f"--data={folder}", *flags]
+        check_gpu(track)
         _, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
         if track["val_tokens"] % self.hp.seq_len:
             raise RunError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
@@ -64,8 +67,8 @@ class Row:
 
     def run(self, out: Path, name: str, **settings) -> list[dict]:
         """The rows of metrics.jsonl of one run, which leaves its files in out/name. Raises RunError if it fails."""
-        settings = dict(device="cpu", val_every=0, sample_tokens=0, checkpoint_every=0, out_dir=out, experiment_name=name) | settings
-        status = launch([self.script, *self.flags, *as_flags(settings)], self.track["threads"])
+        settings = dict(device=self.track["device"], val_every=0, sample_tokens=0, checkpoint_every=0, out_dir=out, experiment_name=name) | settings
+        status = launch([self.script, *self.flags, *as_flags(settings)], self.track.get("threads"))
         if status:
             raise RunError(f"{self.script} ended with status {status}; what it said is above")
         return logger.read_run(out / name)["rows"]
@@ -84,9 +87,9 @@ class Row:
         return row
 
 
-def launch(words: list[str], threads: int) -> int:
-    """Exit status of a script of ours; what it prints goes to its run.log, what it complains of to our stderr."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+def launch(words: list[str], threads: int | None) -> int:
+    """Exit status of a script of ours; what it prints goes to its run.log, what it complains of to our stderr. threads None: torch's choice."""
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
 
 
@@ -94,17 +97,30 @@ def as_flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def check_gpu(track: dict):
+    """Raises RunError unless this machine has the GPU that the track names, if it names one."""
+    wanted, here = track.get("gpu"), torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if wanted not in (None, here):
+        raise RunError(f"this track's clock is that of one {wanted}; the GPU here is {here}: choose another --track")
+
+
 def pinned_corpus(track: dict, folder: Path) -> dict:
     """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
-    version, pinned = data.torch_version(), track["corpus_sha256"]
-    if version not in pinned:
-        raise RunError(f"torch {version} is not pinned for this track ({', '.join(pinned)}); run `pip install torch=={list(pinned)[-1]}`")
+    version, pins = data.torch_version(), track["corpus_sha256"]
+    pinned = pins.get(version, pins.get(logger.ANY_TORCH))
+    if pinned is None:
+        raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
     meta = data.load_meta(folder)
+    corpus = meta.get("corpus_sha256") or shards_sha256(meta)
     wanted = {"source": track["source"], "encoding": track["encoding"], "max_tokens": None, "split_seed": 0}
-    if meta.get("corpus_sha256") != pinned[version] or wanted.items() - meta["request"].items():
-        mend = f"python data.py --source {track['source']} --encoding {track['encoding']} --out {folder}"
-        raise RunError(f"{folder} does not hold the corpus pinned for torch {version}, whole; remove it and run `{mend}`")
-    return {"torch": version, "corpus_sha256": meta["corpus_sha256"]}
+    if corpus != pinned or wanted.items() - meta["request"].items():
+        raise RunError(f"{folder} does not hold the corpus pinned for torch {version}, whole; remove it and run `{track['prepare']} --out {folder}`")
+    return {"torch": version, "corpus_sha256": corpus}
+
+
+def shards_sha256(meta: dict) -> str:
+    """One sha256 for the shards of a folder, from those that its meta.json lists."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,8 +129,8 @@ def pinned_corpus(track: dict, folder: Path) -> dict:
 
 def short(args):
     track, log = logger.read_json(ROOT / args.track / "track.json"), ROOT / args.track / "tuning.jsonl"
-    track["threads"] = args.threads or track["threads"]
-    row, lines = Row(track, args.command, args.data), read_tuning(log)
+    track["threads"] = args.threads or track.get("threads")
+    row, lines = Row(track, args.command, args.data or Path(track["data"])), read_tuning(log)
     earlier = [line for line in lines if line["name"] == args.name]
     asked = sum(len(line["seeds"]) for line in lines if args.row and line["row"] == args.row) + len(args.seeds)
     if args.row and asked > track["tuning_runs"]:
@@ -223,7 +239,7 @@ def full(args):
         raise RunError(f"{folder} already holds a record; choose another --folder")
     if sorted(args.seeds) != list(range(len(args.seeds))) or len(args.seeds) < track["seeds"]:
         raise RunError(f"--seeds {' '.join(map(str, args.seeds))}: a record has the seeds 0 to n - 1, and n is at least {track['seeds']}")
-    row = Row(track, args.command, args.data)
+    row = Row(track, args.command, args.data or Path(track["data"]))
     facts = row.facts | {"steps": args.steps}
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"
@@ -301,7 +317,7 @@ def parse(argv: list[str]):
         add[function].add_argument("--track", type=Path, default="records/cpu", help="the folder with its track.json")
     for function in (short, full):
         add[function].add_argument("--seeds", type=int, nargs="+", required=True)
-        add[function].add_argument("--data", type=Path, default="data/python", help="the folder of the track's shards")
+        add[function].add_argument("--data", type=Path, help="the folder of the track's shards (default: where track.json says)")
     add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
     add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks import contenders, floor, throughput  # noqa: E402
+from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
 from model import GPT, Config  # noqa: E402
@@ -275,3 +277,87 @@ def test_a_floor_that_cannot_be_computed_is_one_sentence(words, monkeypatch):
     with pytest.raises(SystemExit) as end:
         floor.main()
     assert str(end.value.code).startswith("floor.py: error: ") and "\n" not in str(end.value.code)
+
+
+# -----------------------------------------------------------------------------
+# gpu.py
+
+
+class Clock:
+    """A CUDA event for a machine without CUDA."""
+
+    def __init__(self, **options):
+        self.now = 0.0
+
+    def record(self):
+        self.now = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later) -> float:
+        return 1000 * (later.now - self.now)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, tmp_path):
+    """gpu.py at a tiny shape on the CPU: everything but CUDA itself; returns its arguments and a list of what it saves."""
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu, "PhaseTimer", lambda kind: logger.PhaseTimer("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
+    monkeypatch.setattr(train_muon, "compile_model", lambda *_: "eager")
+    monkeypatch.setattr(train_muon, "matmul_rate", lambda *_: 1e12)
+    args = gpu.parse(["--tokens", "512", "--seq_len", "128", "--micro", "256", "--rounds", "2", "--steps", "1"])
+    args.config, args.ends = Config(**TINY | dict(vocab_size=300, eot_token=299, n_layer=4, window="LS", window_size=64)), math.inf
+    return args, []
+
+
+def test_every_row_of_the_gpu_s_table_is_measured_beside_its_reference(on_cpu):
+    args, saved = on_cpu
+    gpu.step_rows(args, RATES, saved.append)
+    assert [row["row"] for row in saved] == list(gpu.ROWS)
+    for row in saved:
+        assert row["ms"] > 0 and len(row["ratios"]) == 2 and row["against"] == gpu.ROWS[row["row"]][1] and math.isfinite(row["loss"])
+        config = gpu.ROWS[row["row"]][0](args.config)
+        assert row["mfu"] == pytest.approx(512 / row["ms"] * 1000 * model.flops_per_token(config, 128) / 1e12)
+        assert (row["load_max_over_mean"] is None) == (config.routed_layers == 0)
+    by_name = {row["row"]: row for row in saved}
+    assert by_name["dense"]["ratio"] == 1 and by_name["moe_uniform"]["load_max_over_mean"] == pytest.approx(1)
+    assert gpu.model_file.softcap_nll.__wrapped__ and gpu.train_muon.gram.__wrapped__  # put back after the plain row
+
+
+def test_a_row_whose_loss_is_not_finite_has_no_time(on_cpu, monkeypatch):
+    args, saved = on_cpu
+    args.rows = ["dense"]
+    monkeypatch.setattr(model, "softcap_nll", lambda z, target, **options: torch.full((len(z),), math.nan))
+    with pytest.raises(RuntimeError, match="row dense: the loss is nan"):
+        gpu.step_rows(args, RATES, saved.append)
+    assert not saved
+
+
+def test_the_gpu_s_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypatch):
+    args, saved = on_cpu
+    monkeypatch.setattr(gpu, "milliseconds", lambda call: (call(), 0.5)[1])
+    gpu.part_rows(args, saved.append)
+    names = [row["part"] for row in saved]
+    assert len(set(names)) == len(names)
+    assert {"grouped up", "dense up", "router and its losses", "head + loss, fp8", "AdamW on one table"} <= set(names)
+    assert {name for name in names if "plain" in name} and all(row["ms"] == 0.5 for row in saved)
+    up = next(row for row in saved if row["part"] == "dense up")
+    assert up["tflops"] == pytest.approx(6 * 256 * 4 * 64 * 64 / 0.5e-3 / 1e12)
+    results = {"gpu": "a GPU", "torch": "2", "rates": {"matmul": 1e12, "memory": 1e12}, "tokens": 512, "micro": 256, "parts": saved, "steps": []}
+    assert "grouped down" in gpu.text(results)
+
+
+def test_gpu_scripts_say_what_they_need():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has what they need")
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(["bash", "benchmarks/gpu.sh", "everything"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "say which part: tests, bench or track" in done.stderr

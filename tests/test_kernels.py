@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402
+import train_muon  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,7 +28,40 @@ def test_the_kernels_in_tritons_interpreter():
         pytest.skip("triton is not installed: `pip install triton==3.6.0`")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--no-header", __file__], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                           capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout[-4000:]
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-4000:]
+
+
+def test_the_file_imports_without_triton():
+    """transformers looks for a package of this name and imports what it finds."""
+    hide = "import sys; sys.modules['triton'] = None; import kernels; print(kernels.triton.jit(len) is len)"
+    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+LOGITS = dict(z_ptr="*bf16", target_ptr="*i64", nll_ptr="*fp32", inverse_half_cap="fp32", bits="fp32")
+QUANTISED = dict(x_ptr="*bf16", rows="i32", cols="i32", inverse_scale="fp32")
+PRODUCT = dict(x_ptr="*bf16", a_ptr="*bf16", out_ptr="*bf16", alpha="fp32", beta="fp32")
+NATIVE = {  # kernel, sm -> types of its arguments, constants, instructions that must be there
+    ("softcap_nll_kernel", 80): (LOGITS, dict(vocab_size=50257, padded_size=50304, BLOCK=2048, INTERPRETED=False), "rcp.approx"),
+    ("softcap_nll_kernel", 90): (LOGITS, dict(vocab_size=257, padded_size=320, BLOCK=512, INTERPRETED=False), "ex2.approx"),
+    ("quantise_kernel", 90): (QUANTISED | dict(q_ptr="*fp8e5", qt_ptr="*fp8e5"), dict(MOST=57344.0, SIDE=128), "e5m2x2"),
+    ("symmetric_kernel", 80): (PRODUCT, dict(rows=768, cols=1536, HAS_A=True, SIDE=128, DEPTH=64), "mma.sync"),
+    ("symmetric_kernel", 90): (PRODUCT, dict(rows=768, cols=768, HAS_A=False, SIDE=128, DEPTH=64), "wgmma"),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name, sm", NATIVE, ids=str)
+def test_the_kernels_compile_to_machine_code_without_a_gpu(name, sm):
+    """Down to a cubin, in the shared memory that such a GPU has; with annotations as strings, which the file has them as."""
+    triton = pytest.importorskip("triton", reason="triton is not installed: `pip install triton==3.6.0`")
+    import kernels
+
+    kernel, (types, constants, instruction) = getattr(kernels, name), NATIVE[name, sm]
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", sm, 32), options=dict(num_warps=4, num_stages=3))
+    assert instruction in made.asm["ptx"] and made.asm["cubin"] and made.metadata.shared <= 160 * 1024
 
 
 def rng():
@@ -80,3 +114,21 @@ def test_quantise(rows, cols, dtype):
         half_a_step = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}[dtype]
         assert ((q - want).abs() <= 1.01 * half_a_step * want.abs() + 1e-3).all()
         assert (q != plain_quantise(x, 0.01, dtype)[0].float()).float().mean() < 0.01
+
+
+@native
+@pytest.mark.parametrize("count, rows, cols", ((3, 70, 100), (2, 64, 64), (1, 300, 40), (2, 8, 200), (2, 129, 64)))
+def test_symmetric_products(count, rows, cols):
+    """As the plain versions to fp32's precision, symmetric to the bit, of transposed matrices too; in bf16 to that of its rounding."""
+    import kernels
+
+    X = torch.randn(count, cols, rows, generator=rng()).mT / cols**0.5
+    plain_gram, plain_polynomial = train_muon.gram.__wrapped__, train_muon.gram_polynomial.__wrapped__
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7))[: 1 + ON_GPU]:  # the interpreter's matmul takes bf16 for whole numbers
+        A = plain_gram(X.to(dtype).float())
+        got = kernels.gram(X.to(DEVICE, dtype))
+        assert torch.equal(got, got.mT) and (got.float().cpu() - A).norm() < most * A.norm()
+        A = got.float().cpu()
+        B = plain_polynomial(A, -4.775, 2.0315)
+        got = kernels.gram_polynomial(got, -4.775, 2.0315)
+        assert got.dtype == dtype and torch.equal(got, got.mT) and (got.float().cpu() - B).norm() < most * B.norm()

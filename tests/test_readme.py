@@ -15,6 +15,7 @@ import logger
 import model
 import train_adamw
 import train_muon
+from benchmarks import gpu, track
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,7 +45,7 @@ def commands(block: str) -> list[list[str]]:
 def script_of(command: list[str]) -> tuple[str, list[str]]:
     """Which of our scripts (or pip, pytest) a command runs, and that script's arguments."""
     for i, word in enumerate(command):
-        if Path(word).name in [*SHORT, "logger.py", "model.py"]:
+        if Path(word).name in [*SHORT, "logger.py", "model.py", "gpu.sh"]:
             return Path(word).name, command[i + 1 :]
     raise AssertionError(f"the README runs {command}, which no test knows how to shorten")
 
@@ -81,7 +82,14 @@ def test_run_blocks_run(clone):
     assert list((clone / "logs").glob("*/profile/trace.json"))
 
 
+def gpu_script(argv: list[str]):
+    """benchmarks/gpu.sh: which part, then the flags of what that part runs."""
+    parts = {"tests": lambda flags: None if not flags else sys.exit(2), "bench": gpu.parse, "track": track.parse}
+    return parts[argv[0]](argv[1:]) if argv[0] in parts else sys.exit(2)
+
+
 PARSERS = {
+    "gpu.sh": gpu_script,
     "train_muon.py": lambda argv: train_muon.parse(train_muon.MUON, argv),
     "train_adamw.py": lambda argv: train_muon.parse(train_adamw.ADAMW, argv),
     "profile.sh": lambda argv: train_muon.parse(train_muon.MUON, argv),

@@ -147,7 +147,7 @@ def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f")
                  {"step": steps, "event": "end"}]  # fmt: skip
         (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"seed{seed}.log").write_text(
-            f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\n{'=' * 100}\n"
+            f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\ngpu       none\n{'=' * 100}\n"
             f"step:{steps}/{steps} val_loss:1.00000 train_time:{second:.3f}s step_avg:1.00ms val_bpb:{value:.4f}\n")  # fmt: skip
     if timing:
         (folder / "timing.json").write_text(json.dumps(timing))
@@ -244,7 +244,7 @@ BROKEN = {  # what is done to a record: what is said of it
     "other source": (edit("seed3.log", "9c1f", "9c2f"), "the logs of its seeds hold different sources"),
     "other corpus": (edit("config.json", "02e0de8d", "12e0de8d"), r"seed0\.log: its corpus is not the one pinned for torch 2\.13\.0"),
     "other torch": (edit("seed1.log", "2.13.0+cpu", "2.12.0"), r"seed1\.log: its corpus is not the one pinned for torch 2\.12\.0"),
-    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "it ran on 16 threads, its track on 2"),
+    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "it ran with threads 16, its track with 2"),
     "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in its track 262144"),
     "null": (edit("seed1.jsonl", "1.4202", "null"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
     "NaN": (edit("seed1.jsonl", "1.4202", "NaN"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
@@ -254,6 +254,22 @@ BROKEN = {  # what is done to a record: what is said of it
     "another form": (edit("timing.json", '"row_1"', '"row_2"'), "holds a file of another form .*row_1"),
     "no JSON": (edit("config.json", "{", "["), r"config\.json is not JSON"),
 }
+
+
+def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
+    """As records/h200 does; every log must name that GPU."""
+    rules, folder = planted / "records/cpu/track.json", planted / "records/cpu/2026-01-01_MoEMuon"
+    track_rules = json.loads(rules.read_text())
+    del track_rules["threads"]
+    pins = {logger.ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
+    track_rules |= {"gpu": "NVIDIA H200", "corpus_sha256": pins}
+    with pytest.raises(RunError, match="it ran with gpu none, its track with NVIDIA H200"):
+        logger.read_record(folder, track_rules)
+    for log in folder.glob("seed*.log"):
+        edit(log.name, "gpu       none", "gpu       NVIDIA H200")(folder)
+    assert logger.read_record(folder, track_rules)["p"] < 0.01
+    with pytest.raises(RunError, match="not the one pinned for torch 2.13.0"):
+        logger.read_record(folder, track_rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}})
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -438,6 +454,11 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
     assert "does not hold the corpus pinned for torch" in short(*tiny_command(part)) and "python data.py" in short(*tiny_command(part))
     edit("meta.json", "a" * 64, "b" * 64)(Path(shutil.copytree(corpus, tmp_path / "other")))
     assert "does not hold the corpus" in short(*tiny_command(tmp_path / "other"))
+    rules = json.loads((folder / "track.json").read_text())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folder / "track.json").write_text(json.dumps(rules | {"gpu": "NVIDIA H200"}))
+    assert "this track's clock is that of one NVIDIA H200; the GPU here is none" in short(*tiny_command(corpus))
+    (folder / "track.json").write_text(json.dumps(rules))
     monkeypatch.setattr(data, "torch_version", lambda: "9.9.9")
     assert re.search(r"torch 9\.9\.9 is not pinned for this track .*pip install torch==", short(*tiny_command(corpus)))
     assert not launched and not list(folder.glob("*/"))
@@ -454,6 +475,32 @@ def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     assert done.returncode == 0, done.stderr
     assert re.search(r"^seed 5: val/bpb \d\.\d{4} after 2 steps", done.stdout, re.M)
     assert lines_of(tmp_path)[0]["seeds"] == [5]
+
+
+def test_a_corpus_of_files_is_pinned_by_its_shards(tmp_path, corpus):
+    """Whatever torch is installed; another text, another pin."""
+    folder = Path(shutil.copytree(corpus, tmp_path / "files"))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["corpus_sha256"]  # which only the source of torch has
+    (folder / "meta.json").write_text(json.dumps(meta))
+    pin = track.shards_sha256(meta)
+    rules = dict(source="python", encoding="bytes", prepare="python data.py --source files --path x.txt", corpus_sha256={logger.ANY_TORCH: pin})
+    assert track.pinned_corpus(rules, folder)["corpus_sha256"] == pin
+    meta["shards"][0]["sha256"] = "0" * 64
+    assert track.shards_sha256(meta) != pin
+    with pytest.raises(RunError, match="run `python data.py --source files --path x.txt --out"):
+        track.pinned_corpus(rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}}, folder)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "records").glob("*/track.json")))
+def test_every_track_s_commands_are_those_of_its_files(name):
+    """track.json says which preset, device and data its runs take; the command that makes the data parses."""
+    rules = json.loads((ROOT / "records" / name / "track.json").read_text())
+    hp = train_muon.PRESETS[rules["preset"]]
+    assert rules["device"] in ("cpu", "cuda") and rules["val_tokens"] % hp.seq_len == 0
+    args = data.parse(shlex.split(rules["prepare"])[2:])
+    assert (args.source, args.encoding) == (rules["source"], rules["encoding"])
+    assert rules["data"] == f"data/{args.source}" or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()
 
 
 def test_every_recipe_is_on_the_track():

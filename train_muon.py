@@ -1177,6 +1177,8 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
         raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = micro_batch_rows(rows, hp, world)
+    if world.device.type == "cuda" and config.head == "fp8" and hp.seq_len % 16:
+        raise ConfigError(f"seq_len is {hp.seq_len}; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,

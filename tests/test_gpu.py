@@ -2,6 +2,7 @@
 waits for nothing, and the CPU's own learning curve. `pytest -m gpu -rs`; skipped where there is no CUDA device."""
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import logger  # noqa: E402
 import model as M  # noqa: E402
 import train_muon  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
@@ -201,3 +203,32 @@ def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path):
     assert cpu[0] - cpu[-10:].mean() > 1.5  # it learns
     assert (cpu[:5] - gpu[:5]).abs().max() < 0.02
     assert (cpu[-30:].mean() - gpu[-30:].mean()).abs() < 0.03 and F.l1_loss(cpu, gpu) < 0.05, (cpu, gpu)
+
+
+def test_a_run_from_start_to_sample(tmp_path, monkeypatch):
+    """The script itself: compiled, FP8 head, warm-up, evaluations, a checkpoint that resumes and loads, a sample, times of every phase."""
+    folder, logs = tmp_path / "data", tmp_path / "logs"
+    data.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "300000", "--out", str(folder)])
+    words = f"""--preset speedrun --data {folder} --out_dir {logs} --n_layer 4 --n_embd 256 --n_head 2 --value_embeds 1 --pattern MD --attention AA-A
+                --seq_len 1024 --batch_tokens 4096 --micro_batch_tokens 2048 --num_iterations 30 --val_every 15 --val_tokens 8192 --warmup_steps 2
+                --sample_tokens 8 --window_size 512 --checkpoint_every 15""".split()  # fmt: skip
+
+    def run(*more: str):
+        monkeypatch.setattr(sys, "argv", ["train_muon.py", *words, *more])
+        train_muon.main(train_muon.MUON)
+        return logger.read_run(logs / "muon")["rows"]
+
+    rows = run()
+    steps = [row for row in rows if "train/loss" in row]
+    assert len(steps) == 30 and steps[-1]["train/loss"] < steps[0]["train/loss"] - 1
+    assert all(row[f"time/{name}"] >= 0 for row in steps for name in ("data", "forward", "backward", "optimizer"))
+    assert all(0 < row["train/mfu"] < 1 for row in steps) and sum(row["time/forward"] for row in steps) > 0
+    ends = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert len(ends) == 3 and ends[-1] < ends[1] < ends[0]
+    log = (logs / "muon/run.log").read_text()
+    assert "; compiled" in log and "sample" in log and "import triton" in log
+    shutil.rmtree(logs / "muon/checkpoint/step_000030")
+    again = run("--resume")
+    assert [row["val/loss"] for row in again if "val/loss" in row][-1] == pytest.approx(ends[-1], abs=0.02)
+    model, manifest = M.load_checkpoint(logs / "muon/checkpoint", CUDA.type)
+    assert manifest["step"] == 30 and model.generate(torch.tensor([[256, 100]], device=CUDA), 4).shape == (1, 6)

@@ -1077,6 +1077,12 @@ def test_rows_that_the_ranks_cannot_share_are_one_sentence(shards, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
+    config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", seq_len=24, batch_tokens=384, head="fp8"))
+    with pytest.raises(model.ConfigError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
+        train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
+
+
 def test_micro_batches_are_the_largest_that_fit_and_divide():
     rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU))
     assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]

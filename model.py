@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +59,14 @@ class Config:
     pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
     mlp_ratio: float = 4.0  # active hidden width / n_embd, of a dense MLP and of top_k experts together
     num_experts: int = 8
+    experts: str = "mlp"  # kinds out of EXPERTS, as in "mlp*12,identity,zero": one name stands for all num_experts, a list says how many there are
     top_k: int = 2
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # multiplies the learned noise of the linear router; 0 = no noise, and no weights for it
     balance_coef: float = 0.01  # Switch balance loss
     z_coef: float = 0.001  # router z-loss
     bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of probability
+    free_eta: float = 1.0  # weight in the balance of experts without matmuls: with less than 1 they may take more than their share (MoE++: 0.75)
     balance_window: int = 1  # optimizer steps whose counts make up the load that the balance loss sees
     # depth
     depth: str = "stack"  # a key of DEPTHS
@@ -90,13 +93,19 @@ class Config:
             value = getattr(self, field.name)
             fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
             check(field.name, fits and type(value) is not bool, f"of type {field.type.__name__}")
+        listed = self.listed_experts
+        legal = f"names out of {', '.join(EXPERTS)}, each with *n for n of them, separated by commas"
+        check("experts", listed and all(name in EXPERTS for name in listed), legal)
+        check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: mlp, swiglu or kan")
+        if len(listed) > 1:
+            object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("router_noise", "balance_coef", "z_coef", "bias_update_factor"):
             check(field, getattr(self, field) >= 0, "at least 0")
-        for field in ("mlp_ratio", "attn_scale", "softcap"):
+        for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
-        for field in ("mlp_ratio", "router_noise", "balance_coef", "z_coef", "bias_update_factor", "attn_scale", "softcap"):
+        for field in ("mlp_ratio", "free_eta", "router_noise", "balance_coef", "z_coef", "bias_update_factor", "attn_scale", "softcap"):
             check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", HEADS), ("dtype", DTYPES)):
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
@@ -111,6 +120,10 @@ class Config:
         check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
               f"such that mlp_ratio * n_embd / top_k = {self.mlp_ratio * self.n_embd / self.top_k} is a multiple of 8")
+        for name in self.expert_counts:
+            width, flops = EXPERTS[name].width(self.hidden_size) if EXPERTS[name].has_matmuls else (8, 1.0)
+            check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
+                  f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")
         check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
 
     @property
@@ -127,6 +140,29 @@ class Config:
         """The letter of each layer: the pattern string repeated until it covers n_layer."""
         pattern = getattr(self, field)
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+
+    @property
+    def listed_experts(self) -> list[str]:
+        """The names in `experts`, as often as it says; [] if it is no such list."""
+        parts = [re.fullmatch(r"\s*(\w+)\s*(?:\*\s*(\d+))?\s*", part) for part in self.experts.split(",")]
+        return [part[1] for part in parts for _ in range(int(part[2] or 1))] if all(parts) else []
+
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """Kind -> how many, in the order in which experts are numbered: those with matmuls come first, kinds as listed."""
+        listed = self.listed_experts
+        counts = {name: listed.count(name) for name in sorted(dict.fromkeys(listed), key=lambda name: not EXPERTS[name].has_matmuls)}
+        return counts if len(listed) > 1 else dict.fromkeys(counts, self.num_experts)
+
+    @property
+    def expert_etas(self) -> list[float]:
+        """Each expert's weight in the balance; loads in proportion to 1 / eta count as even."""
+        return [1.0 if EXPERTS[name].has_matmuls else self.free_eta for name, count in self.expert_counts.items() for _ in range(count)]
+
+    @property
+    def expert_share(self) -> float:
+        """Of the tokens, those that an expert with matmuls gets when the load is even."""
+        return self.top_k / sum(1 / eta for eta in self.expert_etas)
 
     @property
     def routed_layers(self) -> int:
@@ -683,33 +719,47 @@ grouped_mm.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inpu
 class MLPExperts(nn.Module):
     """E ReLU^2 MLPs as two grouped GEMMs; an expert without rows costs nothing and gets an exactly zero gradient."""
 
+    has_matmuls = True
+
     def __init__(self, config: Config, num_experts: int):
         super().__init__()
         self.up = nn.Parameter(torch.empty(num_experts, config.hidden_size, config.n_embd))
         self.down = nn.Parameter(torch.empty(num_experts, config.n_embd, config.hidden_size))
+
+    @staticmethod
+    def width(hidden_size: int) -> tuple[int, float]:
+        """Own hidden width beside an MLP's, and own FLOPs over the MLP's."""
+        return hidden_size, 1.0
 
     def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
         hidden_RF = grouped_mm(rows_RD, self.up.type_as(rows_RD), offs_E)
         return grouped_mm(relu_squared(hidden_RF), self.down.type_as(rows_RD), offs_E)
 
 
-EXPERTS = {"mlp": MLPExperts}
+EXPERTS = {"mlp": MLPExperts}  # the zoo, below, has more
 
 # -----------------------------------------------------------------------------
 # Dispatch: the only code that sorts, moves, exchanges and combines rows
 
 
-def dispatch(x_TD: Tensor, route: Route, fn) -> tuple[Tensor, Tensor]:
+def dispatch(x_TD: Tensor, route: Route, fn, first: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Send every token to its K experts and add up what comes back, weighted: dropless, whatever the load. Also returns how many
-    tokens chose each expert (E,), int64.
+    tokens chose each expert (E,), int64, beginning with number `first`.
 
+    fn holds `count` experts from number `first` on (all by default); to the others no row goes and none comes back.
     Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
-    T, K = route.expert_TK.shape
-    expert_R, choice_R = route.expert_TK.flatten().to(torch.int16).sort(stable=True)  # a radix sort: 5 times faster than on int64
+    (T, K), E = route.expert_TK.shape, route.logits_TE.size(1)
+    own_TK = (route.expert_TK - first) % E if first else route.expert_TK  # numbered from `first` on, so that fn's rows come first
+    expert_R, choice_R = own_TK.flatten().to(torch.int16).sort(stable=True)  # a radix sort: 5 times faster than on int64
     row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
-    expert_E = torch.arange(route.logits_TE.size(1), dtype=torch.int16, device=x_TD.device)
+    expert_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
     offs_E = torch.searchsorted(expert_R, expert_E, right=True, out_int32=True)  # no counting: a GPU's atomics would queue up for E numbers
-    rows_RD = fn(Gather.apply(x_TD, choice_R // K, row_TK), offs_E)
+    rows_RD = Gather.apply(x_TD, choice_R // K, row_TK)
+    if count is None:
+        rows_RD = fn(rows_RD, offs_E)
+    else:  # what grouped GEMMs leave behind the last end is uninitialised, in both directions
+        own_R1 = (expert_R < count)[:, None]
+        rows_RD = torch.where(own_R1, fn(torch.where(own_R1, rows_RD, 0), offs_E[:count].clone()), 0)
     return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK), offs_E.diff(prepend=offs_E.new_zeros(1)).long()
 
 
@@ -833,18 +883,28 @@ def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
 
 
 class MoE(nn.Module):
-    """A router, a pool of experts, and the dispatch between them."""
+    """A router, pools of experts, and the dispatch between them."""
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         self.router = ROUTERS[config.router](config)
-        self.experts = EXPERTS["mlp"](config, config.num_experts // ranks.size)
+        self.pools, self.free_pools, first = [], [], 0  # name of the module, its first expert, how many (None: all there are)
+        for kind, count in config.expert_counts.items():
+            name = "experts" if kind == "mlp" else kind
+            self.add_module(name, EXPERTS[kind](config, count // ranks.size))
+            pools = self.pools if EXPERTS[kind].has_matmuls else self.free_pools
+            pools.append((name, first, count if count < config.num_experts else None))
+            first += count
         self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
-        route = self.router(x_BTD, ctx)
-        y_TD, counts_E = dispatch(x_BTD.flatten(0, 1), route, functools.partial(self.carry, self.experts))
-        return y_TD.view_as(x_BTD), [route_stats(route, counts_E)]
+        route, x_TD = self.router(x_BTD, ctx), x_BTD.flatten(0, 1)
+        parts = [dispatch(x_TD, route, functools.partial(self.carry, self.get_submodule(name)), first, count) for name, first, count in self.pools]
+        ys = [y_TD for y_TD, _ in parts]
+        for name, first, count in self.free_pools:
+            chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
+            ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
+        return sum(ys[1:], ys[0]).view_as(x_BTD), [route_stats(route, parts[0][1])]
 
 
 class DenseMLP(nn.Module):
@@ -1052,6 +1112,130 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
+# The zoo: further entries of the tables, which the speedrun does not use
+
+
+class SwiGLUExperts(nn.Module):
+    """silu(gate x) * (up x), then down (2002.05202): three matrices of two thirds of the width."""
+
+    has_matmuls = True
+
+    def __init__(self, config: Config, num_experts: int):
+        super().__init__()
+        width, _ = self.width(config.hidden_size)
+        self.gate, self.up = (nn.Parameter(torch.empty(num_experts, width, config.n_embd)) for _ in range(2))
+        self.down = nn.Parameter(torch.empty(num_experts, config.n_embd, width))
+
+    @staticmethod
+    def width(hidden_size: int) -> tuple[int, float]:
+        width = 8 * round(hidden_size * 2 / 3 / 8)
+        return width, 3 * width / (2 * hidden_size)
+
+    def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+        gate_RF, up_RF = (grouped_mm(rows_RD, weight.type_as(rows_RD), offs_E) for weight in (self.gate, self.up))
+        return grouped_mm(F.silu(gate_RF) * up_RF, self.down.type_as(rows_RD), offs_E)
+
+
+class KANExperts(nn.Module):
+    """Two Kolmogorov-Arnold layers (2404.19756) of cubic B-splines on 5 intervals of [-2, 2], beside silu: each input becomes 9 features
+    of a grouped GEMM, so at equal FLOPs the hidden width is a ninth of an MLP's. What is between the layers is normed into the grid."""
+
+    has_matmuls = True
+    INTERVALS, REACH = 5, 2.0
+    FEATURES = INTERVALS + 3 + 1
+
+    def __init__(self, config: Config, num_experts: int):
+        super().__init__()
+        width, _ = self.width(config.hidden_size)
+        self.up = nn.Parameter(torch.empty(num_experts, width, self.FEATURES * config.n_embd))
+        self.down = nn.Parameter(torch.empty(num_experts, config.n_embd, self.FEATURES * width))
+
+    @staticmethod
+    def width(hidden_size: int) -> tuple[int, float]:
+        width = 8 * round(hidden_size / KANExperts.FEATURES / 8)
+        return width, KANExperts.FEATURES * width / hidden_size
+
+    @staticmethod
+    def features(x_RD: Tensor) -> Tensor:
+        """(R, 9 D): silu(x), then the eight B-splines, which add up to 1 on the grid and vanish beyond its last knots."""
+        step = 2 * KANExperts.REACH / KANExperts.INTERVALS
+        centres = torch.arange(KANExperts.FEATURES - 1, device=x_RD.device) * step - KANExperts.REACH - step
+        far = ((x_RD[:, None].float() - centres[:, None]) / step).abs()  # (R, 8, D), in intervals from each spline's centre
+        spline = torch.where(far < 1, 2 / 3 - far.square() * (1 - far / 2), (2 - far).clamp(min=0) ** 3 / 6)
+        return torch.cat([F.silu(x_RD)[:, None], spline.type_as(x_RD)], dim=1).flatten(1)
+
+    def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+        hidden_RF = grouped_mm(self.features(rows_RD), self.up.type_as(rows_RD), offs_E)
+        return grouped_mm(self.features(norm(hidden_RF)), self.down.type_as(rows_RD), offs_E)
+
+
+class FreeExperts(nn.Module):
+    """n experts without matmuls (MoE++, 2410.07348): element by element, in token order, each token weighted by its gate for each of them.
+
+    They see what the MLPs see, the normed stream; a token that did not choose them is replaced by zero before, not after: its output
+    and its gradient are exact zeros whatever it holds."""
+
+    has_matmuls = False
+
+    def __init__(self, config: Config, num_experts: int):
+        super().__init__()
+
+    def forward(self, x_TD: Tensor, gate_Tn: Tensor, ctx: Context) -> Tensor:
+        gate_T1 = gate_Tn.sum(1, keepdim=True).type_as(x_TD)
+        return gate_T1 * self.output(torch.where(gate_T1 > 0, x_TD, 0), ctx)
+
+    def output(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        raise NotImplementedError
+
+
+class IdentityExperts(FreeExperts):
+    """x itself; MoE++ calls it copy."""
+
+    def output(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return x_TD
+
+
+class ReLUSquaredExperts(FreeExperts):
+    """relu(x)^2 without weights."""
+
+    def output(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return relu_squared(x_TD)
+
+
+class NoiseExperts(FreeExperts):
+    """x and normal noise of variance 1/4 in training; x alone in evaluation. The noise is the router's hash, of other numbers."""
+
+    def output(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        seed, step, layer, token_T = ctx.noise_key
+        return x_TD + hashed_normal(seed, step, layer + 2**16, token_T, x_TD.size(1)).type_as(x_TD) / 2 if self.training else x_TD
+
+
+class ZeroExperts(FreeExperts):
+    """Nothing: a token that chooses it does less."""
+
+    def forward(self, x_TD: Tensor, gate_Tn: Tensor, ctx: Context) -> Tensor:
+        return torch.zeros_like(x_TD)
+
+
+class ConstantExperts(FreeExperts):
+    """a x + b v with a learned vector v and (a, b) = softmax(W x), for each expert its own."""
+
+    def __init__(self, config: Config, num_experts: int):
+        super().__init__(config, num_experts)
+        self.mix = nn.Parameter(torch.empty(num_experts, 2, config.n_embd))
+        self.vector = nn.Parameter(torch.empty(num_experts, config.n_embd))
+
+    def forward(self, x_TD: Tensor, gate_Tn: Tensor, ctx: Context) -> Tensor:
+        x_TD = torch.where(gate_Tn.sum(1, keepdim=True) > 0, x_TD, 0)
+        a_Tn, b_Tn = softmax(linear_fp32(x_TD, self.mix.flatten(0, 1)).unflatten(1, (-1, 2))).unbind(-1)
+        x_gate_T1 = (gate_Tn * a_Tn).sum(1, keepdim=True).type_as(x_TD)
+        return x_gate_T1 * x_TD + ((gate_Tn * b_Tn) @ self.vector).type_as(x_TD)
+
+
+EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
+            "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts}  # fmt: skip
+
+# -----------------------------------------------------------------------------
 # The model
 
 
@@ -1078,6 +1262,7 @@ class GPT(nn.Module):
         # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
         self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
         self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
+        self.register_buffer("eta_E", torch.tensor(config.expert_etas), persistent=False)
         # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
         self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
         self.init_weights()
@@ -1093,7 +1278,8 @@ class GPT(nn.Module):
         """Once per optimizer step, with the counts of the whole global batch: move the load window and the selection bias."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
-        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
+        even_E = 1 / self.eta_E / (1 / self.eta_E).mean()  # over the mean
+        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
 
     # ---- forward
@@ -1161,13 +1347,13 @@ class GPT(nn.Module):
                 for letter, value_embed, r in zip(config.tiled("window"), value_embeds, routed)]  # fmt: skip
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
-        """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
+        """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
 
         Its load is the global batch's of the last steps, so the gradient adds up over micro-batches and ranks."""
         empty = self.bias_LE.new_zeros(0)
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
         counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
-        balance_L = self.config.num_experts * (self.load_WLE.mean(0) * prob_LE).sum(-1)
+        balance_L = self.config.num_experts * (self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else empty.sum()
         return {
             "balance_loss": mean(list(balance_L)),
@@ -1269,6 +1455,13 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "ffn.down": ParameterRule("matrix", constant(0.0)),
     "experts.up": ParameterRule("expert", uniform),
     "experts.down": ParameterRule("expert", constant(0.0)),
+    "swiglu.gate": ParameterRule("expert", uniform),
+    "swiglu.up": ParameterRule("expert", uniform),
+    "swiglu.down": ParameterRule("expert", constant(0.0)),
+    "kan.up": ParameterRule("expert", uniform),
+    "kan.down": ParameterRule("expert", constant(0.0)),
+    "constant.mix": ParameterRule("router", constant(0.0)),
+    "constant.vector": ParameterRule("scalar", normal),
     "router.gate": ParameterRule("router", constant(0.0)),
     "router.noise": ParameterRule("router", constant(0.0)),
     "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
@@ -1305,7 +1498,7 @@ PRESETS = {
 def count_parameters(config: Config) -> dict[str, int]:
     """Parameters per kind, `total`, and `active`: those that enter one token's forward pass.
 
-    Active are top_k of the experts, one row of each embedding table, and everything else."""
+    Active are the experts that a token meets at even load, one row of each embedding table, and everything else."""
     with torch.device("meta"):
         model = GPT(config)
     counts, active = dict.fromkeys(rule.kind for rule in PARAMETER_RULES.values()), 0
@@ -1314,7 +1507,7 @@ def count_parameters(config: Config) -> dict[str, int]:
         kind = parameter_rule(name).kind
         counts[kind] += parameter.numel()
         one_row = 1 / max(1, len(parameter))  # one layer has no skip weights
-        share = {"expert": config.top_k / config.num_experts} | dict.fromkeys(("embed", "ngram_embed", "value_embed"), one_row)
+        share = {"expert": config.expert_share} | dict.fromkeys(("embed", "ngram_embed", "value_embed"), one_row)
         active += round(parameter.numel() * share.get(kind, 1))
     return counts | {"total": sum(counts.values()), "active": active}
 
@@ -1328,9 +1521,10 @@ def mean_keys(config: Config, letter: str, seq_len: int) -> float:
 def flops_per_token(config: Config, seq_len: int) -> float:
     """FLOPs of forward + backward per token at the full window: 6 per active weight of a matmul, 12 per attended key and channel.
 
-    Embeddings, norms and inactive experts count nothing; attention counts the keys inside the causal window, documents ignored."""
+    Embeddings, norms, inactive experts and those without matmuls count nothing; attention counts the keys inside the causal window,
+    documents ignored."""
     counts = count_parameters(config)
-    weights = counts["matrix"] + counts["expert"] * config.top_k / config.num_experts + counts["head"] + counts["router"]
+    weights = counts["matrix"] + counts["expert"] * config.expert_share + counts["head"] + counts["router"]
     keys = 0.0
     for letter, window in zip(config.tiled("attention"), config.tiled("window")):
         keys += mean_keys(config, window, seq_len) * (letter != "-")
@@ -1371,11 +1565,16 @@ def model_card(config: Config, seq_len: int) -> str:
     """Parameters total / active / per kind, FLOPs per token, memory, as text."""
     counts = count_parameters(config)
     training = flops_per_token(config, seq_len)
+    experts = ", ".join(f"{count} x {EXPERTS[kind].width(config.hidden_size)[0]} wide {kind}" if EXPERTS[kind].has_matmuls else f"{count} x {kind}"
+                        for kind, count in config.expert_counts.items())  # fmt: skip
+    if config.expert_share * config.num_experts != config.top_k or len(config.expert_counts) > 1:
+        meets = config.expert_share * sum(count for kind, count in config.expert_counts.items() if EXPERTS[kind].has_matmuls)
+        experts += f" (a token meets {meets:.2f} with matmuls at even load)"
     layers = " ".join(f"{f}{a}{w}" for f, a, w in zip(config.tiled("pattern"), config.tiled("attention"), config.tiled("window")))
     rows = [
         ("layers", f"{config.n_layer} ({layers})"),
         ("width", f"n_embd {config.n_embd}, {config.n_head} heads x {config.head_dim}, vocabulary {config.vocab_size} -> {config.padded_vocab_size}"),
-        ("experts", f"{config.num_experts} x hidden {config.hidden_size}, top-{config.top_k}, router {config.router}"),
+        ("experts", f"{experts}, top-{config.top_k}, router {config.router}"),
         *((f"  {kind}", f"{counts[kind]:,}") for kind in counts if kind not in ("total", "active")),
         ("parameters", f"{counts['total']:,} total, {counts['active']:,} active per token"),
         ("FLOPs per token", f"{training / 3:,.0f} forward, {training:,.0f} training, at {seq_len} tokens per row"),

@@ -1175,6 +1175,8 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
     parts = hp.expert_parallel
     if world.size % parts or config.num_experts % parts:
         raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
+    if parts > 1 and len(config.expert_counts) > 1:
+        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = micro_batch_rows(rows, hp, world)
     if world.device.type == "cuda" and config.head == "fp8" and hp.seq_len % 16:

@@ -37,6 +37,8 @@ NEEDS_IDS = {"hash"}  # routers that cannot run on embeddings
 BUILDS = [dict(router=r, depth=d, pattern=p, attention=a)
           for r, d, p, a in itertools.product(sorted(ROUTERS), sorted(DEPTHS), ("M", "DM"), ("A", "A-"))]
 BUILDS.append(dict(router="linear", attention="KA-K", ngrams="24", ngram_rows=128))
+BUILDS += [dict(router=r, depth=d, experts="mlp*2,swiglu,kan,identity,zero,noise,relu2,constant*2", mlp_ratio=4.5)
+           for r, d in itertools.product(sorted(ROUTERS), sorted(DEPTHS))]  # fmt: skip
 
 
 def name_of(options: dict) -> str:
@@ -534,10 +536,10 @@ class UngatedCombine(torch.autograd.Function):
 
 
 PLANTED = {
-    "gates swapped": ("dispatch", lambda x, route, fn: real_dispatch(x, route._replace(weight_TK=route.weight_TK.flip(1)), fn)),
-    "tokens permuted": ("dispatch", lambda x, route, fn: real_dispatch(x, route._replace(expert_TK=route.expert_TK.roll(1, 0)), fn)),
-    "experts shifted": ("dispatch", lambda x, route, fn: real_dispatch(x, route._replace(expert_TK=(route.expert_TK + 1) % 4), fn)),
-    "second choice lost": ("dispatch", lambda x, route, fn: real_dispatch(x, Route(route[0][:, :1], route[1][:, :1], route[2]), fn)),
+    "gates swapped": ("dispatch", lambda x, route, fn, *own: real_dispatch(x, route._replace(weight_TK=route.weight_TK.flip(1)), fn, *own)),
+    "tokens permuted": ("dispatch", lambda x, route, fn, *own: real_dispatch(x, route._replace(expert_TK=route.expert_TK.roll(1, 0)), fn, *own)),
+    "experts shifted": ("dispatch", lambda x, route, fn, *own: real_dispatch(x, route._replace(expert_TK=(route.expert_TK + 1) % 4), fn, *own)),
+    "second choice lost": ("dispatch", lambda x, route, fn, *own: real_dispatch(x, Route(route[0][:, :1], route[1][:, :1], route[2]), fn, *own)),
     "gather's backward halved": ("Gather", HalfGather),
     "combine's backward without gates": ("Combine", UngatedCombine),
 }
@@ -591,7 +593,7 @@ def test_one_expert_equals_the_dense_twin_exactly(dtype):
 @pytest.mark.parametrize("E, k", ((4, 2), (8, 3), (5, 2), (4, 4), (4, 1)))
 def test_each_token_reaches_k_distinct_experts_with_gates_that_sum_to_one(router, E, k, monkeypatch):
     routes = []
-    monkeypatch.setattr(M, "dispatch", lambda x, route, fn: (routes.append(route), real_dispatch(x, route, fn))[1])
+    monkeypatch.setattr(M, "dispatch", lambda x, route, fn, *own: (routes.append(route), real_dispatch(x, route, fn, *own))[1])
     model = tiny(router=router, num_experts=E, top_k=k, mlp_ratio=3.0, pattern="DM").train()
     counts_LE = model(PACKED).stats["counts_LE"]
     assert len(routes) == 2 and counts_LE.shape == (2, E) and counts_LE.dtype == torch.int64
@@ -607,7 +609,7 @@ def test_each_token_reaches_k_distinct_experts_with_gates_that_sum_to_one(router
 def test_routers_follow_their_layer_and_hash_its_ids(monkeypatch):
     """Layers draw their own noise and read their own bias row; the hash router is id mod E and evenly spaced."""
     routes = []
-    monkeypatch.setattr(M, "dispatch", lambda x, route, fn: (routes.append(route), real_dispatch(x, route, fn))[1])
+    monkeypatch.setattr(M, "dispatch", lambda x, route, fn, *own: (routes.append(route), real_dispatch(x, route, fn, *own))[1])
     tiny(router="hash")(PACKED)
     assert torch.equal(routes[0].expert_TK, torch.stack([PACKED.flatten() % 4, (PACKED.flatten() + 2) % 4], 1))
     routes.clear()

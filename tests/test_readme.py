@@ -122,6 +122,20 @@ def test_ci_runs_the_readmes_commands():
     assert strip(install.split("&&")[0]) in strip(ci) and strip(test) in strip(ci)
 
 
+def test_the_options_table_holds_the_entries_of_the_tables():
+    """Every key of every table of model.py, and nothing that is not one."""
+    tables = {"experts": model.EXPERTS, "router": model.ROUTERS, "depth": model.DEPTHS, "attention": model.ATTENTIONS, "window": model.WINDOWS,
+              "pattern": model.FEED_FORWARDS, "head": model.HEADS, "dtype": model.DTYPES}  # fmt: skip
+    rows = README[README.index("| flag | value | what |") :].split("\n\n")[0].splitlines()[2:]
+    seen, flag = {}, ""
+    for row in rows:
+        name, values, what = (cell.strip() for cell in row.strip("|").split("|"))
+        flag = name.strip("`- ") or flag
+        seen.setdefault(flag, []).extend(re.findall(r"`([^`]+)`", values))
+        assert what
+    assert {flag: sorted(values) for flag, values in seen.items()} == {flag: sorted(table) for flag, table in tables.items()}
+
+
 def test_links_and_named_files_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / target.split("#")[0]).exists(), f"README.md links to {target}, which is not there"

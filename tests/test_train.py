@@ -1083,6 +1083,12 @@ def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
         train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
 
 
+def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):
+    config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", experts="mlp*2,zero*2", expert_parallel=2))
+    with pytest.raises(model.ConfigError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"):
+        train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
+
+
 def test_micro_batches_are_the_largest_that_fit_and_divide():
     rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU))
     assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]
@@ -1160,6 +1166,8 @@ CHANGES = {
     "pattern": ("MD", {}),
     "mlp_ratio": (2.0, {}),
     "num_experts": (8, {}),
+    "experts": ("mlp*2,identity,zero", {}),
+    "free_eta": (0.5, {"experts": "mlp*2,identity,zero", "balance_coef": 0.5}),
     "top_k": (1, {}),
     "router": ("hash", {}),
     "router_noise": (0.5, {}),

@@ -1,0 +1,363 @@
+"""The expert pool: every kind against its definition, token by token; exact zeros; FLOPs by selected matmuls; the balance of free experts.
+
+CPU, no network: `pytest tests/test_experts.py`."""
+
+import dataclasses
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from test_model import SEED, STEP, TINY, far, rng, shaken, text  # noqa: E402
+
+import model as M  # noqa: E402
+from model import EXPERTS, GPT, Config, ConfigError, Route, hashed_normal  # noqa: E402
+
+torch.set_num_threads(1)
+
+WIDE = TINY | dict(mlp_ratio=4.5)  # hidden 72: swiglu 48 wide and kan 8 wide have an mlp's FLOPs exactly
+POOLS = (
+    "mlp*2,identity,zero,noise,relu2",
+    "zero,mlp,copy,mlp,noise*2,constant*2",
+    "swiglu*2,mlp*2,constant",
+    "kan*2,relu2,swiglu,mlp*2,zero*2,identity",
+    "kan",
+    "swiglu",
+)
+
+
+def context(config: Config, T: int) -> M.Context:
+    key = (torch.tensor(SEED), torch.tensor(STEP), torch.tensor(0), torch.arange(T))
+    return M.Context(None, None, None, None, None, None, key, torch.zeros(config.num_experts), None)
+
+
+class Forced(torch.nn.Module):
+    """Sends tokens where a test wants them."""
+
+    def __init__(self, expert_TK, num_experts: int, weight_TK=None):
+        super().__init__()
+        self.expert_TK, self.num_experts = expert_TK, num_experts
+        self.weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.size(1)) if weight_TK is None else weight_TK
+
+    def forward(self, x_BTD, ctx):
+        return Route(self.expert_TK, self.weight_TK, torch.zeros(len(self.expert_TK), self.num_experts))
+
+
+def forced(experts: str, expert_T: list[int], **changes):
+    """A layer of these experts whose router sends token t to expert expert_T[t] alone, and its context."""
+    config = Config(**WIDE | dict(experts=experts, top_k=1, mlp_ratio=2.25) | changes)
+    moe = shaken(M.MoE(config))
+    moe.router = Forced(torch.tensor(expert_T)[:, None], config.num_experts)
+    return moe, context(config, len(expert_T))
+
+
+# -----------------------------------------------------------------------------
+# Against the definition
+
+
+def spline(x: float, m: int) -> float:
+    """The m-th cubic B-spline over the knots of 5 intervals on [-2, 2] with three more on either side, by the Cox-de Boor recursion."""
+    knots = [-2 + 0.8 * (i - 3) for i in range(12)]
+
+    def basis(i: int, order: int) -> float:
+        if order == 0:
+            return float(knots[i] <= x < knots[i + 1])
+        left = (x - knots[i]) / (knots[i + order] - knots[i]) * basis(i, order - 1)
+        return left + (knots[i + order + 1] - x) / (knots[i + order + 1] - knots[i + 1]) * basis(i + 1, order - 1)
+
+    return basis(m, 3)
+
+
+def kan_layer(x_D, weight_NF):
+    """sum over inputs of w silu(x) + sum over m of c_m B_m(x); the splines' gradient by autograd of their piecewise form."""
+    features = M.KANExperts.features(x_D[None])[0]
+    return weight_NF @ features
+
+
+def slow_expert(moe, kind: str, number: int, x, t: int, ctx, training: bool):
+    """Expert `number` of its kind on one token."""
+    if kind == "mlp":
+        return moe.experts.down[number] @ (moe.experts.up[number] @ x).relu() ** 2
+    if kind == "swiglu":
+        p = moe.swiglu
+        return p.down[number] @ (F.silu(p.gate[number] @ x) * (p.up[number] @ x))
+    if kind == "kan":
+        hidden = kan_layer(x, moe.kan.up[number])
+        return kan_layer(hidden / (hidden.square().mean() + torch.finfo(torch.float32).eps).sqrt(), moe.kan.down[number])
+    if kind == "constant":
+        a, b = (moe.constant.mix[number] @ x).softmax(0)
+        return a * x + b * moe.constant.vector[number]
+    if kind == "noise" and training:
+        seed, step, layer, token_T = ctx.noise_key
+        return x + hashed_normal(seed, step, layer + 2**16, token_T[t : t + 1], len(x))[0] / 2
+    return {"zero": x * 0, "relu2": x.relu() ** 2}.get(kind, x)
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
+@pytest.mark.parametrize("experts", POOLS)
+def test_a_pool_equals_a_loop_over_tokens(experts, training):
+    T, config = 41, Config(**WIDE | dict(experts=experts))
+    moe, ctx = shaken(M.MoE(config)).train(training), context(config, T)
+    x, dy = torch.randn(1, T, 32, generator=rng(1)).requires_grad_(), torch.randn(T, 32, generator=rng(2))
+    y, (stats,) = moe(x, ctx)
+    route = moe.router(x, ctx)
+    kinds = [(kind, number) for kind, count in config.expert_counts.items() for number in range(count)]
+    rows = []
+    for t in range(T):
+        parts = [w * slow_expert(moe, *kinds[e], x[0, t], t, ctx, training) for e, w in zip(route.expert_TK[t].tolist(), route.weight_TK[t])]
+        rows.append(sum(parts))
+    slow = torch.stack(rows)
+    assert far(y[0], slow) < 1e-5
+    inputs = {"x": x, **dict(moe.named_parameters())}
+    found = [torch.autograd.grad((z * dy).sum(), list(inputs.values()), allow_unused=True) for z in (y[0], slow)]
+    for name, got, want in zip(inputs, *found):
+        got, want = (torch.zeros_like(inputs[name]) if g is None else g for g in (got, want))
+        assert (got - want).norm() < 1e-4 * want.norm() + 1e-4, name
+    assert stats.counts_E.tolist() == route.expert_TK.flatten().bincount(minlength=config.num_experts).tolist()
+
+
+def test_splines_are_cox_de_boors_and_add_up_to_one_on_the_grid():
+    xs = [-3.5, -2.79, -2.0, -1.3, -0.4, 0.0, 0.33, 1.2, 1.999, 2.5, 2.81]
+    features = M.KANExperts.features(torch.tensor(xs)[:, None])
+    assert features.shape == (len(xs), 9) and far(features[:, 0], F.silu(torch.tensor(xs))) < 1e-6
+    assert far(features[:, 1:], torch.tensor([[spline(x, m) for m in range(8)] for x in xs])) < 1e-5
+    inside = torch.linspace(-2, 2, 101)[:, None]
+    assert far(M.KANExperts.features(inside)[:, 1:].sum(1), torch.ones(101)) < 1e-5
+
+
+def test_features_of_several_inputs_are_those_of_each():
+    x = torch.randn(5, 3, generator=rng())
+    together, apart = M.KANExperts.features(x), [M.KANExperts.features(column[:, None]) for column in x.T]
+    assert torch.equal(together.unflatten(1, (9, 3)), torch.stack(apart, dim=2))
+
+
+# -----------------------------------------------------------------------------
+# Free experts, one by one
+
+
+@pytest.mark.parametrize("kind", [name for name, entry in EXPERTS.items() if not entry.has_matmuls])
+def test_a_free_expert_alone_is_its_formula(kind):
+    moe, ctx = forced(f"mlp,{kind}", [1] * 2000)
+    x = torch.randn(1, 2000, 32, generator=rng())
+    plain, noisy = moe.eval()(x, ctx)[0], moe.train()(x, ctx)[0]
+    if kind == "constant":
+        share = (x @ moe.constant.mix[0].T).softmax(-1)
+        assert far(plain, share[..., :1] * x + share[..., 1:] * moe.constant.vector[0]) < 1e-5
+    else:
+        want = {"zero": torch.zeros_like(x), "relu2": x.relu() ** 2}.get(kind, x)
+        assert torch.equal(plain, want)
+    if kind == "noise":
+        noise = noisy - x
+        assert abs(noise.mean()) < 0.01 and abs(noise.var() - 0.25) < 0.01 and torch.equal(noisy, moe(x, ctx)[0])
+    else:
+        assert torch.equal(noisy, plain)
+
+
+@pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan))
+def test_zero_is_exact_whatever_the_token_holds_and_spoils_no_other(bad):
+    """A product with zero would be NaN; so would a gradient through rows that nobody computed."""
+    moe, ctx = forced("mlp*2,swiglu,zero,identity,relu2,noise,constant", [0, 3, 2, 4, 1, 5, 6, 7, 3])
+    x = torch.randn(1, 9, 32, generator=rng())
+    with torch.no_grad():
+        clean = moe.train()(x, ctx)[0]
+        x[0, [1, 8]] = bad
+    x.requires_grad_()
+    y = moe(x, ctx)[0]
+    assert (y[0, [1, 8]] == 0).all() and torch.equal(y, clean)
+    grads = torch.autograd.grad(y.square().sum(), [x, *(p for p in moe.parameters())], allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in grads) and (grads[0][0, [1, 8]] == 0).all()
+
+
+def test_a_layer_that_sends_all_tokens_to_zero_leaves_the_stream():
+    model = shaken(GPT(Config(**WIDE | dict(experts="mlp*2,zero", top_k=1, mlp_ratio=2.25)))).eval()
+    x = text(1, 20, 1)
+    for block in model.blocks:
+        block.ffn.router = Forced(torch.full((20, 1), 2), 3)
+    alone = model(x).logits
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ffn.experts.down.zero_()
+            block.ffn.router = Forced(torch.zeros(20, 1, dtype=torch.int64), 3)
+    assert far(model(x).logits[..., :61], alone[..., :61]) < 1e-6
+
+
+def test_noise_of_the_expert_is_not_the_router_s():
+    moe, ctx = forced("mlp,noise", [1] * 4000)
+    x = torch.randn(1, 4000, 32, generator=rng())
+    noise = (moe.train()(x, ctx)[0] - x)[0]
+    router = hashed_normal(*ctx.noise_key, 32)
+    assert abs((noise * router).mean()) < 0.5 * 4.5 / (4000 * 32) ** 0.5
+
+
+# -----------------------------------------------------------------------------
+# What they cost
+
+
+@pytest.mark.parametrize("experts", POOLS[:4])
+def test_measured_flops_are_those_of_the_selected_matmuls(experts, monkeypatch):
+    """Every multiplication of the experts' matmuls, with row counts not rounded up: 4 D F for each choice of one with matmuls, no more."""
+    done = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: (done.append(2 * a.size(0) * a.size(1) * b.size(1)), mm(a, b, **out))[1])
+    monkeypatch.setattr(M, "granule", lambda n: 1)
+    config = Config(**WIDE | dict(experts=experts))
+    moe, ctx, x = shaken(M.MoE(config)).eval(), context(config, 300), torch.randn(1, 300, 32, generator=rng())
+    with torch.no_grad():
+        counts = moe(x, ctx)[1][0].counts_E.tolist()
+    kinds = [kind for kind, count in config.expert_counts.items() for _ in range(count)]
+    selected = sum(count for kind, count in zip(kinds, counts) if EXPERTS[kind].has_matmuls)
+    assert 0 < selected < 600 and sum(done) == 4 * 32 * 72 * selected
+
+
+def test_the_card_counts_the_experts_that_a_token_meets():
+    free = Config(**WIDE | dict(experts="mlp*6,identity,zero"))
+    plain = Config(**WIDE | dict(num_experts=8))
+    assert free.expert_share == plain.expert_share == 2 / 8
+    with_matmuls, all_of_them = (M.count_parameters(config)["expert"] for config in (free, plain))
+    assert with_matmuls == all_of_them * 6 / 8
+    less = 6 * (M.count_parameters(plain)["expert"] - with_matmuls) * 2 / 8
+    assert M.flops_per_token(free, 64) == M.flops_per_token(plain, 64) - less
+    eager = dataclasses.replace(free, free_eta=0.5)  # six shares of 1 and two of 2
+    assert eager.expert_share == 2 / 10
+    card = M.model_card(eager, 64)
+    assert "6 x 72 wide mlp, 1 x identity, 1 x zero (a token meets 1.20 with matmuls at even load)" in card
+    assert "4 x 72 wide mlp, top-2" in M.model_card(Config(**WIDE), 64)
+
+
+@pytest.mark.parametrize("hidden", (72, 144, 360, 512, 1536, 2048))
+def test_other_kinds_have_the_flops_of_an_mlp(hidden):
+    for kind, matrices in (("swiglu", 3), ("kan", 18)):
+        width, flops = EXPERTS[kind].width(hidden)
+        assert width % 8 == 0 and flops == matrices * width / (2 * hidden) and abs(flops - 1) <= 0.05
+
+
+# -----------------------------------------------------------------------------
+# Configuration
+
+
+def test_a_list_says_how_many_and_matmuls_are_numbered_first():
+    config = Config(**WIDE | dict(experts="zero, mlp*2,identity ,swiglu,mlp"))
+    assert config.num_experts == 6
+    assert list(config.expert_counts.items()) == [("mlp", 3), ("swiglu", 1), ("zero", 1), ("identity", 1)]
+    assert Config(**WIDE).expert_counts == {"mlp": 4} and Config(**WIDE | dict(experts="swiglu")).expert_counts == {"swiglu": 4}
+    assert Config(**dataclasses.asdict(config)) == config  # as a checkpoint's manifest gives it back
+
+
+def test_the_order_of_the_list_changes_nothing():
+    a, b = (shaken(GPT(Config(**WIDE | dict(experts=experts)))) for experts in ("mlp*2,zero,identity", "zero,mlp,identity,mlp"))
+    assert torch.equal(a(text(1, 30, 1)).logits, b(text(1, 30, 1)).logits)
+
+
+@pytest.mark.parametrize("experts, said", (
+    ("mlp*2,identiti", "experts is 'mlp\\*2,identiti'; it must be names out of mlp, swiglu, kan, identity"),
+    ("", "it must be names out of"), ("mlp,,zero", "it must be names out of"), ("mlp*x", "it must be names out of"),
+    ("zero,identity", "at least one that has matmuls: mlp, swiglu or kan"),
+    ("mlp*2,kan", "without kan: next to an mlp of hidden width 64 its own, a multiple of 8, would be 8 and its FLOPs 1.12 times"),
+    ("mlp", "top_k is 5; it must be at most num_experts = 4"),
+))  # fmt: skip
+def test_a_bad_list_is_one_sentence(experts, said):
+    with pytest.raises(ConfigError, match=said):
+        Config(**TINY | dict(experts=experts) | (dict(top_k=5, mlp_ratio=5.0) if experts == "mlp" else {}))
+
+
+def test_free_eta_is_above_zero():
+    for value in (0.0, -1.0, math.inf):
+        with pytest.raises(ConfigError, match="free_eta"):
+            Config(**TINY | dict(free_eta=value))
+
+
+# -----------------------------------------------------------------------------
+# Balance
+
+
+def test_the_balance_loss_is_one_when_free_experts_take_more_by_their_eta():
+    config = Config(**WIDE | dict(experts="mlp*2,zero,identity", free_eta=0.5))
+    model = GPT(config)
+    assert config.expert_etas == [1, 1, 0.5, 0.5]
+    even = torch.tensor([1, 1, 2, 2]) / 6
+    with torch.no_grad():
+        model.load_WLE.copy_(even.expand_as(model.load_WLE))
+    layer = M.RouteStats(torch.zeros(4, dtype=torch.int64), even, torch.zeros(()), torch.zeros(()))
+    by_hand = 4 * sum(eta * f * f for eta, f in zip(config.expert_etas, even.tolist()))
+    assert model.summary([layer] * 4)["balance_loss"] == pytest.approx(by_hand)
+    pushed = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    p = pushed.clone().requires_grad_()
+    model.summary([layer._replace(prob_E=p)] * 4)["balance_loss"].backward()
+    assert p.grad.tolist() == pytest.approx([p.grad[0]] * 4)  # at loads of 1 / eta no expert is pushed against another
+
+
+@pytest.mark.parametrize("eta", (1.0, 0.5))
+def test_the_bias_brings_loads_to_their_share(eta):
+    """Skewed scores of 16 experts, top-2 of 4,096 tokens; the last four are free and may take 1 / eta as much."""
+    config = Config(**TINY | dict(n_layer=2, value_embeds=0, experts="mlp*12,zero*4", top_k=2, mlp_ratio=4.0, free_eta=eta, bias_update_factor=0.002,
+                                  pattern="MD"))  # fmt: skip
+    model, want = GPT(config), torch.tensor([1.0] * 12 + [1 / eta] * 4)
+    want /= want.sum()
+    score = (torch.randn(4096, 16, generator=rng()) + torch.randn(16, generator=rng(1)) * 0.5).softmax(-1)
+    for _ in range(400):
+        counts = (score + model.bias_LE[0]).topk(2).indices.flatten().bincount(minlength=16)
+        model.balance(counts[None])
+    load = counts / counts.sum()
+    assert ((load - want).abs() / want).max() < 0.15, (load, want)
+    assert model.bias_LE.mean().abs() < 1e-6
+
+
+# -----------------------------------------------------------------------------
+# Compiled, trained
+
+
+def test_a_mixed_pool_compiles_whole_and_never_again():
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler on this machine, so --compile is not offered")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    config = Config(**WIDE | dict(experts=POOLS[3], dtype="bf16", window_size=64))
+    eager, compiled = (shaken(GPT(config)).train() for _ in range(2))
+    compiled.blocks[2].compile(backend=backend, fullgraph=True, dynamic=False)
+    for step in range(3):
+        x, y = text(1, 128, step), text(1, 128, 50 + step)
+        losses = []
+        for model in (eager, compiled):
+            model.set_step(SEED, step)
+            losses.append(model(x, y).loss)
+        losses[1].backward()
+        assert abs(losses[0] - losses[1]) < 1e-2 and backend.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_every_kind_learns(dtype):
+    """A model of all kinds fits a short text; every parameter moves, every kind is chosen."""
+    config = Config(**WIDE | dict(experts="mlp*2,swiglu,kan,constant,identity,zero,noise,relu2", dtype=dtype))
+    model = GPT(config).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    x, y = text(2, 48, 3), text(2, 48, 4)
+    losses, chosen = [], 0
+    for step in range(30):
+        model.set_step(SEED, step)
+        out = model(x, y)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.balance(out.stats["counts_LE"])
+        losses.append(out.stats["ce"].item())
+        chosen = chosen + out.stats["counts_LE"].sum(0)
+    assert losses[-1] < losses[0] - 1 and (chosen > 0).all()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_the_kinds_of_parameters():
+    model = GPT(Config(**WIDE | dict(experts="mlp*2,swiglu,kan,constant")))
+    kinds = model.parameter_kinds()
+    of = lambda kind: {name.partition("ffn.")[2] for name, k in kinds.items() if k == kind and "ffn" in name}
+    assert of("expert") == {"experts.up", "experts.down", "swiglu.gate", "swiglu.up", "swiglu.down", "kan.up", "kan.down"}
+    assert of("router") == {"router.gate", "router.noise", "constant.mix"} and of("scalar") == {"constant.vector"}

@@ -55,14 +55,17 @@ class UniformRouter(torch.nn.Module):
         return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
 
 
-ROUTERS["uniform"] = UniformRouter
+def uniform(config: Config) -> Config:
+    ROUTERS["uniform"] = UniformRouter  # from now on, in this process
+    return dataclasses.replace(config, router="uniform")
+
 
 many = lambda experts: lambda config: dataclasses.replace(config, num_experts=experts)
 with_head = lambda head, shape=lambda config: config: lambda config: dataclasses.replace(shape(config), head=head)
 ROWS = {  # name -> (shape, what it is compared with, what it is)
     "dense": (dense_twin, "dense", "the dense twin"),
     "moe": (lambda config: config, "dense", "8 experts, top-2"),
-    "moe_uniform": (lambda config: dataclasses.replace(config, router="uniform"), "moe", "equal load by force, no router"),
+    "moe_uniform": (uniform, "moe", "equal load by force, no router"),
     "dense_bf16": (with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
     "moe_bf16": (with_head("bf16"), "moe", "head in bf16"),
     "moe_plain": (lambda config: config, "moe", "no Triton kernels of ours: compiled plain versions"),

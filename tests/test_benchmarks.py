@@ -308,6 +308,7 @@ def on_cpu(monkeypatch, tmp_path):
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
     monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setitem(model.ROUTERS, "uniform", gpu.UniformRouter)
     monkeypatch.setattr(gpu, "PhaseTimer", lambda kind: logger.PhaseTimer("cpu"))
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
     monkeypatch.setattr(train_muon, "compile_model", lambda *_: "eager")

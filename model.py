@@ -62,7 +62,13 @@ class Config:
     experts: str = "mlp"  # kinds out of EXPERTS, as in "mlp*12,identity,zero": one name stands for all num_experts, a list says how many there are
     top_k: int = 2
     router: str = "linear"  # a key of ROUTERS
-    router_noise: float = 1.0  # multiplies the learned noise of the linear router; 0 = no noise, and no weights for it
+    router_noise: float = 1.0  # multiplies the noise on the scores in training; 0 = no noise, and no weights for it
+    router_spread: str = "learned"  # a key of SPREADS: what that noise's standard deviation is for a token and expert
+    router_score: str = "softmax"  # a key of SCORES: what is compared, and what gates are made of
+    norm_topk_prob: float = 1.0  # power of the sum of the kept scores that gates are divided by: 1 = they add up to 1, 0 = left as they are
+    router_residual: float = 0.0  # share of the routed layer before: its logits, through a learned matrix, are added (MoE++)
+    router_kernel: int = 3  # tokens that router conv looks at
+    router_dim: int = 64  # inner width of the routers mlp, recurrent and attention
     balance_coef: float = 0.01  # Switch balance loss
     z_coef: float = 0.001  # router z-loss
     bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of probability
@@ -99,15 +105,18 @@ class Config:
         check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: mlp, swiglu or kan")
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
-        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows"):
+        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
+                      "router_kernel"):
             check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("router_noise", "balance_coef", "z_coef", "bias_update_factor"):
+        for field in ("router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor"):
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
-        for field in ("mlp_ratio", "free_eta", "router_noise", "balance_coef", "z_coef", "bias_update_factor", "attn_scale", "softcap"):
+        for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
+                      "attn_scale", "softcap"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
-        for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", HEADS), ("dtype", DTYPES)):
+        for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("depth", DEPTHS), ("head", HEADS),
+                             ("dtype", DTYPES)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
             value = getattr(self, field)
@@ -116,6 +125,7 @@ class Config:
         check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
         check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        check("router_dim", self.router_dim > 0 and self.router_dim % 16 == 0, "a multiple of 16")
         check("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
@@ -461,6 +471,7 @@ class Context(NamedTuple):
     noise_key: tuple[Tensor, Tensor, Tensor, Tensor]  # seed, step, routed layers before this one, number of each token in the global batch (T,)
     bias_E: Tensor  # the aux-loss-free bias
     cache: "Cache | None"
+    logits_before_TE: Tensor | None = None  # of the routed layer before, zeros for the first; None where no router asks for them
 
 
 class Attention(nn.Module):
@@ -523,6 +534,7 @@ class Cache:
         layers = [layer for layer, letter in enumerate(config.tiled("attention")) if letter != "-"]
         self.k, self.v = ({layer: torch.zeros(shape, dtype=DTYPES[config.dtype], device=device) for layer in layers} for _ in range(2))
         self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len, dtype=torch.int64, device=device)
+        self.states = {}  # module -> what it has to remember of earlier tokens, for routers
         self.length = 0  # tokens of finished forward passes
 
     def last_doc(self) -> Tensor:
@@ -554,6 +566,7 @@ class Route(NamedTuple):
     expert_TK: Tensor  # int64, distinct within a row
     weight_TK: Tensor  # fp32 gates, a row sums to 1
     logits_TE: Tensor  # fp32, without noise and bias: what the balance and z losses see
+    prob_TE: Tensor | None = None  # what the balance loss takes for probabilities, where that is not the softmax of the logits
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -609,27 +622,93 @@ def sorted_out(score_TE: Tensor, k: int) -> Tensor:
 TOP_K = {"cpu": sorted_out, "cuda": lambda score_TE, k: (largest if k <= 4 else sorted_out)(score_TE, k)}
 
 
-class LinearRouter(nn.Module):
-    """Noisy top-k gating (1701.06538 eq. 3-5): H = x W_g + N(0, 1) softplus(x W_noise), gates = softmax over the k kept.
+SPREADS = {  # (router, x_TD) -> the standard deviation of the noise, before Config.router_noise
+    "learned": lambda router, x_TD: F.softplus(linear_fp32(x_TD, router.noise)),
+    "constant": lambda router, x_TD: 1.0,
+}
 
-    The noise is drawn in training only. The aux-loss-free bias moves the selection, never the gates (2408.15664)."""
 
-    def __init__(self, config: Config):
+class Scores(NamedTuple):
+    """What a router does with its logits."""
+
+    of: callable  # logits_TE -> what is compared, with the bias added
+    gates: callable  # (logits_TE, expert_TK, power) -> the kept scores over the power-th power of their sum
+    prob: callable  # logits_TE -> Route.prob_TE
+
+
+def softmax_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
+    kept_TK = logits_TE.gather(1, expert_TK)
+    share = 1.0 if power == 1 else (kept_TK.logsumexp(-1, keepdim=True) - logits_TE.logsumexp(-1, keepdim=True)).exp() ** (1 - power)
+    return softmax(kept_TK) * share
+
+
+def sigmoid_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
+    kept_TK = logits_TE.gather(1, expert_TK).sigmoid()
+    return kept_TK / kept_TK.sum(-1, keepdim=True) ** power
+
+
+def sigmoid_shares(logits_TE: Tensor) -> Tensor:
+    score_TE = logits_TE.sigmoid()
+    return score_TE / score_TE.sum(-1, keepdim=True)
+
+
+SCORES = {
+    "softmax": Scores(softmax, softmax_gates, lambda logits_TE: None),
+    "sigmoid": Scores(torch.sigmoid, sigmoid_gates, sigmoid_shares),  # DeepSeek-V3, 2412.19437
+}
+
+
+class Router(nn.Module):
+    """What learned routers share: noise, bias, top-k and gates. An entry of ROUTERS says where the logits come from.
+
+    Noisy top-k gating (1701.06538 eq. 3-5): H = logits + N(0, 1) softplus(x W_noise), gates = softmax over the k kept. The noise is drawn
+    in training only. The aux-loss-free bias moves the selection, never the gates (2408.15664)."""
+
+    def __init__(self, config: Config, width: int):
         super().__init__()
-        self.top_k, self.noise_scale = config.top_k, config.router_noise
-        self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        self.noise = nn.Parameter(torch.empty_like(self.gate)) if config.router_noise else None
+        self.top_k, self.noise_scale, self.power = config.top_k, config.router_noise, config.norm_topk_prob
+        self.spread, self.score, self.residual_scale = SPREADS[config.router_spread], SCORES[config.router_score], config.router_residual
+        learned = config.router_noise > 0 and config.router_spread == "learned"
+        self.gate = nn.Parameter(torch.empty(config.num_experts, width))
+        self.noise = nn.Parameter(torch.empty(config.num_experts, config.n_embd)) if learned else None
+        self.residual = nn.Parameter(torch.empty(config.num_experts, config.num_experts)) if config.router_residual else None
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        raise NotImplementedError
+
+    def logits_and_spread(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return self.logits(x_BTD, ctx), self.spread(self, x_BTD.flatten(0, 1))
+
+    def with_residual(self, logits_TE: Tensor, ctx: Context) -> Tensor:
+        if self.residual is None:
+            return logits_TE
+        return logits_TE + self.residual_scale * ctx.logits_before_TE @ self.residual.T
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
-        x_TD = x_BTD.flatten(0, 1)
-        if self.training and self.noise is not None:
-            logits_TE, spread_TE = linear_fp32(x_TD, torch.cat([self.gate, self.noise])).chunk(2, dim=1)
-            normal_TE = hashed_normal(*ctx.noise_key, logits_TE.size(1))
-            noisy_TE = logits_TE + self.noise_scale * normal_TE * F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower
+        if self.training and self.noise_scale:
+            logits_TE, spread_TE = self.logits_and_spread(x_BTD, ctx)
+            logits_TE = self.with_residual(logits_TE, ctx)
+            noisy_TE = logits_TE + self.noise_scale * hashed_normal(*ctx.noise_key, logits_TE.size(1)) * spread_TE
         else:
-            noisy_TE = logits_TE = linear_fp32(x_TD, self.gate)
-        expert_TK = TOP_K.get(x_TD.device.type, largest)(softmax(noisy_TE.detach()) + ctx.bias_E, self.top_k)
-        return Route(expert_TK, softmax(noisy_TE.gather(1, expert_TK)), logits_TE)
+            noisy_TE = logits_TE = self.with_residual(self.logits(x_BTD, ctx), ctx)
+        expert_TK = TOP_K.get(x_BTD.device.type, largest)(self.score.of(noisy_TE.detach()) + ctx.bias_E, self.top_k)
+        return Route(expert_TK, self.score.gates(noisy_TE, expert_TK, self.power), logits_TE, self.score.prob(logits_TE))
+
+
+class LinearRouter(Router):
+    """One matrix."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.n_embd)
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return linear_fp32(x_BTD.flatten(0, 1), self.gate)
+
+    def logits_and_spread(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        if self.noise is None:
+            return super().logits_and_spread(x_BTD, ctx)
+        logits_TE, spread_TE = linear_fp32(x_BTD.flatten(0, 1), torch.cat([self.gate, self.noise])).chunk(2, dim=1)
+        return logits_TE, F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower
 
 
 class HashRouter(nn.Module):
@@ -872,14 +951,16 @@ class RouteStats(NamedTuple):
     prob_E: Tensor  # mean router probability, differentiable
     z_loss: Tensor  # mean squared logsumexp of the logits, differentiable
     entropy: Tensor  # mean entropy of the router's distribution / log E: 1 = undecided
+    logits_TE: Tensor | None = None  # for the router of the next layer
 
 
 def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
     lse_T = route.logits_TE.logsumexp(-1)
     log_p_TE = route.logits_TE - lse_T[:, None]
     p_TE = log_p_TE.exp()
+    prob_TE = p_TE if route.prob_TE is None else route.prob_TE
     entropy = -(p_TE * log_p_TE).detach().sum(-1).mean() / math.log(max(p_TE.size(1), 2))
-    return RouteStats(counts_E, p_TE.mean(0), lse_T.square().mean(), entropy)
+    return RouteStats(counts_E, prob_TE.mean(0), lse_T.square().mean(), entropy, route.logits_TE)
 
 
 class MoE(nn.Module):
@@ -948,6 +1029,11 @@ def add_skip(weight: Tensor, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
     return blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, y_BTD)
 
 
+def informed(ctx: Context, stats: list[RouteStats]) -> Context:
+    """The context of a layer, told what the routed layer before it thought, if its router asks for that."""
+    return ctx if ctx.logits_before_TE is None or not stats else ctx._replace(logits_before_TE=stats[-1].logits_TE)
+
+
 class Stack(nn.Module):
     """Every block once. The second half reads the first half's outputs in mirror order, U-net style (modded-nanogpt record 11)."""
 
@@ -960,13 +1046,13 @@ class Stack(nn.Module):
         x_BTD, all_stats, outputs = embedding_BTD.clone(), [], []  # a compiled Function refuses one tensor twice
         num_down = len(blocks) - len(self.skip_weights)
         for block, ctx in zip(blocks[:num_down], contexts[:num_down]):
-            x_BTD, stats = block(x_BTD, embedding_BTD, ctx)
+            x_BTD, stats = block(x_BTD, embedding_BTD, informed(ctx, all_stats))
             outputs.append(x_BTD)
             all_stats += stats
         outputs = outputs[: len(self.skip_weights)]
         for block, ctx, weight in zip(blocks[num_down:], contexts[num_down:], self.skip_weights):
             x_BTD = self.add_skip(weight, x_BTD, outputs.pop())
-            x_BTD, stats = block(x_BTD, embedding_BTD, ctx)
+            x_BTD, stats = block(x_BTD, embedding_BTD, informed(ctx, all_stats))
             all_stats += stats
         return x_BTD, all_stats
 
@@ -1113,6 +1199,98 @@ class ChunkedLoss(torch.autograd.Function):
 
 # -----------------------------------------------------------------------------
 # The zoo: further entries of the tables, which the speedrun does not use
+
+
+class MLPRouter(Router):
+    """Two layers with ReLU between."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.router_dim)
+        self.up = nn.Parameter(torch.empty(config.router_dim, config.n_embd))
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return linear_fp32(x_BTD.flatten(0, 1), self.up).relu() @ self.gate.T
+
+
+class ConvRouter(Router):
+    """A causal convolution over the last router_kernel tokens of the document: kernel 1 is the linear router. The taps lie side by side in
+    one matrix (E, K D), the current token's first."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.router_kernel * config.n_embd)
+        self.kernel = config.router_kernel
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        T, back = x_BTD.size(1), self.kernel - 1
+        x_BSD = F.pad(x_BTD, (0, 0, back, 0)) if ctx.cache is None else remembered(self, x_BTD, ctx.cache, back)
+        follows_BS = F.pad(ctx.follows_BS, (back, 0))[:, -T - back :]
+        taps, same_BT = [x_BTD], torch.ones_like(follows_BS[:, back:])
+        for lag in range(1, self.kernel):
+            same_BT = same_BT & follows_BS[:, back - lag + 1 : back - lag + 1 + T]  # lag steps back without leaving the document
+            taps.append(torch.where(same_BT[..., None], x_BSD[:, back - lag : back - lag + T], 0))
+        return linear_fp32(torch.cat(taps, dim=-1).flatten(0, 1), self.gate)
+
+
+def remembered(module: nn.Module, x_BTD: Tensor, cache: Cache, count: int) -> Tensor:
+    """x with the `count` inputs before it in front (zeros before the first), which the cache keeps for the next call."""
+    before_BTD = cache.states.get(module, x_BTD.new_zeros(x_BTD.size(0), count, x_BTD.size(2)))
+    x_BSD = torch.cat([before_BTD, x_BTD], dim=1)
+    cache.states[module] = x_BSD[:, x_BSD.size(1) - count :]
+    return x_BSD
+
+
+class RecurrentRouter(Router):
+    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z = sigmoid(W_z x), v = W_v x.
+
+    In fp32; a scan of log2(T) steps. A document's first token forgets what came before: its (1 - z) is 0."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.router_dim)
+        self.update, self.value = (nn.Parameter(torch.empty(config.router_dim, config.n_embd)) for _ in range(2))
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        B, T, _ = x_BTD.shape
+        both = linear_fp32(x_BTD.flatten(0, 1), torch.cat([self.update, self.value])).unflatten(0, (B, T))
+        z_BTC, v_BTC = both.chunk(2, dim=-1)
+        z_BTC = z_BTC.sigmoid()
+        h_BTC = linear_scan((1 - z_BTC) * ctx.follows_BS[:, -T:, None], z_BTC * v_BTC, self.state(B, ctx, z_BTC))
+        if ctx.cache is not None:
+            ctx.cache.states[self] = h_BTC[:, -1]
+        return h_BTC.flatten(0, 1) @ self.gate.T
+
+    def state(self, B: int, ctx: Context, like: Tensor) -> Tensor:
+        zeros_BC = like.new_zeros(B, like.size(-1))
+        return zeros_BC if ctx.cache is None else ctx.cache.states.get(self, zeros_BC)
+
+
+def linear_scan(a_BTC: Tensor, b_BTC: Tensor, h_BC: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t for all t, from h_BC on: each of log2(T) rounds doubles how far back a token has looked."""
+    b_BTC = torch.cat([b_BTC[:, :1] + a_BTC[:, :1] * h_BC[:, None], b_BTC[:, 1:]], dim=1)
+    reach, T = 1, a_BTC.size(1)
+    while reach < T:
+        b_BTC = b_BTC + a_BTC * F.pad(b_BTC, (0, 0, reach, 0))[:, :T]
+        a_BTC = a_BTC * F.pad(a_BTC, (0, 0, reach, 0))[:, :T]
+        reach *= 2
+    return b_BTC
+
+
+class AttentionRouter(Router):
+    """One causal head over what the layer's feed-forward sees, with the layer's own window and documents, scores the experts."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.router_dim)
+        self.qkv = nn.Parameter(torch.empty(3 * config.router_dim, config.n_embd))
+
+    def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        q, k, v = F.linear(x_BTD, self.qkv.type_as(x_BTD))[:, None].chunk(3, dim=-1)  # (B, 1, T, C)
+        if ctx.cache is not None:
+            before = ctx.cache.states.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = ctx.cache.states[self] = tuple(torch.cat([old, new], dim=2) for old, new in zip(before, (k, v)))
+        y_BTC = ctx.mask.attend(norm(q), norm(k), v, q.size(-1) ** 0.5 / 4)[:, 0]
+        return linear_fp32(y_BTC.flatten(0, 1), self.gate)
+
+
+ROUTERS |= {"mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter, "attention": AttentionRouter}
 
 
 class SwiGLUExperts(nn.Module):
@@ -1343,7 +1521,8 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(position_T, config.head_dim, DTYPES[config.dtype])
         layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
         routed = [config.tiled("pattern")[:layer].count("M") for layer in range(config.n_layer)]
-        return [Context(id_BT, masks[letter], value_embed, cos, sin, follows_BS, (seed, step, layer_L[r], token_T), bias_LE[r], cache)
+        before_TE = torch.zeros(B * T, config.num_experts, device=device) if config.router_residual else None
+        return [Context(id_BT, masks[letter], value_embed, cos, sin, follows_BS, (seed, step, layer_L[r], token_T), bias_LE[r], cache, before_TE)
                 for letter, value_embed, r in zip(config.tiled("window"), value_embeds, routed)]  # fmt: skip
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
@@ -1464,6 +1643,11 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "constant.vector": ParameterRule("scalar", normal),
     "router.gate": ParameterRule("router", constant(0.0)),
     "router.noise": ParameterRule("router", constant(0.0)),
+    "router.residual": ParameterRule("router", constant(0.0)),
+    "router.up": ParameterRule("router", uniform),
+    "router.update": ParameterRule("router", uniform),
+    "router.value": ParameterRule("router", uniform),
+    "router.qkv": ParameterRule("router", uniform),
     "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
     "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
     "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
@@ -1528,6 +1712,9 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     keys = 0.0
     for letter, window in zip(config.tiled("attention"), config.tiled("window")):
         keys += mean_keys(config, window, seq_len) * (letter != "-")
+    for letter, window in zip(config.tiled("pattern"), config.tiled("window")):
+        heads = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
+        keys += mean_keys(config, window, seq_len) * heads * (letter == "M" and config.router == "attention")
     return 6 * weights + 12 * keys * config.n_head * config.head_dim
 
 

@@ -1,4 +1,5 @@
 """The expert pool: every kind against its definition, token by token; exact zeros; FLOPs by selected matmuls; the balance of free experts.
+And the routers: each against its definition, what scores, noise and the layer before make of it.
 
 CPU, no network: `pytest tests/test_experts.py`."""
 
@@ -361,3 +362,155 @@ def test_the_kinds_of_parameters():
     of = lambda kind: {name.partition("ffn.")[2] for name, k in kinds.items() if k == kind and "ffn" in name}
     assert of("expert") == {"experts.up", "experts.down", "swiglu.gate", "swiglu.up", "swiglu.down", "kan.up", "kan.down"}
     assert of("router") == {"router.gate", "router.noise", "constant.mix"} and of("scalar") == {"constant.vector"}
+
+
+# -----------------------------------------------------------------------------
+# Routers
+
+
+def router_of(name: str, **changes):
+    config = Config(**TINY | dict(router=name, router_dim=16) | changes)
+    return shaken(M.ROUTERS[name](config), 3).eval(), config
+
+
+def packed(config: Config, starts: list[int], T: int) -> M.Context:
+    """The context of one row whose documents start at these tokens."""
+    doc_BT = torch.zeros(1, T, dtype=torch.int64)
+    doc_BT[0, starts] = 1
+    doc_BT, position = doc_BT.cumsum(1), torch.arange(T)
+    mask = M.DenseMask(position, position, doc_BT, doc_BT, torch.tensor(config.window_size))
+    return context(config, T)._replace(mask=mask, follows_BS=F.pad(doc_BT, (1, -1), value=-1) == doc_BT)
+
+
+def starts_of(starts: list[int], T: int) -> list[int]:
+    """The first token of each token's document."""
+    return [max(start for start in [0, *starts] if start <= t) for t in range(T)]
+
+
+def test_the_mlp_router_is_two_layers():
+    router, config = router_of("mlp")
+    x = torch.randn(1, 20, 32, generator=rng())
+    assert far(router(x, context(config, 20)).logits_TE, (x[0] @ router.up.T).relu() @ router.gate.T) < 1e-5
+
+
+def test_a_conv_router_of_one_token_is_the_linear_router():
+    conv, config = router_of("conv", router_kernel=1)
+    linear = M.LinearRouter(config).eval()
+    linear.load_state_dict(conv.state_dict())
+    x, ctx = torch.randn(1, 20, 32, generator=rng()), packed(config, [7], 20)
+    assert torch.equal(conv(x, ctx).logits_TE, linear(x, ctx).logits_TE)
+
+
+@pytest.mark.parametrize("kernel", (2, 3, 5))
+def test_a_conv_router_looks_at_the_last_tokens_of_the_document(kernel):
+    router, config = router_of("conv", router_kernel=kernel)
+    T, starts = 23, [1, 2, 9]
+    x, ctx = torch.randn(1, T, 32, generator=rng()), packed(config, starts, T)
+    first, taps = starts_of(starts, T), router.gate.unflatten(1, (kernel, 32))
+    by_hand = torch.stack([sum(taps[:, lag] @ x[0, t - lag] for lag in range(kernel) if t - lag >= first[t]) for t in range(T)])
+    assert far(router(x, ctx).logits_TE, by_hand) < 1e-5
+
+
+def test_a_recurrent_router_is_a_loop_that_forgets_at_documents():
+    router, config = router_of("recurrent")
+    T, starts = 37, [1, 5, 6, 20]
+    x, ctx = torch.randn(1, T, 32, generator=rng()), packed(config, starts, T)
+    h, rows = torch.zeros(16), []
+    for t in range(T):
+        z, v = (router.update @ x[0, t]).sigmoid(), router.value @ x[0, t]
+        h = (1 - z) * (h if t not in [0, *starts] else torch.zeros(16)) + z * v
+        rows.append(router.gate @ h)
+    assert far(router(x, ctx).logits_TE, torch.stack(rows)) < 1e-5
+
+
+def test_linear_scan_begins_where_it_is_told():
+    a, b, h = torch.rand(2, 19, 3, generator=rng()), torch.randn(2, 19, 3, generator=rng(1)), torch.randn(2, 3, generator=rng(2))
+    out, state = M.linear_scan(a, b, h), h
+    for t in range(19):
+        state = a[:, t] * state + b[:, t]
+        assert far(out[:, t], state) < 1e-5
+
+
+def test_an_attention_router_is_one_head_over_window_and_document():
+    router, config = router_of("attention", window_size=6)
+    T, starts = 30, [4, 13]
+    x, ctx = torch.randn(1, T, 32, generator=rng()), packed(config, starts, T)
+    q, k, v = (x[0] @ router.qkv.T).chunk(3, dim=1)
+    unit = lambda z: z / z.square().mean(-1, keepdim=True).sqrt()
+    first, rows = starts_of(starts, T), []
+    for t in range(T):
+        keys = slice(max(first[t], t - 5), t + 1)
+        rows.append(router.gate @ ((unit(q)[t] @ unit(k)[keys].T).softmax(0) @ v[keys]))  # queries and keys of length 4: scores up to 16
+    assert far(router(x, ctx).logits_TE, torch.stack(rows)) < 1e-4
+
+
+@pytest.mark.parametrize("power", (1.0, 0.0, 0.5))
+@pytest.mark.parametrize("score", ("softmax", "sigmoid"))
+def test_gates_are_the_kept_scores_over_a_power_of_their_sum(score, power):
+    router, config = router_of("linear", router_score=score, norm_topk_prob=power)
+    x = torch.randn(1, 50, 32, generator=rng())
+    route = router(x, context(config, 50))
+    all_TE = route.logits_TE.softmax(-1) if score == "softmax" else route.logits_TE.sigmoid()
+    kept = all_TE.gather(1, route.expert_TK)
+    assert torch.equal(route.expert_TK.sort().values, all_TE.topk(2).indices.sort().values)
+    assert far(route.weight_TK, kept / kept.sum(-1, keepdim=True) ** power) < 1e-6
+    if power == 1:
+        assert far(route.weight_TK.sum(-1), torch.ones(50)) < 1e-6
+    stats = M.route_stats(route, torch.zeros(4, dtype=torch.int64))
+    assert far(stats.prob_E, (all_TE / all_TE.sum(-1, keepdim=True)).mean(0)) < 1e-6 and stats.prob_E.sum().item() == pytest.approx(1)
+
+
+def test_noise_of_constant_spread_has_no_weights_and_the_given_size():
+    router, config = router_of("linear", router_spread="constant", router_noise=0.25)
+    assert router.noise is None and [name for name, _ in router.named_parameters()] == ["gate"]
+    x, ctx = torch.randn(1, 400, 32, generator=rng()), context(config, 400)
+    logits = router(x, ctx).logits_TE
+    route, noise = router.train()(x, ctx), hashed_normal(*ctx.noise_key, 4)
+    noisy = logits + 0.25 * noise
+    assert torch.equal(route.logits_TE, logits) and torch.equal(route.expert_TK, noisy.topk(2).indices)
+    assert far(route.weight_TK, noisy.gather(1, route.expert_TK).softmax(-1)) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in M.ROUTERS if name != "hash"])
+def test_learned_noise_has_its_own_weights_in_every_router(name):
+    router, config = router_of(name)
+    x, ctx = torch.randn(1, 60, 32, generator=rng()), packed(config, [9], 60)
+    quiet, noisy = router(x, ctx), router.train()(x, ctx)
+    assert far(noisy.logits_TE, quiet.logits_TE) < 1e-6 and not torch.equal(noisy.expert_TK, quiet.expert_TK)
+    noisy.weight_TK.square().sum().backward()
+    assert router.noise.grad.abs().sum() > 0 and router.gate.grad.abs().sum() > 0
+    assert M.ROUTERS[name](dataclasses.replace(config, router_noise=0.0)).noise is None
+
+
+def test_a_router_hears_what_the_routed_layer_before_it_thought():
+    """MoE++'s gating residual: through a matrix, and past dense layers; the first hears nothing."""
+    config = Config(**TINY | dict(n_layer=4, pattern="MDMM", router_residual=0.5))
+    model, heard = shaken(GPT(config)).eval(), []
+    for block in model.blocks:
+        if hasattr(block.ffn, "router"):
+            forward = block.ffn.router.forward
+            block.ffn.router.forward = lambda x, ctx, forward=forward: (heard.append((x, ctx, forward(x, ctx))), heard[-1][2])[1]
+    model(text(1, 20, 1))
+    assert (heard[0][1].logits_before_TE == 0).all()
+    routers = [block.ffn.router for block in model.blocks if hasattr(block.ffn, "router")]
+    for router, (x, ctx, route), (_, _, before) in zip(routers[1:], heard[1:], heard):
+        assert torch.equal(ctx.logits_before_TE, before.logits_TE)
+        assert far(route.logits_TE, x[0] @ router.gate.T + 0.5 * before.logits_TE @ router.residual.T) < 1e-5
+    assert GPT(Config(**TINY)).blocks[0].ffn.router.residual is None
+
+
+@pytest.mark.parametrize("field, value, said", (
+    ("router_dim", 24, "a multiple of 16"), ("router_kernel", 0, "at least 1"), ("norm_topk_prob", -1.0, "at least 0"),
+    ("router_score", "tanh", "one of softmax, sigmoid"), ("router_spread", "big", "one of learned, constant"),
+    ("router", "convolution", "one of linear, hash, mlp, conv, recurrent, attention")))  # fmt: skip
+def test_a_bad_router_is_one_sentence(field, value, said):
+    with pytest.raises(ConfigError, match=f"{field} is .*{said}"):
+        Config(**TINY | {field: value})
+
+
+def test_the_attention_router_s_scores_are_counted():
+    plain, attention = (Config(**TINY | dict(router=router, router_dim=16)) for router in ("linear", "attention"))
+    weights = [M.count_parameters(config)["router"] for config in (plain, attention)]
+    keys = sum(M.mean_keys(attention, letter, 64) for letter in attention.tiled("window"))
+    more = M.flops_per_token(attention, 64) - M.flops_per_token(plain, 64)
+    assert more == pytest.approx(6 * (weights[1] - weights[0]) + 12 * keys * 16)

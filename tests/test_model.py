@@ -1312,7 +1312,7 @@ def test_skips_pair_the_layers_in_mirror_order():
     with torch.no_grad():
         model.depth.skip_weights.copy_(torch.tensor([10.0, 100.0]))
     blocks = [lambda x, e, ctx, i=i: (x + 2.0**i, [i]) for i in range(5)]
-    x, stats = model.depth(blocks, torch.zeros(1), [None] * 5)
+    x, stats = model.depth(blocks, torch.zeros(1), [moe_context(model.config, 1)] * 5)
     assert x.item() == (1 + 2 + 4) + 10 * (1 + 2) + 8 + 100 * 1 + 16 and stats == [0, 1, 2, 3, 4]
 
 
@@ -1612,7 +1612,7 @@ def test_gradients_add_up_over_micro_batches(targets):
 # -----------------------------------------------------------------------------
 # 15. Straight-line forwards
 
-NOISY = "self.training and self.noise is not None"  # a router without noise has no weights for it
+NOISY = "self.training and self.noise_scale"
 MAY_ASK = {"self.training", NOISY, "targets_BT is None", "cache is None", "cache is not None", "ctx.cache is None", "ctx.cache is not None"}
 
 
@@ -1634,7 +1634,7 @@ def branches(source: str) -> list[tuple[str, str]]:
 
 def test_no_forward_branches_but_on_targets_cache_and_training():
     found = branches((ROOT / "model.py").read_text())
-    assert ("GPT", "targets_BT is None") in found and ("LinearRouter", NOISY) in found  # the instrument works
+    assert ("GPT", "targets_BT is None") in found and ("Router", NOISY) in found  # the instrument works
     assert [branch for branch in found if branch[1] not in MAY_ASK] == []
     assert branches("class A:\n def forward(self, x):\n  return x if self.config.a else [y for y in x if y]") == [("A", "self.config.a"), ("A", "y")]
 

@@ -57,10 +57,14 @@ class Config:
     head_dim: int = 128
     # width: which feed-forward each layer has
     pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
-    mlp_ratio: float = 4.0  # active hidden width / n_embd, of a dense MLP and of top_k experts together
+    mlp_ratio: float = 4.0  # active hidden width / n_embd, of a dense MLP and of a token's experts together
     num_experts: int = 8
     experts: str = "mlp"  # kinds out of EXPERTS, as in "mlp*12,identity,zero": one name stands for all num_experts, a list says how many there are
     top_k: int = 2
+    num_shared_experts: int = 0  # that every token meets, of the same width each, beside its top_k
+    shared: str = "mlp"  # a key of SHARED
+    shared_kernel: int = 3  # tokens that shared conv looks at
+    routed_scale: str = "1.0"  # multiplies what the routed experts add up to; auto: estimated so that it is as large as the shared ones
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # multiplies the noise on the scores in training; 0 = no noise, and no weights for it
     router_spread: str = "learned"  # a key of SPREADS: what that noise's standard deviation is for a token and expert
@@ -71,7 +75,10 @@ class Config:
     router_dim: int = 64  # inner width of the routers mlp, recurrent and attention
     balance_coef: float = 0.01  # Switch balance loss
     z_coef: float = 0.001  # router z-loss
-    bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of probability
+    importance_coef: float = 0.0  # Shazeer's loss on the sums of gates, within a micro-batch
+    load_coef: float = 0.0  # and on the smooth numbers of tokens, which needs noise
+    bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of what it is added to: probability or sigmoid
+    bias_update_threshold: int = 0  # tokens that are counted before it moves again; 0 = every optimizer step
     free_eta: float = 1.0  # weight in the balance of experts without matmuls: with less than 1 they may take more than their share (MoE++: 0.75)
     balance_window: int = 1  # optimizer steps whose counts make up the load that the balance loss sees
     # depth
@@ -106,30 +113,37 @@ class Config:
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel"):
+                      "router_kernel", "shared_kernel"):
             check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor"):
+        for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
+                      "z_coef", "bias_update_factor", "num_shared_experts"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
         for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
-                      "attn_scale", "softcap"):  # fmt: skip
+                      "importance_coef", "load_coef", "attn_scale", "softcap"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
-        for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("depth", DEPTHS), ("head", HEADS),
-                             ("dtype", DTYPES)):  # fmt: skip
+        for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
+                             ("head", HEADS), ("dtype", DTYPES)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
             value = getattr(self, field)
             check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
         check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
         check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
+        learns, all_of_them = issubclass(ROUTERS[self.router], Router), self.top_k == self.num_experts
+        check("importance_coef", self.importance_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
+        check("load_coef", self.load_coef == 0 or (learns and self.router_noise > 0 and not all_of_them),
+              "0, or there must be a learned router, router_noise above 0, and fewer than num_experts chosen")
         check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
         check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
         check("router_dim", self.router_dim > 0 and self.router_dim % 16 == 0, "a multiple of 16")
         check("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
-              f"such that mlp_ratio * n_embd / top_k = {self.mlp_ratio * self.n_embd / self.top_k} is a multiple of 8")
+              f"such that mlp_ratio * n_embd / {self.active_experts} = {self.mlp_ratio * self.n_embd / self.active_experts}, the width of one of a "
+              "token's top_k + num_shared_experts, is a multiple of 8")
+        check("routed_scale", re.fullmatch(r"auto|\d+\.?\d*|\d*\.\d+", self.routed_scale) is not None, "auto or a number, at least 0")
         for name in self.expert_counts:
             width, flops = EXPERTS[name].width(self.hidden_size) if EXPERTS[name].has_matmuls else (8, 1.0)
             check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
@@ -142,14 +156,19 @@ class Config:
 
     @property
     def hidden_size(self) -> int:
-        """Hidden width of one expert: top_k of them cost what the dense MLP of width mlp_ratio * n_embd costs."""
-        hidden = self.mlp_ratio * self.n_embd / self.top_k
+        """Hidden width of one expert: a token's experts together cost what the dense MLP of width mlp_ratio * n_embd costs."""
+        hidden = self.mlp_ratio * self.n_embd / self.active_experts
         return int(hidden) if hidden == int(hidden) else -1
 
     def tiled(self, field: str) -> str:
         """The letter of each layer: the pattern string repeated until it covers n_layer."""
         pattern = getattr(self, field)
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+
+    @property
+    def active_experts(self) -> int:
+        """That one token meets."""
+        return self.top_k + self.num_shared_experts
 
     @property
     def listed_experts(self) -> list[str]:
@@ -567,6 +586,7 @@ class Route(NamedTuple):
     weight_TK: Tensor  # fp32 gates, a row sums to 1
     logits_TE: Tensor  # fp32, without noise and bias: what the balance and z losses see
     prob_TE: Tensor | None = None  # what the balance loss takes for probabilities, where that is not the softmax of the logits
+    local_loss: Tensor | float = 0.0  # of importance and load within this micro-batch, with their coefficients
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -658,6 +678,21 @@ SCORES = {
 }
 
 
+def squared_variation(x_E: Tensor) -> Tensor:
+    """The squared coefficient of variation: variance over squared mean."""
+    return x_E.var(correction=0) / x_E.mean().square().clamp(min=1e-10)
+
+
+def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, k: int) -> Tensor:
+    """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
+
+    An expert is chosen when it passes the k-th largest of the others: the (k+1)-th of all if it is among the first k, else the k-th."""
+    top_TK = noisy_TE.topk(k + 1).values
+    passes = noisy_TE > top_TK[:, k:]
+    threshold_TE = torch.where(passes, top_TK[:, k:], top_TK[:, k - 1 : k])
+    return torch.special.ndtr((logits_TE - threshold_TE) / spread_TE).sum(0)
+
+
 class Router(nn.Module):
     """What learned routers share: noise, bias, top-k and gates. An entry of ROUTERS says where the logits come from.
 
@@ -668,6 +703,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.noise_scale, self.power = config.top_k, config.router_noise, config.norm_topk_prob
         self.spread, self.score, self.residual_scale = SPREADS[config.router_spread], SCORES[config.router_score], config.router_residual
+        self.importance_coef, self.load_coef = config.importance_coef, config.load_coef
         learned = config.router_noise > 0 and config.router_spread == "learned"
         self.gate = nn.Parameter(torch.empty(config.num_experts, width))
         self.noise = nn.Parameter(torch.empty(config.num_experts, config.n_embd)) if learned else None
@@ -684,15 +720,28 @@ class Router(nn.Module):
             return logits_TE
         return logits_TE + self.residual_scale * ctx.logits_before_TE @ self.residual.T
 
+    def local_loss(self, logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor | None, expert_TK: Tensor, weight_TK: Tensor) -> Tensor | float:
+        """Shazeer's importance and load losses (1701.06538 eq. 7, 11). Of a micro-batch, so their gradients depend on how the batch is cut."""
+        loss = 0.0
+        if self.importance_coef:
+            importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK).sum(0)
+            loss = loss + self.importance_coef * squared_variation(importance_E)
+        if self.load_coef and spread_TE is not None:
+            loss = loss + self.load_coef * squared_variation(smooth_load(logits_TE, noisy_TE, spread_TE, self.top_k))
+        return loss
+
     def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
         if self.training and self.noise_scale:
             logits_TE, spread_TE = self.logits_and_spread(x_BTD, ctx)
-            logits_TE = self.with_residual(logits_TE, ctx)
-            noisy_TE = logits_TE + self.noise_scale * hashed_normal(*ctx.noise_key, logits_TE.size(1)) * spread_TE
+            logits_TE, spread_TE = self.with_residual(logits_TE, ctx), self.noise_scale * spread_TE
+            noisy_TE = logits_TE + hashed_normal(*ctx.noise_key, logits_TE.size(1)) * spread_TE
         else:
-            noisy_TE = logits_TE = self.with_residual(self.logits(x_BTD, ctx), ctx)
+            noisy_TE, spread_TE = self.with_residual(self.logits(x_BTD, ctx), ctx), None
+            logits_TE = noisy_TE
         expert_TK = TOP_K.get(x_BTD.device.type, largest)(self.score.of(noisy_TE.detach()) + ctx.bias_E, self.top_k)
-        return Route(expert_TK, self.score.gates(noisy_TE, expert_TK, self.power), logits_TE, self.score.prob(logits_TE))
+        weight_TK = self.score.gates(noisy_TE, expert_TK, self.power)
+        local_loss = self.local_loss(logits_TE, noisy_TE, spread_TE, expert_TK, weight_TK)
+        return Route(expert_TK, weight_TK, logits_TE, self.score.prob(logits_TE), local_loss)
 
 
 class LinearRouter(Router):
@@ -952,6 +1001,7 @@ class RouteStats(NamedTuple):
     z_loss: Tensor  # mean squared logsumexp of the logits, differentiable
     entropy: Tensor  # mean entropy of the router's distribution / log E: 1 = undecided
     logits_TE: Tensor | None = None  # for the router of the next layer
+    local_loss: Tensor | float = 0.0
 
 
 def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
@@ -960,11 +1010,11 @@ def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
     p_TE = log_p_TE.exp()
     prob_TE = p_TE if route.prob_TE is None else route.prob_TE
     entropy = -(p_TE * log_p_TE).detach().sum(-1).mean() / math.log(max(p_TE.size(1), 2))
-    return RouteStats(counts_E, prob_TE.mean(0), lse_T.square().mean(), entropy, route.logits_TE)
+    return RouteStats(counts_E, prob_TE.mean(0), lse_T.square().mean(), entropy, route.logits_TE, route.local_loss)
 
 
 class MoE(nn.Module):
-    """A router, pools of experts, and the dispatch between them."""
+    """A router, pools of experts, the dispatch between them, and beside it what every token meets."""
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
@@ -977,6 +1027,13 @@ class MoE(nn.Module):
             pools.append((name, first, count if count < config.num_experts else None))
             first += count
         self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
+        self.shared = SHARED[config.shared](config) if config.num_shared_experts else None
+        self.routed_scale = routed_scale(config)
+
+    def with_shared(self, routed_BTD: Tensor, x_BTD: Tensor, ctx: Context) -> Tensor:
+        if self.routed_scale != 1:
+            routed_BTD = self.routed_scale * routed_BTD
+        return routed_BTD if self.shared is None else self.shared(x_BTD, ctx) + routed_BTD
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         route, x_TD = self.router(x_BTD, ctx), x_BTD.flatten(0, 1)
@@ -985,7 +1042,37 @@ class MoE(nn.Module):
         for name, first, count in self.free_pools:
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
-        return sum(ys[1:], ys[0]).view_as(x_BTD), [route_stats(route, parts[0][1])]
+        return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [route_stats(route, parts[0][1])]
+
+
+class SharedMLP(nn.Module):
+    """num_shared_experts ReLU^2 MLPs that every token meets, as one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width = config.hidden_size * config.num_shared_experts
+        self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return F.linear(relu_squared(F.linear(x_BTD, self.up.type_as(x_BTD))), self.down.type_as(x_BTD))
+
+
+SHARED = {"mlp": SharedMLP}
+
+
+@functools.cache
+def routed_scale(config: Config) -> float:
+    """Config.routed_scale as a number. auto: the mean of sqrt(shared experts) over the length of a token's gates, for 2^14 tokens of normal
+    logits and this router's own rule (kexue.fm/archives/10945): with experts at right angles and of one length, the routed sum is then as
+    long as the shared one. Without shared experts it is 1."""
+    if config.routed_scale != "auto" or not config.num_shared_experts:
+        return 1.0 if config.routed_scale == "auto" else float(config.routed_scale)
+    logits_TE = torch.randn(2**14, config.num_experts, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    score = SCORES[config.router_score]
+    if config.router == "hash":  # equal gates
+        return math.sqrt(config.num_shared_experts * config.top_k)
+    weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
+    return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()
 
 
 class DenseMLP(nn.Module):
@@ -993,7 +1080,7 @@ class DenseMLP(nn.Module):
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        width = config.hidden_size * config.top_k
+        width = config.hidden_size * config.active_experts
         self.up = nn.Parameter(torch.empty(width, config.n_embd))
         self.down = nn.Parameter(torch.empty(config.n_embd, width))
 
@@ -1221,14 +1308,19 @@ class ConvRouter(Router):
         self.kernel = config.router_kernel
 
     def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        T, back = x_BTD.size(1), self.kernel - 1
-        x_BSD = F.pad(x_BTD, (0, 0, back, 0)) if ctx.cache is None else remembered(self, x_BTD, ctx.cache, back)
-        follows_BS = F.pad(ctx.follows_BS, (back, 0))[:, -T - back :]
-        taps, same_BT = [x_BTD], torch.ones_like(follows_BS[:, back:])
-        for lag in range(1, self.kernel):
-            same_BT = same_BT & follows_BS[:, back - lag + 1 : back - lag + 1 + T]  # lag steps back without leaving the document
-            taps.append(torch.where(same_BT[..., None], x_BSD[:, back - lag : back - lag + T], 0))
-        return linear_fp32(torch.cat(taps, dim=-1).flatten(0, 1), self.gate)
+        return linear_fp32(taps(self, x_BTD, ctx, self.kernel).flatten(0, 1), self.gate)
+
+
+def taps(module: nn.Module, x_BTD: Tensor, ctx: Context, kernel: int) -> Tensor:
+    """(B, T, kernel * D): each token and those before it, the current one first, zeros beyond the start of its document."""
+    T, back = x_BTD.size(1), kernel - 1
+    x_BSD = F.pad(x_BTD, (0, 0, back, 0)) if ctx.cache is None else remembered(module, x_BTD, ctx.cache, back)
+    follows_BS = F.pad(ctx.follows_BS, (back, 0))[:, -T - back :]
+    found, same_BT = [x_BTD], torch.ones_like(follows_BS[:, back:])
+    for lag in range(1, kernel):
+        same_BT = same_BT & follows_BS[:, back - lag + 1 : back - lag + 1 + T]  # lag steps back without leaving the document
+        found.append(torch.where(same_BT[..., None], x_BSD[:, back - lag : back - lag + T], 0))
+    return torch.cat(found, dim=-1)
 
 
 def remembered(module: nn.Module, x_BTD: Tensor, cache: Cache, count: int) -> Tensor:
@@ -1410,6 +1502,24 @@ class ConstantExperts(FreeExperts):
         return x_gate_T1 * x_TD + ((gate_Tn * b_Tn) @ self.vector).type_as(x_TD)
 
 
+class SharedConv(nn.Module):
+    """BiBo's: down(silu(gate) * up) whose gate is a causal convolution over shared_kernel tokens of the document, of such a width that the
+    FLOPs are those of the MLP. The taps lie side by side, so initial values shrink with their number."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.kernel = config.shared_kernel
+        width = 8 * max(1, round(config.hidden_size * config.num_shared_experts * 2 / (self.kernel + 2) / 8))
+        self.gate = nn.Parameter(torch.empty(width, self.kernel * config.n_embd))
+        self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        gate_BTF = F.linear(taps(self, x_BTD, ctx, self.kernel), self.gate.type_as(x_BTD))
+        return F.linear(F.silu(gate_BTF) * F.linear(x_BTD, self.up.type_as(x_BTD)), self.down.type_as(x_BTD))
+
+
+SHARED |= {"conv": SharedConv}
+
 EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
             "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts}  # fmt: skip
 
@@ -1440,6 +1550,7 @@ class GPT(nn.Module):
         # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
         self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
         self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
+        self.register_buffer("counted_LE", torch.zeros(routed, config.num_experts, dtype=torch.int64))  # since the bias last moved
         self.register_buffer("eta_E", torch.tensor(config.expert_etas), persistent=False)
         # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
         self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
@@ -1453,11 +1564,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """Once per optimizer step, with the counts of the whole global batch: move the load window and the selection bias."""
+        """Once per optimizer step, with the counts of the whole global batch: move the load window, and the selection bias when
+        enough tokens have been counted."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         even_E = 1 / self.eta_E / (1 / self.eta_E).mean()  # over the mean
-        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
+        self.counted_LE += counts_LE
+        counted_L1 = self.counted_LE.sum(-1, keepdim=True)
+        share_LE, due_L1 = self.counted_LE / counted_L1.clamp(min=1), counted_L1 >= self.config.bias_update_threshold * self.config.top_k
+        self.bias_LE += self.config.bias_update_factor * due_L1 * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
+        self.counted_LE *= ~due_L1
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
 
     # ---- forward
@@ -1539,11 +1655,13 @@ class GPT(nn.Module):
             "z_loss": mean([s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
             "counts_LE": counts_LE,
+            "local_loss": sum(s.local_loss for s in stats),
         }
 
     def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
         """Summed over layers, so that each router feels its coefficient whatever the depth."""
-        return self.config.routed_layers * (self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"])
+        per_layer = self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"]
+        return self.config.routed_layers * per_layer + stats["local_loss"]
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         z_BTV = F.linear(x_BTD, self.head.type_as(x_BTD)).float()
@@ -1630,6 +1748,9 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "head": ParameterRule("head", constant(0.0)),
     "attention.qkv": ParameterRule("matrix", uniform),
     "attention.out": ParameterRule("matrix", constant(0.0)),
+    "shared.gate": ParameterRule("matrix", uniform),
+    "shared.up": ParameterRule("matrix", uniform),
+    "shared.down": ParameterRule("matrix", constant(0.0)),
     "ffn.up": ParameterRule("matrix", uniform),
     "ffn.down": ParameterRule("matrix", constant(0.0)),
     "experts.up": ParameterRule("expert", uniform),
@@ -1757,6 +1878,8 @@ def model_card(config: Config, seq_len: int) -> str:
     if config.expert_share * config.num_experts != config.top_k or len(config.expert_counts) > 1:
         meets = config.expert_share * sum(count for kind, count in config.expert_counts.items() if EXPERTS[kind].has_matmuls)
         experts += f" (a token meets {meets:.2f} with matmuls at even load)"
+    if config.num_shared_experts:
+        experts += f"; {config.num_shared_experts} shared {config.shared}, routed sum x {routed_scale(config):.3f}"
     layers = " ".join(f"{f}{a}{w}" for f, a, w in zip(config.tiled("pattern"), config.tiled("attention"), config.tiled("window")))
     rows = [
         ("layers", f"{config.n_layer} ({layers})"),

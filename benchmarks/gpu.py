@@ -146,6 +146,7 @@ def drawn_on_the_device(config: Config) -> GPT:
         model_file.parameter_rule(name).init(parameter.detach(), generator)
     model.load_WLE.fill_(1 / config.num_experts)
     model.bias_LE.zero_()
+    model.counted_LE.zero_()
     model.eta_E.fill_(1)
     return model
 

@@ -39,6 +39,7 @@ BUILDS = [dict(router=r, depth=d, pattern=p, attention=a)
 BUILDS.append(dict(router="linear", attention="KA-K", ngrams="24", ngram_rows=128))
 BUILDS += [dict(router=r, depth=d, experts="mlp*2,swiglu,kan,identity,zero,noise,relu2,constant*2", mlp_ratio=4.5)
            for r, d in itertools.product(sorted(ROUTERS), sorted(DEPTHS))]  # fmt: skip
+BUILDS += [dict(router="linear", num_shared_experts=n, shared=kind, mlp_ratio=2.0 + n, routed_scale="auto") for kind, n in (("mlp", 1), ("conv", 2))]
 
 
 def name_of(options: dict) -> str:

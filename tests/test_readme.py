@@ -124,7 +124,7 @@ def test_ci_runs_the_readmes_commands():
 
 def test_the_options_table_holds_the_entries_of_the_tables():
     """Every key of every table of model.py, and nothing that is not one."""
-    tables = {"experts": model.EXPERTS, "router": model.ROUTERS, "router_score": model.SCORES, "router_spread": model.SPREADS,
+    tables = {"experts": model.EXPERTS, "router": model.ROUTERS, "router_score": model.SCORES, "router_spread": model.SPREADS, "shared": model.SHARED,
               "depth": model.DEPTHS, "attention": model.ATTENTIONS, "window": model.WINDOWS, "pattern": model.FEED_FORWARDS,
               "head": model.HEADS, "dtype": model.DTYPES}  # fmt: skip
     rows = README[README.index("| flag | value | what |") :].split("\n\n")[0].splitlines()[2:]

@@ -290,7 +290,7 @@ def test_the_balance_loss_is_one_when_free_experts_take_more_by_their_eta():
     pushed = torch.tensor([0.25, 0.25, 0.25, 0.25])
     p = pushed.clone().requires_grad_()
     model.summary([layer._replace(prob_E=p)] * 4)["balance_loss"].backward()
-    assert p.grad.tolist() == pytest.approx([p.grad[0]] * 4)  # at loads of 1 / eta no expert is pushed against another
+    assert p.grad.tolist() == pytest.approx([p.grad[0].item()] * 4)  # at loads of 1 / eta no expert is pushed against another
 
 
 @pytest.mark.parametrize("eta", (1.0, 0.5))

@@ -1265,7 +1265,7 @@ def compile_acts(shards, tmp_path, monkeypatch):
     train(tmp_path / "no", data=shards, num_iterations=1, compile="false")
     assert compiled == []
     train(tmp_path / "yes", data=shards, num_iterations=1, compile="true")
-    assert len(compiled) == 2 + 1  # two blocks and the loss
+    assert len(compiled) == 2 + 1 + 1  # two blocks, the skips and the loss
 
 
 def shown_to(cls, monkeypatch, shards, tmp_path, **values) -> list:

@@ -652,8 +652,8 @@ def _read_seed(folder, seed, track, pinned):
     _demand(finite, metrics, f"the run did not end with a finite {metric}")
     said = re.search(rf"^step:{row['step']}/\d+ .*{metric.replace('/', '_')}:([\d.]+)", told, re.M)
     _demand(said and abs(float(said[1]) - row[metric]) < 1e-4, log, f"it does not say what {metrics.name} says")
-    version, pins = re.search(r"^torch +([^\s+]+)", told, re.M)[1], track["corpus_sha256"]
-    _demand(pinned == pins.get(version, pins.get(ANY_TORCH)), log, f"its corpus is not the one pinned for torch {version}")
+    version = re.search(r"^torch +([^\s+]+)", told, re.M)[1]
+    _demand(pinned == corpus_pin(track, version), log, f"its corpus is not the one pinned for torch {version}")
     for fact in ("threads", "gpu"):
         there = re.search(rf"^{fact} +(.*\S)", told, re.M)[1]
         _demand(there == str(track.get(fact, there)), log, f"it ran with {fact} {there}, its track with {track.get(fact)}")
@@ -667,6 +667,12 @@ def _demand(fine, where, what):
 
 
 ANY_TORCH = "any torch"  # key of a corpus whose text is not torch's own
+
+
+def corpus_pin(track: dict, version: str) -> str | None:
+    """The sha256 of the corpus that a track pins for this version of torch, None if it pins none."""
+    return track["corpus_sha256"].get(version, track["corpus_sha256"].get(ANY_TORCH))
+
 
 RECORD_TITLES = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte", "n", "p")
 

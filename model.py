@@ -144,8 +144,8 @@ class Config:
               f"such that mlp_ratio * n_embd / {self.active_experts} = {self.mlp_ratio * self.n_embd / self.active_experts}, the width of one of a "
               "token's top_k + num_shared_experts, is a multiple of 8")
         check("routed_scale", re.fullmatch(r"auto|\d+\.?\d*|\d*\.\d+", self.routed_scale) is not None, "auto or a number, at least 0")
-        for name in self.expert_counts:
-            width, flops = EXPERTS[name].width(self.hidden_size) if EXPERTS[name].has_matmuls else (8, 1.0)
+        for name in (name for name in self.expert_counts if EXPERTS[name].has_matmuls):
+            width, flops = EXPERTS[name].width(self.hidden_size)
             check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
                   f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")
         check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
@@ -1067,10 +1067,10 @@ def routed_scale(config: Config) -> float:
     long as the shared one. Without shared experts it is 1."""
     if config.routed_scale != "auto" or not config.num_shared_experts:
         return 1.0 if config.routed_scale == "auto" else float(config.routed_scale)
-    logits_TE = torch.randn(2**14, config.num_experts, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    score = SCORES[config.router_score]
     if config.router == "hash":  # equal gates
         return math.sqrt(config.num_shared_experts * config.top_k)
+    score, generator = SCORES[config.router_score], torch.Generator("cpu").manual_seed(0)
+    logits_TE = torch.randn(2**14, config.num_experts, generator=generator, device="cpu")
     weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
     return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()
 

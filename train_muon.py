@@ -636,6 +636,12 @@ class Exchange:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer for transfer in self.transfers for optimizer in transfer.optimizers]
 
+    def equip(self, recipe: Recipe, hp: Common) -> list[torch.optim.Optimizer]:
+        """Give every bucket the optimizers of the slabs that this rank owns; returns them all."""
+        for transfer in self.transfers:
+            transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
+        return self.optimizers
+
     def arm(self, totals: Tensor):
         """Before the last backward: buckets may leave from now on, and `totals` is summed over the ranks beside them, in place."""
         self.armed, self.sent = True, 0
@@ -1213,9 +1219,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     # ---- the model, its buckets, and the optimizers of each
     model = GPT(config, world.expert_ranks).init_weights(hp.seed).to(device)
     exchange = Exchange(model, world, hp.bucket_mb, hp.overlap)
-    for transfer in exchange.transfers:
-        transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
-    optimizers = exchange.optimizers
+    optimizers = exchange.equip(recipe, hp)
     check_cover(exchange, optimizers)
     compile_note = compile_model(model, hp, device)
 

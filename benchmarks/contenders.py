@@ -58,8 +58,7 @@ def ours(optimizer: str, shape):
                                  micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
         world, model, timer = train_muon.World(0, 1, CPU), GPT(config), PhaseTimer("cpu")
         exchange = train_muon.Exchange(model, world, hp.bucket_mb)
-        for transfer in exchange.transfers:
-            transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
+        exchange.equip(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
         batches = [[Batch(part[:, :-1], part[:, 1:], i * rows) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
 

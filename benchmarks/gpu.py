@@ -105,8 +105,7 @@ class Stepper:
         with self.kernels():
             self.model = drawn_on_the_device(config).train()
             self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, DEVICE))
-            for transfer in self.exchange.transfers:
-                transfer.optimizers = train_muon.make_optimizers(transfer.owned_by_kind(), hp)
+            self.exchange.equip(train_muon.MUON, hp)
             train_muon.compile_model(self.model, hp, DEVICE)
             self.batches = batches(config, hp, rows, args.data)
             torch.cuda.reset_peak_memory_stats()
@@ -151,11 +150,15 @@ def drawn_on_the_device(config: Config) -> GPT:
     return model
 
 
+def loader_of(folder: Path, config: Config, seq_len: int, tokens: int, rows: int) -> data.Loader:
+    return data.Loader(folder, seq_len=seq_len, batch_rows=tokens // seq_len, micro_rows=rows, rank=0, world_size=1, seed=0,
+                       vocab_size=config.vocab_size, device=DEVICE)  # fmt: skip
+
+
 def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) -> list[list[data.Batch]]:
     """Micro-batches of a few steps, on the device: of a folder of shards, or random ids without the end-of-text token."""
     if folder:
-        loader = data.Loader(folder, seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=rows, rank=0, world_size=1, seed=0,
-                             vocab_size=config.vocab_size, device=DEVICE)  # fmt: skip
+        loader = loader_of(folder, config, hp.seq_len, hp.batch_tokens, rows)
         made = [loader.next_step() for _ in range(steps)]
         loader.close()
         return made
@@ -363,8 +366,7 @@ def part_rows(args, save):
 
 def data_milliseconds(args, steps: int = 10) -> float:
     """Of a step's batches, when nothing else keeps the loader waiting."""
-    loader = data.Loader(args.data, seq_len=args.seq_len, batch_rows=args.tokens // args.seq_len, micro_rows=args.micro // args.seq_len, rank=0,
-                         world_size=1, seed=0, vocab_size=args.config.vocab_size, device=DEVICE)  # fmt: skip
+    loader = loader_of(args.data, args.config, args.seq_len, args.tokens, args.micro // args.seq_len)
     loader.next_step()
     began = time.perf_counter()
     for _ in range(steps):

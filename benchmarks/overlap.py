@@ -54,8 +54,7 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
     exchanges = {}
     for overlap in (False, True):
         exchanges[overlap] = train_muon.Exchange(model, world, hp.bucket_mb, overlap)
-        for transfer in exchanges[overlap].transfers:
-            transfer.optimizers = train_muon.make_optimizers(transfer.owned_by_kind(), hp)
+        exchanges[overlap].equip(train_muon.MUON, hp)
     variants = {f"{'overlapped' if overlap else 'synchronous'}, delay {ms:g} ms": (overlap, ms / 1000)
                 for ms in (0.0, args.delay_ms) for overlap in (False, True)}  # fmt: skip
     seconds = {name: {"step": [], "wait": []} for name in variants}

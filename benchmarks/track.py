@@ -51,8 +51,8 @@ class Row:
 
     Raises RunError for a flag that is the track's to set, for data or a GPU other than the track's, and for a torch that is not pinned."""
 
-    def __init__(self, track: dict, command: list[str], folder: Path):
-        script, *flags = command
+    def __init__(self, track: dict, command: list[str], folder: Path | None = None):
+        (script, *flags), folder = command, folder or Path(track["data"])
         if script not in RECIPES:
             raise RunError(f"{script} is not a script of the track; after -- comes one of {', '.join(RECIPES)} and its flags")
         for flag in {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")} & set(OURS):
@@ -107,7 +107,7 @@ def check_gpu(track: dict):
 def pinned_corpus(track: dict, folder: Path) -> dict:
     """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
     version, pins = data.torch_version(), track["corpus_sha256"]
-    pinned = pins.get(version, pins.get(logger.ANY_TORCH))
+    pinned = logger.corpus_pin(track, version)
     if pinned is None:
         raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
     meta = data.load_meta(folder)
@@ -130,7 +130,7 @@ def shards_sha256(meta: dict) -> str:
 def short(args):
     track, log = logger.read_json(ROOT / args.track / "track.json"), ROOT / args.track / "tuning.jsonl"
     track["threads"] = args.threads or track.get("threads")
-    row, lines = Row(track, args.command, args.data or Path(track["data"])), read_tuning(log)
+    row, lines = Row(track, args.command, args.data), read_tuning(log)
     earlier = [line for line in lines if line["name"] == args.name]
     asked = sum(len(line["seeds"]) for line in lines if args.row and line["row"] == args.row) + len(args.seeds)
     if args.row and asked > track["tuning_runs"]:
@@ -239,7 +239,7 @@ def full(args):
         raise RunError(f"{folder} already holds a record; choose another --folder")
     if sorted(args.seeds) != list(range(len(args.seeds))) or len(args.seeds) < track["seeds"]:
         raise RunError(f"--seeds {' '.join(map(str, args.seeds))}: a record has the seeds 0 to n - 1, and n is at least {track['seeds']}")
-    row = Row(track, args.command, args.data or Path(track["data"]))
+    row = Row(track, args.command, args.data)
     facts = row.facts | {"steps": args.steps}
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"

@@ -126,8 +126,7 @@ class Trainer:
         self.hp = dataclasses.replace(train_muon.PRESETS["speedrun"], **settings)
         self.model = GPT(config).init_weights(0).to(device).train()
         self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, device))
-        for transfer in self.exchange.transfers:
-            transfer.optimizers = train_muon.make_optimizers(transfer.owned_by_kind(), self.hp)
+        self.exchange.equip(train_muon.MUON, self.hp)
         self.note = train_muon.compile_model(self.model, self.hp, device)
         self.next_step = train_muon.random_batches(config, self.hp, 2, rows, device)
 

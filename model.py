@@ -83,11 +83,17 @@ class Config:
     balance_window: int = 1  # optimizer steps whose counts make up the load that the balance loss sees
     # depth
     depth: str = "stack"  # a key of DEPTHS
+    norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, K = with keys that know the token before, - = none
+    attention: str = "A"  # tiled over depth: A = attention, K = with keys that know the token before, L = latent, S = shares keys, - = none
     window: str = "L"  # tiled over depth: L = window_size, S, Q, E = a half, a quarter, an eighth of it
     window_size: int = 1792  # tokens that a long layer sees
+    rotary: str = "H"  # tiled over depth: H = queries and keys turn, V = values and outputs, B = both, N = nothing, W = by the layer's window
     attn_scale: float = 0.12
+    attn_softmax: str = "plain"  # a key of SOFTMAXES
+    qk_norm: str = "rms"  # a key of QK_NORMS; without it attn_scale is about 1 / sqrt(head_dim)
+    latent_dim: int = 64  # numbers that a token's keys and values are made of where attention is latent
+    num_meta_tokens: int = 0  # learned vectors in front of each row that every token sees
     # tables
     value_embeds: int = 3  # tables added to the values of the first and of the last layers
     ngrams: str = ""  # each digit n adds a table to the embedding, looked up by a hash of the last n ids
@@ -113,10 +119,10 @@ class Config:
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel", "shared_kernel"):
+                      "router_kernel", "shared_kernel", "latent_dim"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
-                      "z_coef", "bias_update_factor", "num_shared_experts"):  # fmt: skip
+                      "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
@@ -124,9 +130,9 @@ class Config:
                       "importance_coef", "load_coef", "attn_scale", "softcap"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
-                             ("head", HEADS), ("dtype", DTYPES)):  # fmt: skip
+                             ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
-        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS)):
+        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS)):
             value = getattr(self, field)
             check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
         check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
@@ -148,6 +154,15 @@ class Config:
             width, flops = EXPERTS[name].width(self.hidden_size)
             check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
                   f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")
+        check("latent_dim", self.latent_dim % 8 == 0, "a multiple of 8")
+        makes_keys = [letter not in "S-" for letter in self.tiled("attention")]
+        for layer in (layer for layer, letter in enumerate(self.tiled("attention")) if letter == "S"):
+            check("attention", any(makes_keys[:layer]), f"without S in layer {layer}: no layer before it has keys to share")
+            maker = max(other for other in range(layer) if makes_keys[other])
+            check("rotary", self.turning(layer) == self.turning(maker),
+                  f"the same in layer {layer} as in layer {maker}, whose keys and values it shares (and so must `window` be where it is W)")
+        remade = [self.tiled("rotary")[layer] for layer, letter in enumerate(self.tiled("attention")) if letter == "L"]
+        check("rotary", not set(remade) & set("VB"), "H, N or W where attention is L, whose values are remade from what a cache keeps")
         check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
 
     @property
@@ -164,6 +179,11 @@ class Config:
         """The letter of each layer: the pattern string repeated until it covers n_layer."""
         pattern = getattr(self, field)
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+
+    def turning(self, layer: int) -> tuple:
+        """What turns in a layer, and how fast: a letter of ROTARIES and the factor on its frequencies."""
+        letter = self.tiled("rotary")[layer]
+        return letter, ROTARIES[letter].speed(WINDOWS[self.tiled("window")[layer]])
 
     @property
     def active_experts(self) -> int:
@@ -270,11 +290,11 @@ class Blend(torch.autograd.Function):
         return torch.stack(dots).type_as(weight_2), a * dout, b * dout if ctx.needs_input_grad[2] else None
 
 
-def rotary_tables(position_T: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, C) of the half-truncated rotary, signed as `rotate` wants them: the pairs (c, c + C/2) turn for c < C/4, with
-    base 1024; the others stand still and carry content without position (modded-nanogpt record 17)."""
-    frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, device=position_T.device)
-    theta = F.pad(position_T.float()[:, None, None] * frequency, (0, head_dim // 4))
+def rotary_tables(position: Tensor, head_dim: int, dtype: torch.dtype, speed: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., 1, C) of the half-truncated rotary for positions (...), signed as `rotate` wants them: the pairs (c, c + C/2) turn
+    for c < C/4, with base 1024; the others stand still and carry content without position (modded-nanogpt record 17)."""
+    frequency = speed * (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, device=position.device)
+    theta = F.pad(position.float()[..., None, None] * frequency, (0, head_dim // 4))
     return torch.cat([theta.cos()] * 2, dim=-1).to(dtype), torch.cat([theta.sin(), -theta.sin()], dim=-1).to(dtype)
 
 
@@ -300,6 +320,23 @@ class Rotation(torch.autograd.Function):
     def backward(ctx, dy_BTHC):
         cos, sin = ctx.saved_tensors
         return Rotation.turn(dy_BTHC, cos, -sin), None, None
+
+
+def unchanged(x: Tensor, *_) -> Tensor:
+    return x
+
+
+class Rotary(NamedTuple):
+    """What a layer turns by its tables, and how fast."""
+
+    qk: callable  # of queries and keys: (x_BTHC, cos, sin) -> x_BTHC
+    vo: callable  # of values, and backwards of what is read of them
+    speed: callable  # divisor of the layer's window -> factor on the frequencies
+
+
+ROTARIES = {"H": Rotary(rotate, unchanged, lambda divisor: 1.0)}  # the zoo, below, has more
+QK_NORMS = {"rms": norm, "none": unchanged}
+NORMS = {"P": (norm, unchanged)}  # letter of `norms` -> what comes before attention and feed-forward, and what after
 
 
 def mix_bits(x: Tensor) -> Tensor:
@@ -335,10 +372,21 @@ def hashed_normal(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor, nu
 # Masks: one visibility rule, three ways to attend with it
 
 
-def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window) -> Tensor:
-    """May this query see this key: not later, same document, fewer than `window` tokens back."""
+def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
+    """May this query see this key: not later, same document, fewer than `window` tokens back; or one of the row's first `meta` tokens."""
     distance = q_position - kv_position
-    return (distance >= 0) & (distance < window) & (q_doc == kv_doc)
+    return (distance >= 0) & ((distance < window) & (q_doc == kv_doc) | (kv_position < meta))
+
+
+def document_begins(q_doc_BT: Tensor, kv_doc_BS: Tensor) -> Tensor:
+    """Where among the keys each query's document begins (B, T); documents only count up."""
+    return torch.searchsorted(kv_doc_BS.contiguous(), q_doc_BT.contiguous())
+
+
+def seen_keys(q_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window, meta: int) -> Tensor:
+    """How many keys each query sees (B, T): what visible() adds up to."""
+    own_BT = q_position - torch.maximum(document_begins(q_doc_BT, kv_doc_BS), q_position - window + 1) + 1
+    return torch.where(q_position < meta, q_position + 1, own_BT + meta)
 
 
 def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) -> Tensor:
@@ -352,8 +400,8 @@ def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) 
 class DenseMask:
     """SDPA with the full mask: any device, any lengths. Decoding uses it, and tests take it as the reference."""
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
-        self.mask = visible(q_position[:, None], kv_position, q_doc_BT[:, None, :, None], kv_doc_BT[:, None, None, :], window)
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
+        self.mask = visible(q_position[:, None], kv_position, q_doc_BT[:, None, :, None], kv_doc_BT[:, None, None, :], window, meta)
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=self.mask, scale=scale)
@@ -368,16 +416,22 @@ class BlockedMask:
 
     BLOCK = 128
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
         T, reach = q_position.numel(), int(window)
         first_B1T1, key_S = first_seen(q_position, kv_position, kv_doc_BT, window)[:, None, :, None], kv_position.int()
         later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=first_B1T1.device).triu(1)
-        self.blocks = []  # (query slice, key slice, what is hidden in that block)
+        self.blocks = []  # (query slice, keys, what is hidden in that block)
         for start in range(0, T, self.BLOCK):
             q = slice(start, min(start + self.BLOCK, T))
             kv = slice(max(0, start - reach + 1) // 16 * 16, q.stop)
+            if 0 < meta and kv.start < meta:
+                kv = slice(0, q.stop)
+            elif meta:
+                kv = torch.cat([key_S[:meta], key_S[kv]])
             hidden_B1QK = key_S[kv] < first_B1T1[:, :, q]
-            hidden_B1QK[..., start - kv.start :] |= later[: q.stop - start, : q.stop - start]
+            if meta:
+                hidden_B1QK &= key_S[kv] >= meta
+            hidden_B1QK[..., start - q.stop :] |= later[: q.stop - start, : q.stop - start]
             self.blocks.append((q, kv, hidden_B1QK))
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
@@ -421,20 +475,23 @@ class FlexMask:
 
     BLOCK = 128
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor):
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
         from torch.nn.attention.flex_attention import BlockMask
 
         first_BT = first_seen(q_position, kv_position, kv_doc_BT, window)
 
-        def mask_mod(b, h, q, kv):
+        def plain(b, h, q, kv):
             return (kv <= q) & (kv >= first_BT[b, q])
+
+        def with_meta(b, h, q, kv):
+            return (kv <= q) & ((kv >= first_BT[b, q]) | (kv < meta))
 
         first_Bn, last_Bn = q_doc_BT[:, :: self.BLOCK], q_doc_BT[:, self.BLOCK - 1 :: self.BLOCK]  # documents only count up
         block = torch.arange(first_Bn.size(1), device=q_doc_BT.device)
         apart_nn = block[:, None] - block  # distances within a pair of blocks: from 128 * apart - 127 to 128 * apart + 127
         reached = (apart_nn >= 0) & (self.BLOCK * (apart_nn - 1) + 1 < window)
         inside = (apart_nn > 0) & (self.BLOCK * (apart_nn + 1) - 1 < window)
-        some_Bnn = reached & (first_Bn[:, :, None] <= last_Bn[:, None, :])
+        some_Bnn = (reached & (first_Bn[:, :, None] <= last_Bn[:, None, :])) | ((apart_nn >= 0) & (block * self.BLOCK < meta))
         full_Bnn = inside & (first_Bn[:, :, None] == last_Bn[:, None, :]) & (last_Bn[:, :, None] == first_Bn[:, None, :])
 
         def listed(mask_Bnn: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,7 +499,7 @@ class FlexMask:
             return mask_Bnn.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
         blocks = (*listed(some_Bnn & ~full_Bnn), *listed(full_Bnn))
-        self.block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=self.BLOCK, mask_mod=mask_mod)
+        self.block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=self.BLOCK, mask_mod=with_meta if meta else plain)
         self.flex_attention = compiled_flex_attention()
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
@@ -466,10 +523,9 @@ def mask_kind(device_type: str, T: int) -> type:
     return kinds.get(device_type, DenseMask)
 
 
-def make_masks(kind: type, letters: str, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor) -> dict:
-    """One mask for each letter that occurs; even the shortest window sees its own token."""
-    windows = {letter: (window // WINDOWS[letter]).clamp(min=1) for letter in dict.fromkeys(letters)}
-    return {letter: kind(q_position, kv_position, q_doc_BT, kv_doc_BT, tokens) for letter, tokens in windows.items()}
+def windows_in_use(letters: str, window: Tensor) -> dict[str, Tensor]:
+    """The window of each letter that occurs; even the shortest sees its own token."""
+    return {letter: (window // WINDOWS[letter]).clamp(min=1) for letter in dict.fromkeys(letters)}
 
 
 # -----------------------------------------------------------------------------
@@ -484,36 +540,53 @@ class Context(NamedTuple):
     token_BT: Tensor | None  # ids, None when embeddings were given
     mask: object  # of this layer's window
     value_embed_BTHC: Tensor  # what is mixed into this layer's values: a table's rows or zero
-    cos: Tensor
+    cos: Tensor  # by which this layer turns
     sin: Tensor
     follows_BS: Tensor  # of each key's token: is the one before it in the same document
     noise_key: tuple[Tensor, Tensor, Tensor, Tensor]  # seed, step, routed layers before this one, number of each token in the global batch (T,)
     bias_E: Tensor  # the aux-loss-free bias
     cache: "Cache | None"
     logits_before_TE: Tensor | None = None  # of the routed layer before, zeros for the first; None where no router asks for them
+    kv: tuple[Tensor, ...] | None = None  # of the nearest layer before that makes its own; None where this layer does
+    log_seen_BT: Tensor | None = None  # log of the number of keys that each token sees; None where no softmax asks for it
+
+
+SOFTMAXES = {"plain": lambda attention, q_BTHC, ctx: q_BTHC}  # name -> what becomes of queries
 
 
 class Attention(nn.Module):
-    """Causal attention with merged QKV, QK-norm, half-truncated rotary and a value embedding mixed into the values."""
+    """Causal attention with merged QKV, QK-norm, half-truncated rotary and a value embedding mixed into the values.
+
+    Returns, besides, the keys and values that were read."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         width = config.n_head * config.head_dim
-        self.layer, self.n_head, self.scale = layer, config.n_head, config.attn_scale
-        self.qkv = nn.Parameter(torch.empty(3, width, config.n_embd))
+        self.n_head, self.scale = config.n_head, config.attn_scale
+        self.qk_norm, self.softmax, self.rotary = QK_NORMS[config.qk_norm], SOFTMAXES[config.attn_softmax], ROTARIES[config.tiled("rotary")[layer]]
+        self.add_projections(config, width)
         self.out = nn.Parameter(torch.empty(config.n_embd, width))
-        self.value_mix = nn.Parameter(torch.empty(2))
+        self.sharpness = nn.Parameter(torch.empty(config.n_head)) if config.attn_softmax == "ssmax" else None
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+    def add_projections(self, config: Config, width: int):
+        self.qkv, self.value_mix = nn.Parameter(torch.empty(3, width, config.n_embd)), nn.Parameter(torch.empty(2))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.project(x_BTD, ctx)
+        q = self.softmax(self, q, ctx)
+        y = ctx.mask.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
+        y = self.rotary.vo(y, ctx.cos, -ctx.sin)
+        return F.linear(y.flatten(-2), self.out.type_as(x_BTD)), (k, v)
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, C) of the new tokens, keys and values of all S so far."""
         qkv = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1))
         q, k, v = qkv.unbind(2)
-        q, k = rotate(norm(q), ctx.cos, ctx.sin), rotate(norm(k), ctx.cos, ctx.sin)
-        v = blend(self.value_mix, v, ctx.value_embed_BTHC)
+        q, k = self.rotary.qk(self.qk_norm(q), ctx.cos, ctx.sin), self.rotary.qk(self.qk_norm(k), ctx.cos, ctx.sin)
+        v = self.rotary.vo(blend(self.value_mix, v, ctx.value_embed_BTHC), ctx.cos, ctx.sin)
         if ctx.cache is not None:
-            k, v = ctx.cache.extend(self.layer, k, v)
-        k = self.keys(k, ctx)
-        y = ctx.mask.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
-        return F.linear(y.transpose(1, 2).flatten(-2), self.out.type_as(x_BTD))
+            k, v = ctx.cache.extend(self, k, v)
+        return q, self.keys(k, ctx), v
 
     def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
         return k_BSHC
@@ -536,25 +609,24 @@ class NoAttention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        return x_BTD.new_zeros(())
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, None]:
+        return x_BTD.new_zeros(x_BTD.size(-1)), None
 
 
-ATTENTIONS = {"A": Attention, "K": OffsetAttention, "-": NoAttention}
+ATTENTIONS = {"A": Attention, "K": OffsetAttention, "-": NoAttention}  # the zoo, below, has more
 
 
 class Cache:
-    """Keys, values, ids and documents of the tokens seen so far, for decoding: room for `max_len` tokens of each of B rows.
+    """What attention keeps of the tokens seen so far, for decoding, and their ids and documents: room for `max_len` tokens of each of B rows,
+    and for the meta-tokens in front of them.
 
     Raises ValueError when more tokens are fed than there is room for."""
 
     def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
-        shape = (batch_size, max_len, config.n_head, config.head_dim)
-        layers = [layer for layer, letter in enumerate(config.tiled("attention")) if letter != "-"]
-        self.k, self.v = ({layer: torch.zeros(shape, dtype=DTYPES[config.dtype], device=device) for layer in layers} for _ in range(2))
-        self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len, dtype=torch.int64, device=device)
-        self.states = {}  # module -> what it has to remember of earlier tokens, for routers
-        self.length = 0  # tokens of finished forward passes
+        self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len + config.num_meta_tokens, dtype=torch.int64, device=device)
+        self.kept = {}  # module -> tensors (B, max_len, ...)
+        self.states = {}  # module -> what it has to remember of the last few tokens, for routers
+        self.length = 0  # tokens of finished forward passes, the meta-tokens included
 
     def last_doc(self) -> Tensor:
         """The document (B, 1) of the last cached token, 0 for an empty cache."""
@@ -570,11 +642,14 @@ class Cache:
             self.id_BT[:, self.length : end] = id_BT
         return self.id_BT[:, :end], self.doc_BT[:, :end]
 
-    def extend(self, layer: int, k_BTHC: Tensor, v_BTHC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of a layer; return all of them so far."""
-        end = self.length + k_BTHC.size(1)
-        self.k[layer][:, self.length : end], self.v[layer][:, self.length : end] = k_BTHC, v_BTHC
-        return self.k[layer][:, :end], self.v[layer][:, :end]
+    def extend(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Store what a module keeps of the new tokens, tensors (B, T, ...); return the same of all tokens so far."""
+        end = self.length + parts[0].size(1)
+        if module not in self.kept:
+            self.kept[module] = tuple(part.new_zeros(*self.doc_BT.shape, *part.shape[2:]) for part in parts)
+        for all_of_them, part in zip(self.kept[module], parts):
+            all_of_them[:, self.length : end] = part
+        return tuple(part[:, :end] for part in self.kept[module])
 
 
 # -----------------------------------------------------------------------------
@@ -1100,12 +1175,14 @@ class Block(nn.Module):
         self.stream_mix = nn.Parameter(torch.empty(2))
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
         self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, ranks)
+        self.before, self.after = NORMS[config.tiled("norms")[layer]]
 
-    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats], tuple[Tensor, Tensor] | None]:
         x_BTD = blend(self.stream_mix, x_BTD, embedding_BTD)
-        x_BTD = x_BTD + self.attention(norm(x_BTD), ctx)
-        y_BTD, stats = self.ffn(norm(x_BTD), ctx)
-        return x_BTD + y_BTD, stats
+        y_BTD, kv = self.attention(self.before(x_BTD), ctx)
+        x_BTD = x_BTD + self.after(y_BTD)
+        y_BTD, stats = self.ffn(self.before(x_BTD), ctx)
+        return x_BTD + self.after(y_BTD), stats, kv
 
 
 # -----------------------------------------------------------------------------
@@ -1116,9 +1193,21 @@ def add_skip(weight: Tensor, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
     return blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, y_BTD)
 
 
-def informed(ctx: Context, stats: list[RouteStats]) -> Context:
-    """The context of a layer, told what the routed layer before it thought, if its router asks for that."""
-    return ctx if ctx.logits_before_TE is None or not stats else ctx._replace(logits_before_TE=stats[-1].logits_TE)
+class Trail(NamedTuple):
+    """What the blocks so far have left behind."""
+
+    stats: list[RouteStats] = []
+    kv: tuple[Tensor, Tensor] | None = None  # of the last one with keys and values
+
+
+def run_block(block, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context, trail: Trail) -> tuple[Tensor, Trail]:
+    """One block, told what it asks for of those before it."""
+    if ctx.logits_before_TE is not None and trail.stats:
+        ctx = ctx._replace(logits_before_TE=trail.stats[-1].logits_TE)
+    if ctx.kv is not None:
+        ctx = ctx._replace(kv=trail.kv)
+    x_BTD, stats, kv = block(x_BTD, embedding_BTD, ctx)
+    return x_BTD, Trail(trail.stats + stats, kv or trail.kv)
 
 
 class Stack(nn.Module):
@@ -1130,18 +1219,16 @@ class Stack(nn.Module):
         self.add_skip = add_skip  # the loop may put a compiled one here
 
     def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
-        x_BTD, all_stats, outputs = embedding_BTD.clone(), [], []  # a compiled Function refuses one tensor twice
+        x_BTD, trail, outputs = embedding_BTD.clone(), Trail(), []  # a compiled Function refuses one tensor twice
         num_down = len(blocks) - len(self.skip_weights)
         for block, ctx in zip(blocks[:num_down], contexts[:num_down]):
-            x_BTD, stats = block(x_BTD, embedding_BTD, informed(ctx, all_stats))
+            x_BTD, trail = run_block(block, x_BTD, embedding_BTD, ctx, trail)
             outputs.append(x_BTD)
-            all_stats += stats
         outputs = outputs[: len(self.skip_weights)]
         for block, ctx, weight in zip(blocks[num_down:], contexts[num_down:], self.skip_weights):
             x_BTD = self.add_skip(weight, x_BTD, outputs.pop())
-            x_BTD, stats = block(x_BTD, embedding_BTD, informed(ctx, all_stats))
-            all_stats += stats
-        return x_BTD, all_stats
+            x_BTD, trail = run_block(block, x_BTD, embedding_BTD, ctx, trail)
+        return x_BTD, trail.stats
 
 
 DEPTHS = {"stack": Stack}
@@ -1288,6 +1375,72 @@ class ChunkedLoss(torch.autograd.Function):
 # The zoo: further entries of the tables, which the speedrun does not use
 
 
+class LatentAttention(Attention):
+    """MLA (DeepSeek-V2, 2405.04434): all heads' values and the half of their keys that stands still are made of one normed vector of
+    latent_dim numbers; the half that turns is one key for all heads. These two are all that a cache keeps, so value embeddings stay out."""
+
+    def add_projections(self, config: Config, width: int):
+        D, R = config.n_embd, config.latent_dim
+        shapes = {"q": (width, D), "latent": (R, D), "key": (config.head_dim // 2, D), "key_up": (width // 2, R), "value_up": (width, R)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q, latent_BTR, key = (F.linear(x_BTD, weight.type_as(x_BTD)) for weight in (self.q, self.latent, self.key))
+        q = self.rotary.qk(self.qk_norm(q.unflatten(-1, (self.n_head, -1))), ctx.cos, ctx.sin)
+        latent_BTR, key = norm(latent_BTR), self.rotary.qk(key[:, :, None], *map(turning_half, (ctx.cos, ctx.sin)))
+        if ctx.cache is not None:
+            latent_BTR, key = ctx.cache.extend(self, latent_BTR, key)
+        still, v = (F.linear(latent_BTR, weight.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)) for weight in (self.key_up, self.value_up))
+        a, b = key.expand(-1, -1, self.n_head, -1).chunk(2, dim=-1)
+        a_still, b_still = still.chunk(2, dim=-1)
+        return q, self.qk_norm(torch.cat([a, a_still, b, b_still], dim=-1)), v
+
+
+def turning_half(table: Tensor) -> Tensor:
+    """Of a rotary table (..., C) the channels that turn (..., C/2)."""
+    a, _, b, _ = table.chunk(4, dim=-1)
+    return torch.cat([a, b], dim=-1)
+
+
+class SharedAttention(Attention):
+    """Queries of its own over the keys and values of the nearest layer before that makes some: MLKV (2406.09297). It needs no cache."""
+
+    def add_projections(self, config: Config, width: int):
+        self.q = nn.Parameter(torch.empty(width, config.n_embd))
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.qk_norm(F.linear(x_BTD, self.q.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)))
+        return self.rotary.qk(q, ctx.cos, ctx.sin), *ctx.kv
+
+
+ATTENTIONS |= {"L": LatentAttention, "S": SharedAttention}
+
+
+def scalable_softmax(attention: Attention, q_BTHC: Tensor, ctx: Context) -> Tensor:
+    """SSMax (2501.19399): scores are multiplied by s log n with n the number of keys that this token sees and s learned for each head, so that
+    a score which stands out by more than 1 / s keeps its share of the attention however long the context. After QK-norm, which would undo it."""
+    return q_BTHC * (attention.sharpness[:, None] * ctx.log_seen_BT[:, :, None, None]).type_as(q_BTHC)
+
+
+SOFTMAXES |= {"ssmax": scalable_softmax}
+
+# N: NoPE. V: VO-RoPE (kexue.fm/archives/10862), what is read of a value depends on its distance; B: with queries and keys, as usual.
+# W: wavelet-like (after 2502.02004, which finds RoPE to be a wavelet transform of one scale): a layer's frequencies are stretched like its
+# window, so that all layers have the same number of turns inside their windows, and the shortest has the frequencies of H.
+ROTARIES |= {
+    "N": Rotary(unchanged, unchanged, lambda divisor: 1.0),
+    "V": Rotary(unchanged, rotate, lambda divisor: 1.0),
+    "B": Rotary(rotate, rotate, lambda divisor: 1.0),
+    "W": Rotary(rotate, unchanged, lambda divisor: divisor / max(WINDOWS.values())),
+}
+
+# R: peri-norm (2502.02737). Mind that norm(a y) = norm(y): what comes after it has forgotten every scale. Gates, routed_scale and zero experts then
+# only mix directions: a token with one zero expert and one MLP gets the MLP at full length. And at an output of zeros, which zero-initialised
+# projections give, its slope is 1 / sqrt(eps), about 2,900: the first gradients of these projections are as much larger.
+NORMS |= {"R": (norm, norm)}
+
+
 class MLPRouter(Router):
     """Two layers with ReLU between."""
 
@@ -1374,11 +1527,10 @@ class AttentionRouter(Router):
         self.qkv = nn.Parameter(torch.empty(3 * config.router_dim, config.n_embd))
 
     def logits(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        q, k, v = F.linear(x_BTD, self.qkv.type_as(x_BTD))[:, None].chunk(3, dim=-1)  # (B, 1, T, C)
+        q, k, v = F.linear(x_BTD, self.qkv.type_as(x_BTD)).chunk(3, dim=-1)
         if ctx.cache is not None:
-            before = ctx.cache.states.get(self, (k[:, :, :0], v[:, :, :0]))
-            k, v = ctx.cache.states[self] = tuple(torch.cat([old, new], dim=2) for old, new in zip(before, (k, v)))
-        y_BTC = ctx.mask.attend(norm(q), norm(k), v, q.size(-1) ** 0.5 / 4)[:, 0]
+            k, v = ctx.cache.extend(self, k, v)
+        y_BTC = ctx.mask.attend(norm(q)[:, None], norm(k)[:, None], v[:, None], q.size(-1) ** 0.5 / 4)[:, 0]
         return linear_fp32(y_BTC.flatten(0, 1), self.gate)
 
 
@@ -1533,6 +1685,12 @@ class Output(NamedTuple):
     stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy (0-d), counts_LE (int64)
 
 
+def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
+    """(B * T,): each token's number in the global batch. The `meta` first ones of each row are not counted: in all rows they are -1, -2, ..."""
+    own_BT = first_token + torch.arange(B * (T - meta), device=first_token.device).view(B, T - meta)
+    return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
+
+
 class GPT(nn.Module):
     """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
 
@@ -1541,6 +1699,7 @@ class GPT(nn.Module):
         self.config, self.ranks = config, ranks
         width, routed = config.n_head * config.head_dim, config.routed_layers
         self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.meta_tokens = nn.Parameter(torch.empty(config.num_meta_tokens, config.n_embd)) if config.num_meta_tokens else None
         self.ngram_embeds = nn.ParameterList(torch.empty(config.ngram_rows, config.n_embd) for _ in config.ngrams)
         self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
         self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
@@ -1582,15 +1741,17 @@ class GPT(nn.Module):
                 doc_ids_BT: Tensor | None = None) -> Output:
         """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss.
 
-        Documents are told apart by doc_ids_BT (counting up along a row), by default by the end-of-text tokens."""
-        id_BT, doc_BT = self.ids(tokens_BT), self.documents(tokens_BT, doc_ids_BT, cache)
+        Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
+        doc_BT, T = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1)
+        tokens_BT, doc_BT = self.with_meta_tokens(tokens_BT, doc_BT, cache)
+        id_BT = self.ids(tokens_BT)
         id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
         embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
         contexts = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
-        x_BTD, stats = self.depth(self.blocks, norm(embedding_BTD), contexts)
-        x_BTD, stats = norm(x_BTD), self.summary(stats)
+        x_BTD, stats = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts)
         if cache is not None:
             cache.length += x_BTD.size(1)
+        x_BTD, stats = norm(x_BTD[:, -T:]), self.summary(stats)
         if targets_BT is None:
             return Output(self.logits(x_BTD), None, stats)
         head = HEADS[self.config.head if self.training else "bf16"]
@@ -1598,6 +1759,16 @@ class GPT(nn.Module):
         ce = nats / targets_BT.numel()
         loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
+
+    def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """The row with num_meta_tokens more in front, end-of-text ids (or zeros) in a document of their own, number -1; no more where a cache
+        has them already."""
+        meta = self.config.num_meta_tokens if cache is None or cache.length == 0 else 0
+        if meta == 0:
+            return tokens_BT, doc_BT
+        blank = 0 if tokens_BT.is_floating_point() else self.config.eot_token
+        front = (0, 0) * (tokens_BT.ndim - 2) + (meta, 0)
+        return F.pad(tokens_BT, front, value=blank), F.pad(doc_BT, (meta, 0), value=-1)
 
     def look_up(self, tokens_BT: Tensor, id_BS: Tensor, doc_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The embedding, and what each layer adds to its values: a table's rows or zero."""
@@ -1613,6 +1784,13 @@ class GPT(nn.Module):
             row_BT = ngram_hash(id_BS[:, 1 - n - T :], doc_BS[:, 1 - n - T :], n)[:, -T:] % len(table)
             embedding_BTD = embedding_BTD + F.embedding(row_BT, table)
         return embedding_BTD.to(dtype), value_embeds
+
+    def with_meta_vectors(self, embedding_BTD: Tensor, doc_BT: Tensor) -> Tensor:
+        """The embeddings with the learned vectors in place of the blanks in front."""
+        if self.meta_tokens is None:
+            return embedding_BTD
+        vector_TD = F.pad(self.meta_tokens, (0, 0, 0, doc_BT.size(1) - len(self.meta_tokens))).type_as(embedding_BTD)
+        return torch.where((doc_BT < 0)[..., None], vector_TD, embedding_BTD)
 
     def ids(self, tokens_BT: Tensor) -> Tensor | None:
         return None if tokens_BT.is_floating_point() else tokens_BT
@@ -1631,15 +1809,24 @@ class GPT(nn.Module):
         position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
         kind = mask_kind(device.type, T) if cache is None else DenseMask
-        masks = make_masks(kind, config.window, position_T, position_S, doc_BT, doc_BS, window)
-        follows_BS = F.pad(doc_BS, (1, -1), value=-1) == doc_BS
-        token_T = first_token + torch.arange(B * T, device=device)
-        cos, sin = rotary_tables(position_T, config.head_dim, DTYPES[config.dtype])
+        windows, meta = windows_in_use(config.window, window), config.num_meta_tokens
+        masks = {letter: kind(position_T, position_S, doc_BT, doc_BS, tokens, meta) for letter, tokens in windows.items()}
+        log_seen = dict.fromkeys(windows)
+        if config.attn_softmax == "ssmax":
+            log_seen = {letter: seen_keys(position_T, doc_BT, doc_BS, tokens, meta).log() for letter, tokens in windows.items()}
+        follows_BS = F.pad(doc_BS, (1, -1), value=-2) == doc_BS
+        turned_at = position_T if meta == 0 else position_T - document_begins(doc_BT, doc_BS) + meta * (doc_BT >= 0)  # as if each document came first
+        table = functools.cache(lambda speed: rotary_tables(turned_at, config.head_dim, DTYPES[config.dtype], speed))
         layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
-        routed = [config.tiled("pattern")[:layer].count("M") for layer in range(config.n_layer)]
         before_TE = torch.zeros(B * T, config.num_experts, device=device) if config.router_residual else None
-        return [Context(id_BT, masks[letter], value_embed, cos, sin, follows_BS, (seed, step, layer_L[r], token_T), bias_LE[r], cache, before_TE)
-                for letter, value_embed, r in zip(config.tiled("window"), value_embeds, routed)]  # fmt: skip
+        token_T, contexts = token_numbers(first_token, B, T, meta if T == len(position_S) else 0), []  # a cache may have the meta-tokens already
+        for layer, (letter, value_embed) in enumerate(zip(config.tiled("window"), value_embeds)):
+            r = config.tiled("pattern")[:layer].count("M")
+            noise_key, (cos, sin) = (seed, step, layer_L[r], token_T), table(config.turning(layer)[1])
+            kv = () if config.tiled("attention")[layer] == "S" else None
+            contexts.append(Context(
+                id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv, log_seen[letter]))  # fmt: skip
+        return contexts
 
     def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
@@ -1743,11 +1930,18 @@ class ParameterRule(NamedTuple):
 
 PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "embed": ParameterRule("embed", normal),
+    "meta_tokens": ParameterRule("embed", normal),
     "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
     "value_embeds.*": ParameterRule("value_embed", normal),
     "head": ParameterRule("head", constant(0.0)),
     "attention.qkv": ParameterRule("matrix", uniform),
+    "attention.q": ParameterRule("matrix", uniform),
+    "attention.latent": ParameterRule("matrix", uniform),
+    "attention.key": ParameterRule("matrix", uniform),
+    "attention.key_up": ParameterRule("matrix", uniform),
+    "attention.value_up": ParameterRule("matrix", uniform),
     "attention.out": ParameterRule("matrix", constant(0.0)),
+    "attention.sharpness": ParameterRule("scalar", constant(0.168)),  # the mean of 0.168 log n is 1 up to n = 1,024
     "shared.gate": ParameterRule("matrix", uniform),
     "shared.up": ParameterRule("matrix", uniform),
     "shared.down": ParameterRule("matrix", constant(0.0)),
@@ -1832,11 +2026,21 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     weights = counts["matrix"] + counts["expert"] * config.expert_share + counts["head"] + counts["router"]
     keys = 0.0
     for letter, window in zip(config.tiled("attention"), config.tiled("window")):
-        keys += mean_keys(config, window, seq_len) * (letter != "-")
+        keys += (mean_keys(config, window, seq_len) + config.num_meta_tokens) * (letter != "-")
     for letter, window in zip(config.tiled("pattern"), config.tiled("window")):
         heads = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
         keys += mean_keys(config, window, seq_len) * heads * (letter == "M" and config.router == "attention")
-    return 6 * weights + 12 * keys * config.n_head * config.head_dim
+    per_row = seq_len + config.num_meta_tokens  # what is computed for meta-tokens is shared out among the others
+    return (6 * weights + 12 * keys * config.n_head * config.head_dim) * per_row / seq_len
+
+
+def cache_bytes_per_token(config: Config) -> int:
+    """That decoding keeps of each token in all layers together, measured on the meta device."""
+    with torch.device("meta"):
+        model, cache, ids = GPT(config).eval(), Cache(config, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        with torch.no_grad():
+            model(ids, cache=cache)
+    return sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
 
 
 def activation_bytes(config: Config, seq_len: int) -> int:
@@ -1844,19 +2048,20 @@ def activation_bytes(config: Config, seq_len: int) -> int:
 
     T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores. All others grow in
     proportion to T, so two lengths that no width of the model equals tell the rest."""
-    widths = {config.head_dim, config.n_embd, config.n_head * config.head_dim, config.hidden_size, config.hidden_size * config.top_k}
-    short, long = [T for T in range(128, 1024, 16) if T not in widths][:2]  # FP8 heads want multiples of 16
+    width = config.n_head * config.head_dim
+    widths = {config.head_dim, config.n_embd, width, width // 2, config.latent_dim, config.hidden_size, config.hidden_size * config.top_k}
+    short, long = [T for T in range(128, 1024, 16) if T + config.num_meta_tokens not in widths][:2]  # FP8 heads want multiples of 16
     few, many = saved_bytes(config, short), saved_bytes(config, long)
     return few + (many - few) * (seq_len - short) // (long - short)
 
 
 def saved_bytes(config: Config, T: int) -> int:
     """What forward keeps of one row of T tokens, without parameters and T x T tensors."""
-    kept = {}
+    kept, square = {}, (T + config.num_meta_tokens,) * 2
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = (storage, storage.nbytes() * (tensor.shape[-2:] != (T, T)))  # held, so that no address is used twice
+        kept[storage._cdata] = (storage, storage.nbytes() * (tensor.shape[-2:] != square))  # held, so that no address is used twice
         return tensor
 
     with torch.device("meta"):
@@ -1889,6 +2094,7 @@ def model_card(config: Config, seq_len: int) -> str:
         ("parameters", f"{counts['total']:,} total, {counts['active']:,} active per token"),
         ("FLOPs per token", f"{training / 3:,.0f} forward, {training:,.0f} training, at {seq_len} tokens per row"),
         ("weights + gradients", f"{8 * counts['total'] / 2**20:,.1f} MiB in fp32"),
+        ("KV cache", f"{cache_bytes_per_token(config):,} bytes per token"),
         ("activations", f"{activation_bytes(config, seq_len) / 2**20:,.1f} MiB per row of {seq_len} tokens"),
     ]
     return "\n".join(f"{label:<20} {text}" for label, text in rows)

@@ -281,7 +281,8 @@ def attention_parts(args):
         attend = lambda *qkv: mask.attend(*(z.transpose(1, 2) for z in qkv), c.attn_scale)
         yield f"attention scores, window {window.item()}", forward_backward(attend, *qkv), 12 * model_file.mean_keys(c, letter, T) * W * T
     kind, long = model_file.mask_kind(DEVICE.type, T), torch.tensor(c.window_size, device=DEVICE)
-    yield "masks of all windows", lambda: model_file.make_masks(kind, c.window, position, position, doc_BT, doc_BT, long), 0
+    windows = model_file.windows_in_use(c.window, long).values()
+    yield "masks of all windows", lambda: [kind(position, position, doc_BT, doc_BT, window) for window in windows], 0
     x = grad(T, D)
     yield "attention, merged q, k, v", forward_backward(linear, x, grad(3 * W, D)), 18 * T * W * D
     yield "attention, output", forward_backward(linear, x, grad(D, W)), 6 * T * W * D

@@ -4,11 +4,14 @@
     python benchmarks/track.py full --folder records/cpu/2026-11-26_MoEMuon --steps 900 --seeds 0 1 2 3 -- train_muon.py --pattern M
     python benchmarks/track.py compare "MoE Muon, E=8" "MoE Muon, E=4"
     python benchmarks/track.py curve "dense Muon" "MoE Muon"
+    python benchmarks/track.py ablate --plan records/cpu/routing.json --seeds 0 1
 
 `short` measures the time of a step with exactly these flags, takes as many steps as fit into the track's 60 seconds, and adds a line to
 records/cpu/tuning.jsonl. `full` runs the seeds, re-times row 1 and this row in turns, and leaves a record's folder; cut off, the same
 command goes on with the seeds that are missing. `compare` takes differences seed by seed, for a seed fixes the order of the data;
-`curve` does so for every length of training that both were run with under the name "<name>, <seconds> s", and draws them.
+`curve` does so for every length of training that both were run with under the name "<name>, <seconds> s", and draws them. `ablate` times every
+change that a plan lists in turns with its base, gives each as many steps as fit into the same seconds, and prints what they end at; what is
+there it leaves alone, so the same command goes on where it was cut off, and two of them may share the seeds.
 Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the repository."""
 
 import dataclasses
@@ -73,10 +76,10 @@ class Row:
             raise RunError(f"{self.script} ended with status {status}; what it said is above")
         return logger.read_run(out / name)["rows"]
 
-    def step_ms(self, out: Path, name: str) -> float:
+    def step_ms(self, out: Path, name: str, timed: int = TIMED_STEPS) -> float:
         """The median milliseconds of a step in the middle of a short run, where every schedule is half way."""
-        rows = self.run(out, name, num_iterations=3 * TIMED_STEPS, val_tokens=self.hp.seq_len)
-        times = [row["train_time"] for row in rows if "train/loss" in row][TIMED_STEPS : 2 * TIMED_STEPS + 1]
+        rows = self.run(out, name, num_iterations=3 * timed, val_tokens=self.hp.seq_len)
+        times = [row["train_time"] for row in rows if "train/loss" in row][timed : 2 * timed + 1]
         return 1000 * statistics.median(after - before for before, after in zip(times, times[1:]))
 
     def result(self, out: Path, seed: int, steps: int) -> dict:
@@ -154,14 +157,19 @@ def short(args):
             except RunError as error:  # a loss that is not finite is a result too
                 failure = error
                 break
-    line = {"date": today(), "name": args.name, "row": args.row, "commit": logger.commit_of(ROOT), **row.facts, "threads": track["threads"],
-            "steps": steps, "step_ms": step_ms, "seeds": args.seeds[: len(results) + bool(failure)]}  # fmt: skip
-    for key, name in ((track["metric"], track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
-        line[key] = [result[name] for result in results] + [None] * bool(failure)
-    with open(log, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(log, args.name, row, steps, args.seeds[: len(results) + bool(failure)], results, row_name=args.row, step_ms=step_ms)
     if failure:
         raise failure
+
+
+def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict], row_name: str | None, step_ms: float | None):
+    """What some seeds of one run ended at. A seed beyond the results failed."""
+    line = {"date": today(), "name": name, "row": row_name, "commit": logger.commit_of(ROOT), **row.facts, "threads": row.track["threads"],
+            "steps": steps, "step_ms": step_ms, "seeds": seeds}  # fmt: skip
+    for key, name in ((row.track["metric"], row.track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
+        line[key] = [result[name] for result in results] + [None] * (len(seeds) - len(results))
+    with open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def today() -> str:
@@ -189,11 +197,15 @@ def by_seed(lines: list[dict], metric: str) -> dict[int, float]:
     return {seed: value for line in lines for seed, value in zip(line["seeds"], line[metric]) if value is not None}
 
 
-def difference(a: dict[int, float], b: dict[int, float]) -> str:
-    """The mean of a - b over the seeds that both have, with its standard error."""
+def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, int]:
+    """The mean of a - b over the seeds that both have, its standard error, and their number."""
     differences = [a[seed] - b[seed] for seed in a.keys() & b.keys()]
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
-    return f"mean {statistics.mean(differences):+.4f}, standard error {error:.4f}, n = {len(differences)}"
+    return statistics.mean(differences), error, len(differences)
+
+
+def difference(a: dict[int, float], b: dict[int, float]) -> str:
+    return "mean {:+.4f}, standard error {:.4f}, n = {}".format(*paired(a, b))
 
 
 def curve(args):
@@ -223,6 +235,78 @@ def curve(args):
         ax.minorticks_off()
         ax.legend()
     print(folder / "curve.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate
+
+FEW_STEPS = 6  # of a run that times one of many changes
+
+
+def ablate(args):
+    """A plan is {"name": ..., "groups": [{"title": ..., "base": [script, *flags], "changes": {label: flags}}]}."""
+    plan, log = logger.read_json(ROOT / args.plan), (ROOT / args.plan).parent / "tuning.jsonl"
+    track = logger.read_json(log.parent / "track.json")
+    timing_file = (ROOT / args.plan).with_suffix(".timing.json")
+    timing = logger.read_json(timing_file) if timing_file.exists() else {}
+    commands = ablation_commands(plan)
+    rows = {name: Row(track, command, args.data) for name, command in commands.items()}
+    missing = [name for name in commands if name not in timing]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(missing):
+            base = name.rpartition(": ")[0]
+            pair = [rows[key].step_ms(Path(folder), f"{i}_{key == base}", FEW_STEPS) for key in ((name, base) if name != base else (name, name))]
+            timing[name] = {"ms": pair[0], "base_ms": pair[1]}
+            write_json(timing_file, timing)
+            print(f"{name}: {pair[0]:.1f} ms per step, {pair[0] / pair[1]:.3f} of its base's", flush=True)
+    track["threads"] = args.threads or track["threads"]
+    for seed in args.seeds:
+        for name, row in rows.items():
+            lines = [line for line in read_tuning(log) if line["name"] == name]
+            steps = ablation_steps(track, timing, name)
+            if any((line["flags"], line["steps"]) != (row.facts["flags"], steps) for line in lines):
+                raise RunError(f"{name!r} is in {log} with other flags or steps than the plan's; choose another name for the plan")
+            if any(seed in line["seeds"] for line in lines):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                print(name, flush=True)
+                append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, timing[name]["ms"])
+    print(ablation_table(plan, track, timing, read_tuning(log)))
+
+
+def ablation_commands(plan: dict) -> dict[str, list[str]]:
+    """Name in tuning.jsonl -> script and flags; a change is called like its base, and on after a colon."""
+    commands = {}
+    for group in plan["groups"]:
+        base = f"{plan['name']}, {group['title']}"
+        commands[base] = group["base"]
+        commands |= {f"{base}: {label}": group["base"] + flags for label, flags in group["changes"].items()}
+    return commands
+
+
+def ablation_steps(track: dict, timing: dict, name: str) -> int:
+    """As many as take the track's short time, at the pace of the base's first timing: a machine that slows down does so for all."""
+    base = name.rpartition(": ")[0] or name
+    return int(1000 * track["seconds"]["short"] * timing[name]["base_ms"] / (timing[name]["ms"] * timing[base]["ms"]))
+
+
+def ablation_table(plan: dict, track: dict, timing: dict, lines: list[dict]) -> str:
+    """Markdown: each change's time per step over its base's, its steps, what it ends at, and by how much that is below its base, seed by seed."""
+    rows = []
+    for group in plan["groups"]:
+        base = f"{plan['name']}, {group['title']}"
+        rows += ["", f"**{group['title']}**: `{' '.join(group['base'])}`", "",
+                 "| change | flags | step / base's | steps | bits per byte | base − change | n |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+        ends = {name: by_seed([line for line in lines if line["name"] == name], track["metric"]) for name in ablation_commands(plan)}
+        for label, flags in {"(base)": [], **group["changes"]}.items():
+            name = f"{base}: {label}" if flags else base
+            if not ends[name]:
+                continue
+            gain = "{:+.4f} ± {:.4f}".format(*paired(ends[base], ends[name])) if flags else ""
+            cells = [label, f"`{' '.join(flags)}`" if flags else "", f"{timing[name]['ms'] / timing[name]['base_ms']:.3f}",
+                     ablation_steps(track, timing, name), f"{statistics.mean(ends[name].values()):.4f}", gain, len(ends[name])]  # fmt: skip
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,25 +396,27 @@ def parse(argv: list[str]):
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
     actions = parser.add_subparsers(dest="action", required=True)
-    add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve)}
+    add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve, ablate)}
     for function in (short, compare, curve):
         add[function].add_argument("--track", type=Path, default="records/cpu", help="the folder with its track.json")
-    for function in (short, full):
+    for function in (short, full, ablate):
         add[function].add_argument("--seeds", type=int, nargs="+", required=True)
         add[function].add_argument("--data", type=Path, help="the folder of the track's shards (default: where track.json says)")
     add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
     add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
     add[short].add_argument("--seconds", type=float, help="instead of the track's")
-    add[short].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
+    for function in (short, ablate):
+        add[function].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
+    add[ablate].add_argument("--plan", type=Path, required=True, help="a JSON file beside the track's track.json")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
     add[full].add_argument("--steps", type=model_file.positive, required=True)
     add[full].add_argument("--rounds", type=model_file.positive, default=6, help="in which row 1 and this row are timed in turns")
     for function in (compare, curve):
         add[function].add_argument("names", nargs=2)
     args = parser.parse_args(ours)
-    if (args.action in ("compare", "curve")) == bool(theirs):
-        parser.error("after -- come a script and its flags, except for compare and curve")
+    if (args.action in ("compare", "curve", "ablate")) == bool(theirs):
+        parser.error("after -- come a script and its flags, except for compare, curve and ablate")
     args.function, args.command = {function.__name__: function for function in add}[args.action], theirs
     return args
 

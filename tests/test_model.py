@@ -3,6 +3,7 @@
 Small fp32 models whose parameters are all drawn at random, so that no zero initial value hides a mistake."""
 import ast
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
@@ -39,6 +40,12 @@ BUILDS = [dict(router=r, depth=d, pattern=p, attention=a)
 BUILDS.append(dict(router="linear", attention="KA-K", ngrams="24", ngram_rows=128))
 BUILDS += [dict(router=r, depth=d, experts="mlp*2,swiglu,kan,identity,zero,noise,relu2,constant*2", mlp_ratio=4.5)
            for r, d in itertools.product(sorted(ROUTERS), sorted(DEPTHS))]  # fmt: skip
+BUILDS += [dict(router="linear") | options for options in (
+    dict(attention="AS-S"), dict(attention="LSKS", window="L"), dict(attention="AKLA", rotary="NBWV"),
+    dict(attention="AAAS", rotary="BWWW", window="LSSS"), dict(attention="KL", attn_softmax="ssmax", qk_norm="none"),
+    dict(norms="RP", attention="A-"), dict(attention="L", num_meta_tokens=1), dict(router="hash", attention="K", num_meta_tokens=14),
+    dict(router="attention", attn_softmax="ssmax", num_meta_tokens=3, ngrams="3", ngram_rows=128),
+    dict(router="recurrent", attention="AS", num_meta_tokens=2, rotary="B"), dict(router="conv", norms="R", num_meta_tokens=2))]  # fmt: skip
 BUILDS += [dict(router="linear", num_shared_experts=n, shared=kind, mlp_ratio=2.0 + n, routed_scale="auto") for kind, n in (("mlp", 1), ("conv", 2))]
 
 
@@ -773,8 +780,8 @@ def test_blocked_attention_skips_what_no_query_sees():
 
 
 def test_masks_are_made_for_the_windows_in_use_only():
-    position, doc = torch.arange(8), torch.zeros(1, 8, dtype=torch.int64)
-    assert M.make_masks(DenseMask, "LSLS", position, position, doc, doc, torch.tensor(4)).keys() == {"L", "S"}
+    doc = torch.zeros(1, 8, dtype=torch.int64)
+    assert M.windows_in_use("LSLS", torch.tensor(4)) == {"L": 4, "S": 2}
     net = tiny(n_layer=3, window="LS")
     first, second, third = (ctx.mask for ctx in net.contexts(doc, doc, doc, [None] * 3, None))
     assert first is third and first is not second
@@ -1079,7 +1086,7 @@ def cached(model, x, cuts, docs=None):
     edges = [0, *cuts, x.size(1)]
     with torch.no_grad():
         parts = [model(x[:, a:b], cache=cache, doc_ids_BT=None if docs is None else docs[:, a:b]).logits for a, b in zip(edges, edges[1:])]
-    assert cache.length == x.size(1)
+    assert cache.length == x.size(1) + model.config.num_meta_tokens
     return torch.cat(parts, 1)[..., :VOCAB]
 
 
@@ -1312,7 +1319,7 @@ def test_skips_pair_the_layers_in_mirror_order():
     model = GPT(Config(**TINY | dict(n_layer=5, value_embeds=0)))
     with torch.no_grad():
         model.depth.skip_weights.copy_(torch.tensor([10.0, 100.0]))
-    blocks = [lambda x, e, ctx, i=i: (x + 2.0**i, [i]) for i in range(5)]
+    blocks = [lambda x, e, ctx, i=i: (x + 2.0**i, [i], None) for i in range(5)]
     x, stats = model.depth(blocks, torch.zeros(1), [moe_context(model.config, 1)] * 5)
     assert x.item() == (1 + 2 + 4) + 10 * (1 + 2) + 8 + 100 * 1 + 16 and stats == [0, 1, 2, 3, 4]
 
@@ -1332,22 +1339,25 @@ def slow_hash(ids, t, n):
 
 
 def slow_forward(model, x):
-    """Logits of one document from the definition of the dense speedrun model, with nothing of the model but its parameters."""
-    config, p, T = model.config, dict(model.named_parameters()), x.size(1)
-    rms = lambda z: z / z.square().mean(-1, keepdim=True).sqrt()
-    heads = lambda z: z.unflatten(-1, (config.n_head, config.head_dim)).transpose(1, 2)
-    quarter = config.head_dim // 4
-    theta = torch.arange(T)[:, None] * 1024 ** -(torch.arange(quarter) / (quarter - 1))
-    theta = torch.cat([theta, torch.zeros(T, quarter)], 1)
+    """Logits of one document from the definition of the dense model, with nothing of the model but its parameters."""
+    config, p, M = model.config, dict(model.named_parameters()), model.config.num_meta_tokens
+    T, C, quarter = x.size(1) + M, config.head_dim, config.head_dim // 4
+    rms = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    qk_norm = rms if config.qk_norm == "rms" else lambda z: z
+    heads = lambda z: z.unflatten(-1, (config.n_head, -1)).transpose(1, 2)
 
-    def turned(z):
-        z = torch.complex(*z.chunk(2, dim=-1)) * torch.exp(-1j * theta)
+    def turned(z, speed, back=False):
+        theta = speed * torch.arange(T)[:, None] * 1024 ** -(torch.arange(quarter) / (quarter - 1))
+        z = torch.complex(*z.chunk(2, dim=-1)) * torch.exp((1j if back else -1j) * torch.cat([theta, torch.zeros(T, quarter)], 1))
         return torch.cat([z.real, z.imag], -1)
 
     summed = p["embed"][x]
     for table, n in enumerate(map(int, config.ngrams)):
-        row = torch.tensor([[slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(T)] for ids in x.tolist()])
+        row = torch.tensor([[slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(x.size(1))] for ids in x.tolist()])
         summed = summed + p[f"ngram_embeds.{table}"][row]
+    if M:
+        summed = torch.cat([p["meta_tokens"].expand(len(x), M, -1), summed], 1)
+    x = torch.cat([torch.full((len(x), M), EOT), x], 1)
     embedding = h = rms(summed)
     n, half, outputs = config.n_layer, config.n_layer - config.n_layer // 2, []
     for i in range(n):
@@ -1355,28 +1365,49 @@ def slow_forward(model, x):
             h = h + p["depth.skip_weights"][i - half] * outputs[n // 2 - 1 - (i - half)]
         mix = p[f"blocks.{i}.stream_mix"]
         h = mix[0] * h + mix[1] * embedding
-        if config.tiled("attention")[i] != "-":
-            q, k, v = (heads(rms(h) @ part.T) for part in p[f"blocks.{i}.attention.qkv"])
-            table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}.get(i)
-            added = 0 if table is None else heads(p[f"value_embeds.{table}"][x])
-            mix = p[f"blocks.{i}.attention.value_mix"]
-            v = mix[0] * v + mix[1] * added
-            window = config.window_size // {"L": 1, "S": 2, "Q": 4, "E": 8}[config.tiled("window")[i]]
-            seen = slow_visible(T, torch.zeros_like(x), window)
-            k = turned(rms(k))
-            if config.tiled("attention")[i] == "K":  # channels in the second and in the last quarter come from the token before
-                before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1]], 2)
-                k = torch.where(torch.arange(config.head_dim) // quarter % 2 == 1, before, k)
-            score = (turned(rms(q)) @ k.mT * config.attn_scale).masked_fill(~seen, -math.inf)
-            h = h + (score.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ p[f"blocks.{i}.attention.out"].T
-        h = h + (rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T
+        after = rms if config.tiled("norms")[i] == "R" else lambda z: z
+        letter, rotary, of = config.tiled("attention")[i], config.tiled("rotary")[i], lambda name: p[f"blocks.{i}.attention.{name}"]
+        if letter != "-":
+            divisor = {"L": 1, "S": 2, "Q": 4, "E": 8}[config.tiled("window")[i]]
+            turn_qk = functools.partial(turned, speed={"W": divisor / 8, "H": 1, "B": 1}.get(rotary, 0))
+            turn_vo = functools.partial(turned, speed=rotary in "VB")
+            source = rms(h)
+            if letter in "AK":
+                q, k, v = (heads(source @ part.T) for part in of("qkv"))
+                table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}.get(i)
+                added = 0 if table is None else heads(p[f"value_embeds.{table}"][x])
+                v = turn_vo(of("value_mix")[0] * v + of("value_mix")[1] * added)
+                k = turn_qk(qk_norm(k))
+                if letter == "K":  # channels in the second and in the last quarter come from the token before
+                    other = torch.arange(T) < M
+                    before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1] * (other[1:] == other[:-1])[:, None]], 2)
+                    k = torch.where(torch.arange(C) // quarter % 2 == 1, before, k)
+            if letter == "L":
+                latent, q = rms(source @ of("latent").T), heads(source @ of("q").T)
+                still, v = heads(latent @ of("key_up").T), heads(latent @ of("value_up").T)
+                shared = (source @ of("key").T)[:, None].expand(-1, config.n_head, -1, -1)
+                parts = [part for pair in zip(shared.split(quarter, -1), still.split(quarter, -1)) for part in pair]
+                k = turn_qk(qk_norm(torch.cat(parts, -1)))
+            if letter == "S":
+                q = heads(source @ of("q").T)
+            near = torch.arange(T)[:, None] - torch.arange(T)
+            seen = (near >= 0) & ((near < config.window_size // divisor) | (torch.arange(T) < M))
+            score = turn_qk(qk_norm(q)) @ k.mT * config.attn_scale
+            if config.attn_softmax == "ssmax":
+                score = score * of("sharpness")[:, None, None] * seen.sum(1, keepdim=True).log()
+            y = turn_vo(score.masked_fill(~seen, -math.inf).softmax(-1) @ v, back=True)
+            h = h + after(y.transpose(1, 2).flatten(-2) @ of("out").T)
+        h = h + after((rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T)
         outputs.append(h)
-    z = rms(h) @ p["head"].T
+    z = rms(h[:, M:]) @ p["head"].T
     return (config.softcap * torch.tanh(z / config.softcap) + config.softcap)[..., :VOCAB]
 
 
 DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attention="AA-A"), dict(n_layer=4, value_embeds=0),
-         dict(attention="KAK-", window="LSQE", ngrams="23", ngram_rows=100)]
+         dict(attention="KAK-", window="LSQE", ngrams="23", ngram_rows=100), dict(attn_softmax="ssmax"), dict(qk_norm="none"),
+         dict(rotary="NVBW", window="LLLS"), dict(rotary="W", window="LSQE"), dict(attention="L", rotary="HN"), dict(attention="ASLS"),
+         dict(attention="KSKS", rotary="WWBB", window="LLSS", attn_softmax="ssmax"), dict(norms="RP"), dict(norms="R", attention="LA-A"),
+         dict(num_meta_tokens=3, ngrams="2", ngram_rows=50), dict(num_meta_tokens=9, attention="KL", attn_softmax="ssmax", rotary="HW")]
 
 
 @pytest.mark.parametrize("changes", DENSE, ids=name_of)

@@ -254,8 +254,7 @@ def ablate(args):
     missing = [name for name in commands if name not in timing]
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(missing):
-            base = name.rpartition(": ")[0]
-            pair = [rows[key].step_ms(Path(folder), f"{i}_{key == base}", FEW_STEPS) for key in ((name, base) if name != base else (name, name))]
+            pair = [rows[key].step_ms(Path(folder), f"{i}_{part}", FEW_STEPS) for part, key in (("change", name), ("base", base_of(name)))]
             timing[name] = {"ms": pair[0], "base_ms": pair[1]}
             write_json(timing_file, timing)
             print(f"{name}: {pair[0]:.1f} ms per step, {pair[0] / pair[1]:.3f} of its base's", flush=True)
@@ -284,10 +283,14 @@ def ablation_commands(plan: dict) -> dict[str, list[str]]:
     return commands
 
 
+def base_of(name: str) -> str:
+    """A base is its own."""
+    return name.rpartition(": ")[0] or name
+
+
 def ablation_steps(track: dict, timing: dict, name: str) -> int:
     """As many as take the track's short time, at the pace of the base's first timing: a machine that slows down does so for all."""
-    base = name.rpartition(": ")[0] or name
-    return int(1000 * track["seconds"]["short"] * timing[name]["base_ms"] / (timing[name]["ms"] * timing[base]["ms"]))
+    return int(1000 * track["seconds"]["short"] * timing[name]["base_ms"] / (timing[name]["ms"] * timing[base_of(name)]["ms"]))
 
 
 def ablation_table(plan: dict, track: dict, timing: dict, lines: list[dict]) -> str:

@@ -62,7 +62,7 @@ class Row:
             raise RunError(f"--{flag} is set by the track; after -- leave it out")
         self.track, self.script, self.flags = track, script, [f"--preset={track['preset']}", f"--data={folder}", *flags]
         check_gpu(track)
-        _, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
+        self.config, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
         if track["val_tokens"] % self.hp.seq_len:
             raise RunError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
         source = hashlib.sha256(b"".join(path.read_bytes() for path in train_muon.SOURCES)).hexdigest()
@@ -76,10 +76,10 @@ class Row:
             raise RunError(f"{self.script} ended with status {status}; what it said is above")
         return logger.read_run(out / name)["rows"]
 
-    def step_ms(self, out: Path, name: str, timed: int = TIMED_STEPS) -> float:
+    def step_ms(self, out: Path, name: str) -> float:
         """The median milliseconds of a step in the middle of a short run, where every schedule is half way."""
-        rows = self.run(out, name, num_iterations=3 * timed, val_tokens=self.hp.seq_len)
-        times = [row["train_time"] for row in rows if "train/loss" in row][timed : 2 * timed + 1]
+        rows = self.run(out, name, num_iterations=3 * TIMED_STEPS, val_tokens=self.hp.seq_len)
+        times = [row["train_time"] for row in rows if "train/loss" in row][TIMED_STEPS : 2 * TIMED_STEPS + 1]
         return 1000 * statistics.median(after - before for before, after in zip(times, times[1:]))
 
     def result(self, out: Path, seed: int, steps: int) -> dict:
@@ -240,7 +240,36 @@ def curve(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # ablate
 
-FEW_STEPS = 6  # of a run that times one of many changes
+PAIRS = 24  # of steps by which a change is timed against its base
+
+
+class Stepper:
+    """A row's model and optimizers in this process, in the middle of its schedules, to time one step at a time."""
+
+    def __init__(self, row: Row):
+        config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
+        world, self.hp, self.recipe, self.number = train_muon.World(0, 1, torch.device(row.track["device"])), hp, RECIPES[row.script], 2 * PAIRS
+        self.model, self.timer = model_file.GPT(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
+        self.exchange = train_muon.Exchange(self.model, world, hp.bucket_mb)
+        self.exchange.equip(self.recipe, hp)
+        rows = hp.batch_tokens // hp.seq_len
+        self.loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=train_muon.micro_batch_rows(rows, hp, world), rank=0,
+                                  world_size=1, seed=0, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
+
+    def milliseconds(self) -> float:
+        began = time.perf_counter()
+        train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, self.loader.next_step, self.number, self.hp, self.recipe, self.timer)
+        self.number += 1
+        return 1000 * (time.perf_counter() - began)
+
+
+def pace(change: Row, base: Row) -> dict:
+    """Median milliseconds of the base's steps, and of the change's over the base's, step by step in turns; the first third is not counted."""
+    steppers = [Stepper(row) for row in (change, base)]
+    pairs = [[stepper.milliseconds() for stepper in steppers[:: (-1) ** i]][:: (-1) ** i] for i in range(PAIRS)][PAIRS // 3 :]
+    for stepper in steppers:
+        stepper.loader.close()
+    return {"base_ms": statistics.median(ms for _, ms in pairs), "ratio": statistics.median(mine / ms for mine, ms in pairs)}
 
 
 def ablate(args):
@@ -251,13 +280,11 @@ def ablate(args):
     timing = logger.read_json(timing_file) if timing_file.exists() else {}
     commands = ablation_commands(plan)
     rows = {name: Row(track, command, args.data) for name, command in commands.items()}
-    missing = [name for name in commands if name not in timing]
-    with tempfile.TemporaryDirectory() as folder:
-        for i, name in enumerate(missing):
-            pair = [rows[key].step_ms(Path(folder), f"{i}_{part}", FEW_STEPS) for part, key in (("change", name), ("base", base_of(name)))]
-            timing[name] = {"ms": pair[0], "base_ms": pair[1]}
-            write_json(timing_file, timing)
-            print(f"{name}: {pair[0]:.1f} ms per step, {pair[0] / pair[1]:.3f} of its base's", flush=True)
+    torch.set_num_threads(track["threads"])
+    for name in (name for name in commands if name not in timing and name != base_of(name)):
+        timing[name] = pace(rows[name], rows[base_of(name)])
+        write_json(timing_file, timing)
+        print(f"{name}: {timing[name]['ratio']:.3f} of its base's {timing[name]['base_ms']:.1f} ms per step", flush=True)
     track["threads"] = args.threads or track["threads"]
     for seed in args.seeds:
         for name, row in rows.items():
@@ -269,7 +296,7 @@ def ablate(args):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 print(name, flush=True)
-                append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, timing[name]["ms"])
+                append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, None)
     print(ablation_table(plan, track, timing, read_tuning(log)))
 
 
@@ -289,8 +316,9 @@ def base_of(name: str) -> str:
 
 
 def ablation_steps(track: dict, timing: dict, name: str) -> int:
-    """As many as take the track's short time, at the pace of the base's first timing: a machine that slows down does so for all."""
-    return int(1000 * track["seconds"]["short"] * timing[name]["base_ms"] / (timing[name]["ms"] * timing[base_of(name)]["ms"]))
+    """As many as fit into the track's short time at the median pace of the base, less what the change costs."""
+    base_ms = statistics.median(timed["base_ms"] for other, timed in timing.items() if base_of(other) == base_of(name))
+    return int(1000 * track["seconds"]["short"] / (base_ms * timing.get(name, {"ratio": 1})["ratio"]))
 
 
 def ablation_table(plan: dict, track: dict, timing: dict, lines: list[dict]) -> str:
@@ -306,7 +334,7 @@ def ablation_table(plan: dict, track: dict, timing: dict, lines: list[dict]) -> 
             if not ends[name]:
                 continue
             gain = "{:+.4f} ± {:.4f}".format(*paired(ends[base], ends[name])) if flags else ""
-            cells = [label, f"`{' '.join(flags)}`" if flags else "", f"{timing[name]['ms'] / timing[name]['base_ms']:.3f}",
+            cells = [label, f"`{' '.join(flags)}`" if flags else "", f"{timing[name]['ratio']:.3f}" if flags else "1",
                      ablation_steps(track, timing, name), f"{statistics.mean(ends[name].values()):.4f}", gain, len(ends[name])]  # fmt: skip
             rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows).strip()

@@ -5,6 +5,7 @@
     python data.py --source files --path notes/ more.jsonl.gz   # your own .txt .md .jsonl .parquet, also .gz .xz .zst
     python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000
     python data.py --source hf --dataset NAME --tokens_field input_ids   # a data set that already holds GPT-2 ids
+    python data.py --source arithmetic --encoding bytes         # a toy: problems of known difficulty, for models that choose their depth
 
 A folder of shards is the whole interface. `<name>_train_000001.bin` ... and `<name>_val_000000.bin` hold 256 int32 (magic, version,
 token count), then uint16 tokens: the format of llm.c and modded-nanogpt, whose FineWeb shards load unchanged. Each document starts
@@ -517,6 +518,55 @@ def files_documents(args, encoding):
     return documents(), {}
 
 
+# The toy: a document is one problem. `7sdn=6` is a chain of steps mod 11 with digits 0 to 9 and a, `58+967=1025` a sum of two numbers.
+STEPS = {"s": lambda v: v + 1, "d": lambda v: 2 * v, "n": lambda v: -v, "e": lambda v: v}  # successor, double, negate, equal
+DIGITS = "0123456789a"
+MOST_STEPS, MOST_DIGITS = 8, 4
+PROBLEM = re.compile(rb"[0-9a]([sdne]+)=([0-9a])|([0-9]+)\+([0-9]+)=([0-9]+)")
+
+
+def chain(rng):
+    """1 to 8 steps, equally often."""
+    value = rng.integers(len(DIGITS))
+    text = DIGITS[value]
+    for step in rng.choice(list(STEPS), rng.integers(1, MOST_STEPS + 1)):
+        text, value = text + step, STEPS[step](value) % len(DIGITS)
+    return f"{text}={DIGITS[value]}"
+
+
+def addition(rng):
+    """Of 1 to 4 digits each, equally often."""
+    a, b = (rng.integers(10 ** rng.integers(1, MOST_DIGITS + 1)) for _ in range(2))
+    return f"{a}+{b}={a + b}"
+
+
+def difficulty(text):
+    """Of each byte of the answers in text (bytes), how many operations it takes to know it: steps of a chain that change something, or columns
+    of a sum. int64 (len(text),), 0 elsewhere. For tokens of encoding bytes, pass them with 256 replaced by a newline."""
+    label = np.zeros(len(text), np.int64)
+    for match in PROBLEM.finditer(text):
+        steps, answer, *numbers, total = match.groups()
+        if steps is not None:
+            label[slice(*match.span(2))] = len(steps) - steps.count(b"e")
+        else:
+            label[slice(*match.span(5))] = max(map(len, numbers))
+    return label
+
+
+def arithmetic_documents(args, encoding):
+    """Chains and sums in turn, drawn from split_seed without end. The text chooses the split, so validation has problems that training never has."""
+    if args.max_tokens is None:
+        raise DataError("--source arithmetic has no end: say how much of it with --max_tokens, for instance --max_tokens 4_000_000")
+
+    def documents():
+        rng = np.random.default_rng(args.split_seed)
+        while True:
+            for problem in (chain(rng), addition(rng)):
+                yield problem.encode(), problem.encode()
+
+    return documents(), {}
+
+
 def hf_documents(args, encoding):
     import datasets
 
@@ -733,6 +783,7 @@ SOURCES = {  # name: (function of the flags and a folder, the flags it uses)
     "hf": (lambda *a: tokenise(hf_documents, *a), TOKENISED + ("dataset", "subset", "split_name", "text_field", "tokens_field")),
     "files": (lambda *a: tokenise(files_documents, *a), TOKENISED + ("path", "text_field", "tokens_field")),
     "python": (lambda *a: tokenise(python_documents, *a), TOKENISED),
+    "arithmetic": (lambda *a: tokenise(arithmetic_documents, *a), TOKENISED),
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": CORES, "split_seed": 0, "split_name": "train",

@@ -83,6 +83,16 @@ class Config:
     balance_window: int = 1  # optimizer steps whose counts make up the load that the balance loss sees
     # depth
     depth: str = "stack"  # a key of DEPTHS
+    residual: str = "add"  # a key of RESIDUALS: how the stream takes up what attention and feed-forward say
+    looped: str = "o"  # depth loop; tiled over depth: o = a layer of the loop, - = one that runs once, before or after it
+    loops: int = 2  # times that the loop runs, at most
+    eval_loops: int = 0  # the same in evaluation; 0 = as in training
+    loop_keys: str = "latest"  # a key of LOOP_KEYS: whose keys and values a token sees in the second loop and after
+    reinject: float = 0.0  # what the loop began with is added, so many times, before each further loop
+    halt: str = "none"  # a key of HALTS: how a token finds out that it may leave the loop
+    halt_threshold: float = 0.0  # of what adds up until it leaves; 0 = the rule's own
+    ponder_coef: float = 0.01  # price of further loops in the loss
+    ponder_prior: float = 0.2  # halt ponder: the chance of leaving after each loop that it is drawn to
     norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too
     # attention
     attention: str = "A"  # tiled over depth: A = attention, K = with keys that know the token before, L = latent, S = shares keys, - = none
@@ -119,20 +129,23 @@ class Config:
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel", "shared_kernel", "latent_dim"):
+                      "router_kernel", "shared_kernel", "latent_dim", "loops"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
-                      "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens"):  # fmt: skip
+                      "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens",
+                      "eval_loops", "reinject", "halt_threshold", "ponder_coef"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
         for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
-                      "importance_coef", "load_coef", "attn_scale", "softcap"):  # fmt: skip
+                      "importance_coef", "load_coef", "attn_scale", "softcap", "reinject", "halt_threshold", "ponder_coef"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
-                             ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS)):  # fmt: skip
+                             ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS),
+                             ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
-        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS)):
+        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS),
+                               ("looped", "o-")):  # fmt: skip
             value = getattr(self, field)
             check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
         check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
@@ -163,6 +176,14 @@ class Config:
                   f"the same in layer {layer} as in layer {maker}, whose keys and values it shares (and so must `window` be where it is W)")
         remade = [self.tiled("rotary")[layer] for layer, letter in enumerate(self.tiled("attention")) if letter == "L"]
         check("rotary", not set(remade) & set("VB"), "H, N or W where attention is L, whose values are remade from what a cache keeps")
+        check("looped", re.fullmatch("-*o+-*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
+              f"{self.n_layer} layers, {self.tiled('looped')}, they are not")  # fmt: skip
+        check("ponder_prior", 0 < self.ponder_prior < 1, "between 0 and 1")
+        halts, why = self.depth == "loop" and self.halt != "none", f"next to halt {self.halt}, where tokens leave, a kind that looks at no neighbours"
+        check("router", not halts or self.router not in ("conv", "recurrent"), why)
+        check("shared", not halts or self.num_shared_experts == 0 or self.shared != "conv", why)
+        for field in ("importance_coef", "load_coef"):
+            check(field, not halts or getattr(self, field) == 0, f"0 next to halt {self.halt}: it looks at all tokens of a micro-batch")
         check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
 
     @property
@@ -212,6 +233,11 @@ class Config:
     def expert_share(self) -> float:
         """Of the tokens, those that an expert with matmuls gets when the load is even."""
         return self.top_k / sum(1 / eta for eta in self.expert_etas)
+
+    @property
+    def layer_runs(self) -> list[int]:
+        """How often each layer runs for a token, at most."""
+        return [self.loops if self.depth == "loop" and letter == "o" else 1 for letter in self.tiled("looped")]
 
     @property
     def routed_layers(self) -> int:
@@ -337,6 +363,16 @@ class Rotary(NamedTuple):
 ROTARIES = {"H": Rotary(rotate, unchanged, lambda divisor: 1.0)}  # the zoo, below, has more
 QK_NORMS = {"rms": norm, "none": unchanged}
 NORMS = {"P": (norm, unchanged)}  # letter of `norms` -> what comes before attention and feed-forward, and what after
+
+
+class Residual(NamedTuple):
+    """How the stream x, made of n terms (its embedding is the first), takes up another."""
+
+    enter: callable  # (stream_mix, x, embedding) -> x as a block begins
+    take_up: callable  # (x, y, n, embedding) -> x
+
+
+RESIDUALS = {"add": Residual(blend, lambda x, y, n, embedding: x + y)}  # the zoo, below, has more
 
 
 def mix_bits(x: Tensor) -> Tensor:
@@ -548,6 +584,8 @@ class Context(NamedTuple):
     cache: "Cache | None"
     logits_before_TE: Tensor | None = None  # of the routed layer before, zeros for the first; None where no router asks for them
     kv: tuple[Tensor, ...] | None = None  # of the nearest layer before that makes its own; None where this layer does
+    terms: Tensor | None = None  # how many the stream is made of, where a residual asks
+    valid_BT: Tensor | None = None  # tokens that count, where some rows are only there to fill up
     log_seen_BT: Tensor | None = None  # log of the number of keys that each token sees; None where no softmax asks for it
 
 
@@ -624,8 +662,8 @@ class Cache:
 
     def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
         self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len + config.num_meta_tokens, dtype=torch.int64, device=device)
-        self.kept = {}  # module -> tensors (B, max_len, ...)
-        self.states = {}  # module -> what it has to remember of the last few tokens, for routers
+        self.kept = {}  # module, or (module, loop) -> tensors (B, max_len, ...)
+        self.states = {}  # the same -> what it has to remember of the last few tokens, for routers
         self.length = 0  # tokens of finished forward passes, the meta-tokens included
 
     def last_doc(self) -> Tensor:
@@ -642,7 +680,13 @@ class Cache:
             self.id_BT[:, self.length : end] = id_BT
         return self.id_BT[:, :end], self.doc_BT[:, :end]
 
-    def extend(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
+    def recall(self, module, default):
+        return self.states.get(module, default)
+
+    def remember(self, module, value):
+        self.states[module] = value
+
+    def extend(self, module, *parts: Tensor) -> tuple[Tensor, ...]:
         """Store what a module keeps of the new tokens, tensors (B, T, ...); return the same of all tokens so far."""
         end = self.length + parts[0].size(1)
         if module not in self.kept:
@@ -952,7 +996,9 @@ def dispatch(x_TD: Tensor, route: Route, fn, first: int = 0, count: int | None =
     fn holds `count` experts from number `first` on (all by default); to the others no row goes and none comes back.
     Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
     (T, K), E = route.expert_TK.shape, route.logits_TE.size(1)
-    own_TK = (route.expert_TK - first) % E if first else route.expert_TK  # numbered from `first` on, so that fn's rows come first
+    own_TK = route.expert_TK
+    if first:  # numbered from there on, so that fn's rows come first; E, no expert, stays
+        own_TK = torch.where(own_TK < E, (own_TK - first) % E, E)
     expert_R, choice_R = own_TK.flatten().to(torch.int16).sort(stable=True)  # a radix sort: 5 times faster than on int64
     row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
     expert_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
@@ -1077,15 +1123,35 @@ class RouteStats(NamedTuple):
     entropy: Tensor  # mean entropy of the router's distribution / log E: 1 = undecided
     logits_TE: Tensor | None = None  # for the router of the next layer
     local_loss: Tensor | float = 0.0
+    tokens: Tensor | int = 0  # that were routed
 
 
-def route_stats(route: Route, counts_E: Tensor) -> RouteStats:
+def mean_over(x: Tensor, valid_T: Tensor | None) -> Tensor:
+    """The mean over the first dimension, of the tokens that count."""
+    if valid_T is None:
+        return x.mean(0)
+    return (x * valid_T.view(-1, *[1] * (x.ndim - 1))).sum(0) / valid_T.sum().clamp(min=1)
+
+
+def route_stats(route: Route, counts_E: Tensor, valid_T: Tensor | None = None) -> RouteStats:
     lse_T = route.logits_TE.logsumexp(-1)
     log_p_TE = route.logits_TE - lse_T[:, None]
     p_TE = log_p_TE.exp()
     prob_TE = p_TE if route.prob_TE is None else route.prob_TE
-    entropy = -(p_TE * log_p_TE).detach().sum(-1).mean() / math.log(max(p_TE.size(1), 2))
-    return RouteStats(counts_E, prob_TE.mean(0), lse_T.square().mean(), entropy, route.logits_TE, route.local_loss)
+    entropy = mean_over(-(p_TE * log_p_TE).detach().sum(-1), valid_T) / math.log(max(p_TE.size(1), 2))
+    tokens = len(lse_T) if valid_T is None else valid_T.sum()
+    return RouteStats(counts_E, mean_over(prob_TE, valid_T), mean_over(lse_T.square(), valid_T), entropy, route.logits_TE, route.local_loss, tokens)
+
+
+def left_out(route: Route, valid_T: Tensor | None) -> Route:
+    """The route with no expert (number E, which owns no rows) for tokens that do not count."""
+    if valid_T is None:
+        return route
+    return route._replace(expert_TK=route.expert_TK.where(valid_T[:, None], route.logits_TE.size(1)))
+
+
+def flat(x_BT: Tensor | None) -> Tensor | None:
+    return None if x_BT is None else x_BT.flatten(0, 1)
 
 
 class MoE(nn.Module):
@@ -1099,7 +1165,7 @@ class MoE(nn.Module):
             name = "experts" if kind == "mlp" else kind
             self.add_module(name, EXPERTS[kind](config, count // ranks.size))
             pools = self.pools if EXPERTS[kind].has_matmuls else self.free_pools
-            pools.append((name, first, count if count < config.num_experts else None))
+            pools.append((name, first, count if count < config.num_experts or config.halt != "none" else None))
             first += count
         self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
         self.shared = SHARED[config.shared](config) if config.num_shared_experts else None
@@ -1111,13 +1177,14 @@ class MoE(nn.Module):
         return routed_BTD if self.shared is None else self.shared(x_BTD, ctx) + routed_BTD
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
-        route, x_TD = self.router(x_BTD, ctx), x_BTD.flatten(0, 1)
+        valid_T = flat(ctx.valid_BT)
+        route, x_TD = left_out(self.router(x_BTD, ctx), valid_T), x_BTD.flatten(0, 1)
         parts = [dispatch(x_TD, route, functools.partial(self.carry, self.get_submodule(name)), first, count) for name, first, count in self.pools]
         ys = [y_TD for y_TD, _ in parts]
         for name, first, count in self.free_pools:
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
-        return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [route_stats(route, parts[0][1])]
+        return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [route_stats(route, parts[0][1], valid_T)]
 
 
 class SharedMLP(nn.Module):
@@ -1167,22 +1234,28 @@ class DenseMLP(nn.Module):
 FEED_FORWARDS = {"M": MoE, "D": DenseMLP}
 
 
+def more(terms: Tensor | None, count: int = 1) -> Tensor | None:
+    return None if terms is None else terms + count
+
+
 class Block(nn.Module):
     """Mix the embedding back in, attend, feed forward."""
 
     def __init__(self, config: Config, layer: int, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        self.stream_mix = nn.Parameter(torch.empty(2))
+        self.stream_mix = nn.Parameter(torch.empty(2)) if config.residual == "add" else None
+        self.residual = RESIDUALS[config.residual]
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
         self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, ranks)
         self.before, self.after = NORMS[config.tiled("norms")[layer]]
 
     def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats], tuple[Tensor, Tensor] | None]:
-        x_BTD = blend(self.stream_mix, x_BTD, embedding_BTD)
+        enter, take_up = self.residual
+        x_BTD = enter(self.stream_mix, x_BTD, embedding_BTD)
         y_BTD, kv = self.attention(self.before(x_BTD), ctx)
-        x_BTD = x_BTD + self.after(y_BTD)
+        x_BTD = take_up(x_BTD, self.after(y_BTD), ctx.terms, embedding_BTD)
         y_BTD, stats = self.ffn(self.before(x_BTD), ctx)
-        return x_BTD + self.after(y_BTD), stats, kv
+        return take_up(x_BTD, self.after(y_BTD), more(ctx.terms), embedding_BTD), stats, kv
 
 
 # -----------------------------------------------------------------------------
@@ -1210,6 +1283,26 @@ def run_block(block, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context, trail: 
     return x_BTD, Trail(trail.stats + stats, kv or trail.kv)
 
 
+class Deep(NamedTuple):
+    """What all layers together have made."""
+
+    outputs: list[tuple[Tensor, Tensor | None]]  # streams (B, T, D) for the head, each with its tokens' weights (B, T) in the loss
+    stats: list[RouteStats]  # one for each routed layer
+    loss: Tensor | float = 0.0  # of depth itself, in training
+    loops_BT: Tensor | None = None  # that each token went through
+
+
+class Place(NamedTuple):
+    """Where the new tokens and the keys stand: what a mask is made of."""
+
+    position_T: Tensor
+    position_S: Tensor
+    doc_BT: Tensor
+    doc_BS: Tensor
+    windows: dict[str, Tensor]  # of each letter
+    meta: int
+
+
 class Stack(nn.Module):
     """Every block once. The second half reads the first half's outputs in mirror order, U-net style (modded-nanogpt record 11)."""
 
@@ -1218,7 +1311,7 @@ class Stack(nn.Module):
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
         self.add_skip = add_skip  # the loop may put a compiled one here
 
-    def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
+    def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context], place: Place) -> Deep:
         x_BTD, trail, outputs = embedding_BTD.clone(), Trail(), []  # a compiled Function refuses one tensor twice
         num_down = len(blocks) - len(self.skip_weights)
         for block, ctx in zip(blocks[:num_down], contexts[:num_down]):
@@ -1228,10 +1321,10 @@ class Stack(nn.Module):
         for block, ctx, weight in zip(blocks[num_down:], contexts[num_down:], self.skip_weights):
             x_BTD = self.add_skip(weight, x_BTD, outputs.pop())
             x_BTD, trail = run_block(block, x_BTD, embedding_BTD, ctx, trail)
-        return x_BTD, trail.stats
+        return Deep([(x_BTD, None)], trail.stats)
 
 
-DEPTHS = {"stack": Stack}
+DEPTHS = {"stack": Stack}  # the zoo, below, has more
 
 # -----------------------------------------------------------------------------
 # Head and loss
@@ -1341,34 +1434,42 @@ def loss_rows(limit: dict[str, int], w_VD: Tensor) -> int:
     return rows - rows % 128 if rows > 128 else rows
 
 
-def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: HeadMatmul, chunk_nll) -> Tensor:
-    """Summed cross-entropy (nats) of the head w_VD (fp32), a chunk of tokens at a time: no more logits than LOSS_CHUNK ever exist."""
-    return ChunkedLoss.apply(x_TD, w_VD, target_T, head, chunk_nll, torch.is_grad_enabled())
+def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: HeadMatmul, chunk_nll, weight_T: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy (nats) of the head w_VD (fp32), a chunk of tokens at a time: no more logits than LOSS_CHUNK ever exist.
+    Tokens may have weights, fp32, which get gradients too."""
+    return ChunkedLoss.apply(x_TD, w_VD, target_T, head, chunk_nll, weight_T, torch.is_grad_enabled())
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Forward makes the gradients too, where they are wanted, so that no logits are kept; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_VD, target_T, head, chunk_nll, with_gradients):
-        nats = torch.zeros((), device=x_TD.device)
+    def forward(ctx, x_TD, w_VD, target_T, head, chunk_nll, weight_T, with_gradients):
+        nats, nll_T = torch.zeros((), device=x_TD.device), None if weight_T is None else torch.empty_like(weight_T)
         dx_TD, dw_VD, w_ready = torch.empty_like(x_TD), torch.zeros_like(w_VD), head.prepare(w_VD, x_TD)
         rows, piece = (loss_rows(limit, w_VD) for limit in (LOSS_CHUNK, LOSS_PIECE))
-        for x, dx, target in zip(x_TD.split(rows), dx_TD.split(rows), target_T.split(rows)):
-            z, saved = head.forward(x, w_ready)
-            for some_z, some_target in zip(z.split(piece), target.split(piece)):
-                nats += chunk_nll(some_z, some_target).sum()
+        for start in range(0, len(x_TD), rows):
+            chunk = slice(start, start + rows)
+            z, saved = head.forward(x_TD[chunk], w_ready)
+            for some_z, some_target in zip(z.split(piece), target_T[chunk].split(piece)):
+                nll = chunk_nll(some_z, some_target)
+                if weight_T is not None:
+                    part = slice(start, start + len(nll))
+                    nll_T[part], nll = nll, nll * weight_T[part]
+                    some_z *= weight_T[part, None]
+                nats += nll.sum()
+                start += len(some_z)
             if with_gradients:
                 dx_chunk, dw_chunk = head.backward(z, saved)  # z is its own gradient by now
-                dx.copy_(dx_chunk)
+                dx_TD[chunk] = dx_chunk
                 dw_VD += dw_chunk
-        ctx.save_for_backward(dx_TD, dw_VD)
+        ctx.save_for_backward(dx_TD, dw_VD, nll_T)
         return nats
 
     @staticmethod
     def backward(ctx, dnats):
-        dx_TD, dw_VD = ctx.saved_tensors
-        return dx_TD * dnats, dw_VD * dnats, None, None, None, None
+        dx_TD, dw_VD, nll_T = ctx.saved_tensors
+        return dx_TD * dnats, dw_VD * dnats, None, None, None, None if nll_T is None else nll_T * dnats, None
 
 
 # -----------------------------------------------------------------------------
@@ -1478,9 +1579,9 @@ def taps(module: nn.Module, x_BTD: Tensor, ctx: Context, kernel: int) -> Tensor:
 
 def remembered(module: nn.Module, x_BTD: Tensor, cache: Cache, count: int) -> Tensor:
     """x with the `count` inputs before it in front (zeros before the first), which the cache keeps for the next call."""
-    before_BTD = cache.states.get(module, x_BTD.new_zeros(x_BTD.size(0), count, x_BTD.size(2)))
+    before_BTD = cache.recall(module, x_BTD.new_zeros(x_BTD.size(0), count, x_BTD.size(2)))
     x_BSD = torch.cat([before_BTD, x_BTD], dim=1)
-    cache.states[module] = x_BSD[:, x_BSD.size(1) - count :]
+    cache.remember(module, x_BSD[:, x_BSD.size(1) - count :])
     return x_BSD
 
 
@@ -1500,12 +1601,12 @@ class RecurrentRouter(Router):
         z_BTC = z_BTC.sigmoid()
         h_BTC = linear_scan((1 - z_BTC) * ctx.follows_BS[:, -T:, None], z_BTC * v_BTC, self.state(B, ctx, z_BTC))
         if ctx.cache is not None:
-            ctx.cache.states[self] = h_BTC[:, -1]
+            ctx.cache.remember(self, h_BTC[:, -1])
         return h_BTC.flatten(0, 1) @ self.gate.T
 
     def state(self, B: int, ctx: Context, like: Tensor) -> Tensor:
         zeros_BC = like.new_zeros(B, like.size(-1))
-        return zeros_BC if ctx.cache is None else ctx.cache.states.get(self, zeros_BC)
+        return zeros_BC if ctx.cache is None else ctx.cache.recall(self, zeros_BC)
 
 
 def linear_scan(a_BTC: Tensor, b_BTC: Tensor, h_BC: Tensor) -> Tensor:
@@ -1675,6 +1776,362 @@ SHARED |= {"conv": SharedConv}
 EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
             "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts}  # fmt: skip
 
+# ---- residuals
+
+
+def into_mean(x: Tensor, y: Tensor, n: Tensor, embedding: Tensor) -> Tensor:
+    """The stream is the mean of its n terms, so that all blocks count the same however many there are."""
+    return x + (y - x) / (n + 1).type_as(x)
+
+
+def into_mean_of_the_others(x: Tensor, y: Tensor, n: Tensor, embedding: Tensor) -> Tensor:
+    """The embedding, and the mean of the n - 1 terms since."""
+    return x + (y - (x - embedding)) / n.type_as(x)
+
+
+RESIDUALS |= {
+    "average": Residual(lambda stream_mix, x, embedding: x, into_mean),
+    "average_keep_embedding": Residual(lambda stream_mix, x, embedding: x, into_mean_of_the_others),
+}
+
+# ---- loops
+
+
+def run_blocks(blocks, x_BTD: Tensor, embedding_BTD: Tensor, contexts: list[Context], trail: Trail) -> tuple[Tensor, Trail]:
+    for block, ctx in zip(blocks, contexts):
+        x_BTD, trail = run_block(block, x_BTD, embedding_BTD, ctx, trail)
+    return x_BTD, trail
+
+
+def merged(runs: list[list[RouteStats]]) -> list[RouteStats]:
+    """Of several runs of the same layers: counts add up, means are over all tokens that were routed."""
+    return [merged_layer(layer) for layer in zip(*runs)]
+
+
+def merged_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
+    if len(runs) == 1:
+        return runs[0]
+    tokens = sum(run.tokens for run in runs)
+    mean = lambda values: sum(value * run.tokens for value, run in zip(values, runs)) / max(tokens, 1)
+    return RouteStats(sum(run.counts_E for run in runs), mean([run.prob_E for run in runs]), mean([run.z_loss for run in runs]),
+                      mean([run.entropy for run in runs]), None, sum(run.local_loss for run in runs), tokens)  # fmt: skip
+
+
+class LoopKeys:
+    """Stands before a cache, or for one, and decides whose keys and values a token sees in which loop. The same in training and decoding:
+    a cache with one place per token, which each loop overwrites, would show a later token the end of an earlier one's loops, where
+    training shows it the same loop (a test shows how far off that is)."""
+
+    def __init__(self, cache: Cache | None):
+        self.cache, self.loop, self.rows, self.full = cache, 0, None, {}
+
+    def turn(self, loop: int, active_BT: Tensor) -> Tensor | None:
+        """Now comes this loop, of these tokens; returns keys (B, S) that nobody sees in it."""
+        self.loop, self.rows = loop, None
+        return self.hidden(active_BT)
+
+    def extend(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
+        """A token that is not in this loop is seen as it was in its last one."""
+        self.full[module] = parts if self.rows is None else tuple(map(self.rows.put, self.full[module], parts))
+        return self.remembered(module, self.loop)
+
+    def remembered(self, module: nn.Module, loop: int) -> tuple[Tensor, ...]:
+        return self.full[module] if self.cache is None else self.cache.extend((module, loop), *self.full[module])
+
+    def recall(self, module: nn.Module, default):
+        return default if self.cache is None else self.cache.recall((module, self.loop), default)
+
+    def remember(self, module: nn.Module, value):
+        if self.cache is not None:
+            self.cache.remember((module, self.loop), value)
+
+    def hidden(self, active_BT: Tensor) -> Tensor | None:
+        return None
+
+    def skip(self, loops: range):
+        """Nobody is in these loops: a cache notes how they will see the tokens that have left."""
+        for loop in loops:
+            for module in self.full:
+                self.remembered(module, loop)
+
+
+class OwnLoopKeys(LoopKeys):
+    """Only tokens that are in a loop are seen there (Mixture-of-Recursions, 2507.10524: recursion-wise caching)."""
+
+    def hidden(self, active_BT: Tensor) -> Tensor | None:
+        if self.cache is not None:
+            (active_BT,) = self.cache.extend(("active", self.loop), active_BT)
+        return None if active_BT.all() else ~active_BT
+
+
+class FirstLoopKeys(LoopKeys):
+    """All loops see the keys and values of the first: one place per token (the same paper: recursive sharing)."""
+
+    def extend(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
+        if self.loop == 0:
+            self.full[module] = parts
+        return self.remembered(module, 0)
+
+    def skip(self, loops: range):
+        pass
+
+
+LOOP_KEYS = {"latest": LoopKeys, "per_loop": OwnLoopKeys, "share_first": FirstLoopKeys}
+
+
+class Rows:
+    """The active tokens of each row, packed: `index_BQ` says where they come from. Where a row has fewer, others fill it up."""
+
+    STEP = 64  # Q is a multiple of it, so that few shapes occur
+
+    def __init__(self, active_BT: Tensor):
+        most, T = int(active_BT.sum(1).max()), active_BT.size(1)
+        self.count = min(T, -(-most // self.STEP) * self.STEP)
+        self.index_BQ = (~active_BT).to(torch.int8).argsort(dim=1, stable=True)[:, : self.count]
+        self.valid_BQ = active_BT.gather(1, self.index_BQ)
+        flat_BQ = self.index_BQ + torch.arange(len(active_BT), device=active_BT.device)[:, None] * T
+        self.all_R, self.valid_R = flat_BQ.flatten(), flat_BQ[self.valid_BQ]
+
+    def take(self, x_BT: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, Q, ...)"""
+        return x_BT.flatten(0, 1).index_select(0, self.all_R).view(*self.index_BQ.shape, *x_BT.shape[2:])
+
+    def put(self, x_BT: Tensor, part_BQ: Tensor) -> Tensor:
+        """x with the active tokens' part in their places."""
+        flat = x_BT.flatten(0, 1).index_copy(0, self.valid_R, part_BQ.flatten(0, 1)[self.valid_BQ.flatten()])
+        return flat.view(x_BT.shape)
+
+
+class PickedMask(DenseMask):
+    """For some queries of each row. A query sees itself, whatever it is, or nothing would be left for those that only fill up."""
+
+    def __init__(self, place: Place, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None):
+        q_position, q_doc = place.position_T[index_BQ][:, None, :, None], place.doc_BT.gather(1, index_BQ)[:, None, :, None]
+        self.mask = visible(q_position, place.position_S, q_doc, place.doc_BS[:, None, None, :], place.windows[letter], place.meta)
+        if hidden_BS is not None:
+            self.mask &= ~hidden_BS[:, None, None, :]
+        self.mask |= q_position == place.position_S
+
+
+def picked(ctx: Context, letter: str, rows: Rows, place: Place, hidden_BS: Tensor | None) -> Context:
+    """The context of the active tokens alone."""
+    B, T = place.doc_BT.shape
+    seed, step, layer, token_T = ctx.noise_key
+    table = lambda x: rows.take(x.expand(B, *x.shape[-3:]))  # (T, 1, C) or (B, T, 1, C)
+    mask = PickedMask(place, letter, rows.index_BQ, hidden_BS)
+    return ctx._replace(
+        token_BT=None if ctx.token_BT is None else rows.take(ctx.token_BT),
+        mask=mask,
+        value_embed_BTHC=rows.take(ctx.value_embed_BTHC) if ctx.value_embed_BTHC.ndim else ctx.value_embed_BTHC,
+        cos=table(ctx.cos),
+        sin=table(ctx.sin),
+        noise_key=(seed, step, layer, rows.take(token_T.view(B, T)).flatten()),
+        logits_before_TE=None if ctx.logits_before_TE is None else rows.take(ctx.logits_before_TE.view(B, T, -1)).flatten(0, 1),
+        valid_BT=rows.valid_BQ,
+        log_seen_BT=None if ctx.log_seen_BT is None else mask.mask[:, 0].sum(-1).log(),
+    )
+
+
+class Loop(nn.Module):
+    """Some layers, then a group of layers `loops` times, then the others: Universal Transformer (1807.03819), MoEUT (2405.16039), AbbIE
+    (2507.08567); with the first and the last layer outside, the middle-cycle strategy of Mixture-of-Recursions (2507.10524).
+
+    `eval_loops` may be set to another number than training has."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        looped = config.tiled("looped")
+        self.group, self.windows = slice(looped.index("o"), looped.rindex("o") + 1), config.tiled("window")
+        self.loops, self.eval_loops, self.reinject = config.loops, config.eval_loops or config.loops, config.reinject
+        self.keys, self.ponder_coef, self.meta = LOOP_KEYS[config.loop_keys], config.ponder_coef, config.num_meta_tokens
+        self.needs_keys = config.loop_keys == "share_first" or config.halt != "none"
+        self.halt = HALTS[config.halt](config)
+
+    def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context], place: Place) -> Deep:
+        before, group, after = slice(0, self.group.start), self.group, slice(self.group.stop, len(blocks))
+        x_BTD, trail = run_blocks(blocks[before], embedding_BTD.clone(), embedding_BTD, contexts[before], Trail())
+        states, runs, cost, loops_BT, kv = self.run_loops(blocks[group], x_BTD, embedding_BTD, contexts[group], place, trail.kv)
+        outputs, ends = [], []
+        for x_BTD, weight_BT in states:
+            contexts_after = [ctx._replace(terms=self.terms(ctx, loops_BT)) for ctx in contexts[after]]
+            x_BTD, end = run_blocks(blocks[after], x_BTD, embedding_BTD, contexts_after, Trail([], kv))
+            outputs.append((x_BTD, weight_BT))
+            ends.append(end.stats)
+        return Deep(outputs, trail.stats + merged(runs) + merged(ends), self.ponder_coef * cost, loops_BT)
+
+    def terms(self, ctx: Context, loops_BT: Tensor) -> Tensor | None:
+        """How many terms the stream has after the loop, where a residual asks: a token that left early has fewer."""
+        return more(ctx.terms, (2 * (self.group.stop - self.group.start) * (loops_BT - 1))[..., None])
+
+    def run_loops(self, blocks, x_BTD: Tensor, embedding_BTD: Tensor, contexts: list[Context], place: Place, kv):
+        """[(stream, weight in the loss)] to go on with, statistics of each loop, cost, loops of each token, and the last keys and values."""
+        begin_BTD, size, runs, store = x_BTD, 2 * len(blocks), [], None
+        if self.needs_keys or contexts[0].cache is not None:
+            store = self.keys(contexts[0].cache)
+        leaving = Leaving.at_the_start(x_BTD)
+        loops = self.loops if self.training else self.eval_loops
+        for loop in range(loops):
+            here = [self.turned(ctx, loop, size, store) for ctx in contexts]
+            hidden_BS = None if store is None else store.turn(loop, leaving.active_BT)
+            rows = None if leaving.all_are_in and hidden_BS is None else Rows(leaving.active_BT)
+            entry_BTD = x_BTD + self.reinject * begin_BTD if loop and self.reinject else x_BTD
+            if rows is None:
+                new_BTD, trail = run_blocks(blocks, entry_BTD, embedding_BTD, here, Trail([], kv))
+            else:
+                store.rows = rows
+                here = [picked(ctx, letter, rows, place, hidden_BS) for ctx, letter in zip(here, self.windows[self.group])]
+                new_BQD, trail = run_blocks(blocks, rows.take(entry_BTD), rows.take(embedding_BTD), here, Trail([], kv))
+                new_BTD = rows.put(x_BTD, new_BQD)
+            runs.append(trail.stats)
+            x_BTD, leaving = self.halt(new_BTD, x_BTD, leaving, loop + 1 == loops)
+            if leaving.nobody_is_in:
+                store.skip(range(loop + 1, loops))
+                break
+        states = self.halt.states(x_BTD, leaving)
+        return states, runs, self.halt.cost(leaving), leaving.loops_BT, trail.kv
+
+    def turned(self, ctx: Context, loop: int, size: int, store: LoopKeys | None) -> Context:
+        """The context of one loop: noise of its own, and what the stream is made of by then."""
+        seed, step, layer, token_T = ctx.noise_key
+        return ctx._replace(noise_key=(seed, step, layer + 256 * loop, token_T), terms=more(ctx.terms, size * loop), cache=store)
+
+
+DEPTHS |= {"loop": Loop}
+
+# ---- halting
+
+
+class Leaving(NamedTuple):
+    """Who is still in the loop, and what has come of it."""
+
+    active_BT: Tensor
+    loops_BT: Tensor  # that each token went through
+    sum_BT: Tensor  # of what a rule adds up until a token leaves, fp32
+    cost_BT: Tensor  # differentiable, fp32
+    output_BTD: Tensor | None = None  # what the loops add up to, for rules that mix them
+    states: tuple[tuple[Tensor, Tensor], ...] = ()  # every loop's stream and its weight, for rules whose loss looks at all
+    all_are_in: bool = True
+    nobody_is_in: bool = False
+
+    @staticmethod
+    def at_the_start(x_BTD: Tensor) -> "Leaving":
+        zeros_BT = torch.zeros(x_BTD.shape[:2], device=x_BTD.device)
+        return Leaving(zeros_BT == 0, zeros_BT.long(), zeros_BT, zeros_BT)
+
+
+class NoHalt(nn.Module):
+    """All tokens go through all loops."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+        return new_BTD, so_far._replace(loops_BT=so_far.loops_BT + 1)
+
+    def states(self, x_BTD: Tensor, so_far: Leaving) -> list[tuple[Tensor, Tensor | None]]:
+        return [(x_BTD, None)]
+
+    def cost(self, so_far: Leaving) -> Tensor | float:
+        return 0.0
+
+
+class Halt(NoHalt):
+    """What the rules share: a head on the normed stream, whose sigmoid says how much a token wants to leave."""
+
+    threshold = 0.99
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.weight, self.bias = nn.Parameter(torch.empty(1, config.n_embd)), nn.Parameter(torch.empty(1))
+        self.limit, self.prior = config.halt_threshold or self.threshold, config.ponder_prior
+
+    def wish(self, x_BTD: Tensor) -> Tensor:
+        return (linear_fp32(norm(x_BTD).flatten(0, 1), self.weight).view(x_BTD.shape[:2]) + self.bias).sigmoid()
+
+    def gone(self, so_far: Leaving, leaves_BT: Tensor, **changes) -> Leaving:
+        active_BT = so_far.active_BT & ~leaves_BT
+        count = int(active_BT.sum())
+        return so_far._replace(active_BT=active_BT, loops_BT=so_far.loops_BT + so_far.active_BT, all_are_in=count == active_BT.numel(),
+                               nobody_is_in=count == 0, **changes)  # fmt: skip
+
+    def mixed(self, so_far: Leaving, x_BTD: Tensor, weight_BT: Tensor) -> Tensor:
+        part_BTD = weight_BT[..., None].type_as(x_BTD) * x_BTD
+        return part_BTD if so_far.output_BTD is None else so_far.output_BTD + part_BTD
+
+    def cost(self, so_far: Leaving) -> Tensor:
+        return so_far.cost_BT.mean()
+
+
+class ACT(Halt):
+    """Graves's adaptive computation time (1603.08983): wishes add up; who passes the threshold leaves, and what is missing to 1 is its last
+    loop's share of the mean that goes on. Cost: loops and that remainder."""
+
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+        wish_BT = self.share(self.wish(new_BTD), so_far.sum_BT)
+        leaves_BT = (so_far.sum_BT + wish_BT >= self.limit) | last
+        weight_BT = torch.where(leaves_BT, 1 - so_far.sum_BT, wish_BT) * so_far.active_BT
+        cost_BT, output_BTD = so_far.cost_BT + self.price(weight_BT, so_far, leaves_BT), self.mixed(so_far, new_BTD, weight_BT)
+        return new_BTD, self.gone(so_far, leaves_BT, sum_BT=so_far.sum_BT + weight_BT, cost_BT=cost_BT, output_BTD=output_BTD)
+
+    def share(self, wish_BT: Tensor, sum_BT: Tensor) -> Tensor:
+        return wish_BT
+
+    def price(self, weight_BT: Tensor, so_far: Leaving, leaves_BT: Tensor) -> Tensor:
+        return so_far.active_BT + weight_BT * leaves_BT
+
+    def states(self, x_BTD: Tensor, so_far: Leaving) -> list[tuple[Tensor, Tensor | None]]:
+        return [(so_far.output_BTD, None)]
+
+
+class StickBreaking(ACT):
+    """A wish takes its share of what is left of a stick (SUT, 2310.07096); cost: the expected number of loops."""
+
+    threshold = 0.999
+
+    def share(self, wish_BT: Tensor, sum_BT: Tensor) -> Tensor:
+        return wish_BT * (1 - sum_BT)
+
+    def price(self, weight_BT: Tensor, so_far: Leaving, leaves_BT: Tensor) -> Tensor:
+        return weight_BT * (so_far.loops_BT + 1)
+
+
+class Threshold(Halt):
+    """Wishes add up to a threshold, and a wish is also how far the loop moves the stream, so that the loss can tell it what to be.
+    Cost: what is missing to the threshold, summed over loops."""
+
+    threshold = 1.0
+
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+        wish_BT = self.wish(new_BTD) * so_far.active_BT
+        sum_BT = so_far.sum_BT + wish_BT
+        leaves_BT = (sum_BT >= self.limit) | last
+        cost_BT = so_far.cost_BT + (self.limit - sum_BT).clamp(min=0) * so_far.active_BT
+        return x_BTD + wish_BT[..., None].type_as(x_BTD) * (new_BTD - x_BTD), self.gone(so_far, leaves_BT, sum_BT=sum_BT, cost_BT=cost_BT)
+
+
+class Ponder(Halt):
+    """PonderNet (2107.05407): a wish is the chance of leaving now. Training goes on for all and weighs every loop's loss by the chance that it
+    is the last; cost: the divergence from a geometric distribution. In evaluation a token leaves when it more likely has left than not."""
+
+    threshold = 0.5
+
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+        chance_BT = self.wish(new_BTD).clamp(min=float(last)) * (1 - so_far.sum_BT)
+        sum_BT = so_far.sum_BT + chance_BT * so_far.active_BT
+        if self.training:
+            prior_BT = max(self.prior, float(last)) * (1 - self.prior) ** so_far.loops_BT.float()  # what is left goes to the last loop
+            divergence_BT = chance_BT * (chance_BT.clamp(min=1e-8) / prior_BT).log()
+            nobody = torch.zeros_like(so_far.active_BT)
+            return new_BTD, self.gone(so_far, nobody, sum_BT=sum_BT, cost_BT=so_far.cost_BT + divergence_BT,
+                                      states=(*so_far.states, (new_BTD, chance_BT)))  # fmt: skip
+        return new_BTD, self.gone(so_far, (sum_BT >= self.limit) | last, sum_BT=sum_BT)
+
+    def states(self, x_BTD: Tensor, so_far: Leaving) -> list[tuple[Tensor, Tensor | None]]:
+        return list(so_far.states) or [(x_BTD, None)]
+
+
+HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold}
+
 # -----------------------------------------------------------------------------
 # The model
 
@@ -1747,15 +2204,16 @@ class GPT(nn.Module):
         id_BT = self.ids(tokens_BT)
         id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
         embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
-        contexts = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
-        x_BTD, stats = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts)
+        contexts, place = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
+        deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
         if cache is not None:
-            cache.length += x_BTD.size(1)
-        x_BTD, stats = norm(x_BTD[:, -T:]), self.summary(stats)
+            cache.length += doc_BT.size(1)
+        outputs = [(norm(x_BTD[:, -T:]), None if weight_BT is None else weight_BT[:, -T:].flatten()) for x_BTD, weight_BT in deep.outputs]
+        stats = self.summary(deep, T)
         if targets_BT is None:
-            return Output(self.logits(x_BTD), None, stats)
-        head = HEADS[self.config.head if self.training else "bf16"]
-        nats = chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.chunk_nll)
+            return Output(self.logits(outputs[-1][0]), None, stats)
+        head, target_T = HEADS[self.config.head if self.training else "bf16"], targets_BT.flatten()
+        nats = sum(chunked_loss(x_BTD.flatten(0, 1), self.head, target_T, head, self.chunk_nll, weight_T) for x_BTD, weight_T in outputs)
         ce = nats / targets_BT.numel()
         loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
@@ -1802,8 +2260,9 @@ class GPT(nn.Module):
         starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
         return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
 
-    def contexts(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, value_embeds: list[Tensor], cache: Cache | None) -> list[Context]:
-        """One for each layer."""
+    def contexts(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, value_embeds: list[Tensor],
+                 cache: Cache | None) -> tuple[list[Context], Place]:  # fmt: skip
+        """One for each layer, and what masks are made of."""
         (B, T), device, config = doc_BT.shape, doc_BT.device, self.config
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
@@ -1819,20 +2278,22 @@ class GPT(nn.Module):
         table = functools.cache(lambda speed: rotary_tables(turned_at, config.head_dim, DTYPES[config.dtype], speed))
         layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
         before_TE = torch.zeros(B * T, config.num_experts, device=device) if config.router_residual else None
+        terms_L = None if config.residual == "add" else 2 * layer_L + 1
         token_T, contexts = token_numbers(first_token, B, T, meta if T == len(position_S) else 0), []  # a cache may have the meta-tokens already
         for layer, (letter, value_embed) in enumerate(zip(config.tiled("window"), value_embeds)):
             r = config.tiled("pattern")[:layer].count("M")
             noise_key, (cos, sin) = (seed, step, layer_L[r], token_T), table(config.turning(layer)[1])
             kv = () if config.tiled("attention")[layer] == "S" else None
             contexts.append(Context(
-                id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv, log_seen[letter]))  # fmt: skip
-        return contexts
+                id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv,
+                None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
+        return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta)
 
-    def summary(self, stats: list[RouteStats]) -> dict[str, Tensor]:
+    def summary(self, deep: Deep, T: int) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
 
         Its load is the global batch's of the last steps, so the gradient adds up over micro-batches and ranks."""
-        empty = self.bias_LE.new_zeros(0)
+        empty, stats = self.bias_LE.new_zeros(0), deep.stats
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
         counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
         balance_L = self.config.num_experts * (self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
@@ -1842,7 +2303,8 @@ class GPT(nn.Module):
             "z_loss": mean([s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
             "counts_LE": counts_LE,
-            "local_loss": sum(s.local_loss for s in stats),
+            "local_loss": sum(s.local_loss for s in stats) + deep.loss,
+            "loops": empty.new_ones(()) if deep.loops_BT is None else deep.loops_BT[:, -T:].float().mean(),
         }
 
     def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
@@ -1966,6 +2428,8 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
     "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
     "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
+    "halt.weight": ParameterRule("router", constant(0.0)),
+    "halt.bias": ParameterRule("scalar", constant(-2.0)),
 }
 
 
@@ -2021,15 +2485,18 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     """FLOPs of forward + backward per token at the full window: 6 per active weight of a matmul, 12 per attended key and channel.
 
     Embeddings, norms, inactive experts and those without matmuls count nothing; attention counts the keys inside the causal window,
-    documents ignored."""
-    counts = count_parameters(config)
-    weights = counts["matrix"] + counts["expert"] * config.expert_share + counts["head"] + counts["router"]
-    keys = 0.0
-    for letter, window in zip(config.tiled("attention"), config.tiled("window")):
-        keys += (mean_keys(config, window, seq_len) + config.num_meta_tokens) * (letter != "-")
-    for letter, window in zip(config.tiled("pattern"), config.tiled("window")):
-        heads = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
-        keys += mean_keys(config, window, seq_len) * heads * (letter == "M" and config.router == "attention")
+    documents ignored. Of a loop all rounds count, though tokens may leave before."""
+    weights, keys, runs = 0.0, 0.0, config.layer_runs
+    with torch.device("meta"):
+        model = GPT(config)
+    for name, parameter in model.named_parameters():
+        share = {"matrix": 1.0, "head": 1.0, "router": 1.0, "expert": config.expert_share}.get(parameter_rule(name).kind, 0.0)
+        block = re.match(r"blocks\.(\d+)\.", name)
+        weights += parameter.numel() * share * (runs[int(block[1])] if block else 1)
+    head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
+    for letter, window, ffn, times in zip(config.tiled("attention"), config.tiled("window"), config.tiled("pattern"), runs):
+        heads = (letter != "-") + head * (ffn == "M" and config.router == "attention")
+        keys += times * heads * (mean_keys(config, window, seq_len) + config.num_meta_tokens)
     per_row = seq_len + config.num_meta_tokens  # what is computed for meta-tokens is shared out among the others
     return (6 * weights + 12 * keys * config.n_head * config.head_dim) * per_row / seq_len
 

@@ -1104,7 +1104,7 @@ def phase(timer: PhaseTimer, name: str):
     timer.mark(name)
 
 
-TOTALS = ("ce", "balance_loss", "z_loss", "entropy")  # sums over the global batch, beside the counts
+TOTALS = ("ce", "balance_loss", "z_loss", "entropy", "loops")  # sums over the global batch, beside the counts
 Alarms = NamedTuple("Alarms", [("signal", bool), ("disk", bool)])  # of one rank; where their sum is not zero, all ranks act
 QUIET = Alarms(False, False)
 
@@ -1151,8 +1151,8 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
     sums, alarm, counts = totals.split([len(sums), len(alarm), counts_LE.numel()])
     counts_LE = counts.view_as(counts_LE).long()
     model.balance(counts_LE)
-    ce, balance_loss, z_loss, entropy = sums.unbind()
-    row = {"train/loss": ce}
+    ce, balance_loss, z_loss, entropy, loops = sums.unbind()
+    row = {"train/loss": ce} | ({} if model.config.depth == "stack" else {"depth/loops": loops})
     if len(counts_LE):
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         row |= {"train/balance_loss": balance_loss, "train/z_loss": z_loss, "moe/router_entropy": entropy, "moe/load": load_LE,
@@ -1377,10 +1377,13 @@ def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
         return "eager"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         return "eager (--compile needs a C++ compiler and found none)"
+    if getattr(model.depth, "needs_keys", False):
+        return "eager (tokens that leave a loop make shapes of their own)"
     torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
     for block in model.blocks:
         block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
-    model.depth.add_skip = torch.compile(model.depth.add_skip, dynamic=False)
+    if hasattr(model.depth, "add_skip"):
+        model.depth.add_skip = torch.compile(model.depth.add_skip, dynamic=False)
     if device.type == "cpu":  # CUDA has a kernel
         model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
     return "compiled"

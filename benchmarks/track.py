@@ -258,7 +258,8 @@ class Stepper:
 
     def milliseconds(self) -> float:
         began = time.perf_counter()
-        train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, self.loader.next_step, self.number, self.hp, self.recipe, self.timer)
+        optimizers = self.exchange.optimizers
+        train_muon.train_step(self.model, self.exchange, optimizers, self.loader.next_step, self.number, self.hp, self.recipe, self.timer)
         self.number += 1
         return 1000 * (time.perf_counter() - began)
 

@@ -26,7 +26,7 @@ def layer_context(net: GPT, T: int, layer: int = 0, first: int = 0) -> M.Context
     """Of one layer for one document of T tokens, turned as if `first` more stood before it."""
     doc = torch.zeros(1, T, dtype=torch.int64)
     zero = torch.zeros(())
-    ctx = net.contexts(doc, doc, doc, [zero] * net.config.n_layer, None)[layer]
+    ctx = net.contexts(doc, doc, doc, [zero] * net.config.n_layer, None)[0][layer]
     cos, sin = M.rotary_tables(torch.arange(T) + first, net.config.head_dim, torch.float32, net.config.turning(layer)[1])
     return ctx._replace(cos=cos, sin=sin)
 

@@ -286,10 +286,10 @@ def test_the_balance_loss_is_one_when_free_experts_take_more_by_their_eta():
         model.load_WLE.copy_(even.expand_as(model.load_WLE))
     layer = M.RouteStats(torch.zeros(4, dtype=torch.int64), even, torch.zeros(()), torch.zeros(()))
     by_hand = 4 * sum(eta * f * f for eta, f in zip(config.expert_etas, even.tolist()))
-    assert model.summary([layer] * 4)["balance_loss"] == pytest.approx(by_hand)
+    assert model.summary(M.Deep([], [layer] * 4), 1)["balance_loss"] == pytest.approx(by_hand)
     pushed = torch.tensor([0.25, 0.25, 0.25, 0.25])
     p = pushed.clone().requires_grad_()
-    model.summary([layer._replace(prob_E=p)] * 4)["balance_loss"].backward()
+    model.summary(M.Deep([], [layer._replace(prob_E=p)] * 4), 1)["balance_loss"].backward()
     assert p.grad.tolist() == pytest.approx([p.grad[0].item()] * 4)  # at loads of 1 / eta no expert is pushed against another
 
 

@@ -212,7 +212,7 @@ def test_a_token_sees_only_its_own_documents_past(build, training):
 
 @pytest.mark.parametrize("build", [b for b in BUILDS if b["router"] not in NEEDS_IDS], ids=name_of)
 def test_a_token_of_embeddings_sees_only_its_past(build):
-    model, x = tiny(**build), torch.randn(2, 14, 32, generator=rng(3))
+    model, x = tiny(**build), torch.randn(2, 14, 32, generator=rng(5))
     for training in (False, True):
         model.train(training)
         check_prefixes(model, x)
@@ -631,7 +631,7 @@ def test_routers_follow_their_layer_and_hash_its_ids(monkeypatch):
 def route_layers(model) -> list[int]:
     """The number that each routed layer draws its noise with."""
     id_BT = text(1, 8, 0)
-    contexts = model.contexts(id_BT, id_BT * 0, id_BT * 0, [None] * len(model.blocks), None)
+    contexts, _ = model.contexts(id_BT, id_BT * 0, id_BT * 0, [None] * len(model.blocks), None)
     return [ctx.noise_key[2].item() for ctx, block in zip(contexts, model.blocks) if hasattr(block.ffn, "router")]
 
 
@@ -783,7 +783,7 @@ def test_masks_are_made_for_the_windows_in_use_only():
     doc = torch.zeros(1, 8, dtype=torch.int64)
     assert M.windows_in_use("LSLS", torch.tensor(4)) == {"L": 4, "S": 2}
     net = tiny(n_layer=3, window="LS")
-    first, second, third = (ctx.mask for ctx in net.contexts(doc, doc, doc, [None] * 3, None))
+    first, second, third = (ctx.mask for ctx in net.contexts(doc, doc, doc, [None] * 3, None)[0])
     assert first is third and first is not second
 
 
@@ -1253,7 +1253,9 @@ BAD = [
     ("bias_update_factor", -1e-3, "at least 0"), ("mlp_ratio", 0.0, "above 0"), ("attn_scale", -1.0, "above 0"), ("softcap", 0.0, "above 0"),
     ("softcap", math.nan, "above 0"), ("mlp_ratio", math.inf, "mlp_ratio"),
     ("router", "lineer", "linear"), ("depth", "stak", "stack"), ("head", "fp4", "fp8"), ("dtype", "fp16", "bf16"),
-    ("pattern", "MX", "M D"), ("pattern", "", "M D"), ("attention", "B", "A K -"), ("window", "LX", "L S Q E"), ("window", "", "L S"),
+    ("pattern", "MX", "M D"), ("pattern", "", "M D"), ("attention", "B", "A K - L S"), ("rotary", "HX", "H N V B W"),
+    ("norms", "X", "P R"), ("attn_softmax", "max", "ssmax"), ("qk_norm", "layer", "rms, none"), ("latent_dim", 0, "at least 1"),
+    ("latent_dim", 12, "multiple of 8"), ("num_meta_tokens", -1, "at least 0"), ("window", "LX", "L S Q E"), ("window", "", "L S"),
     ("ngrams", "21", "digits from 2 to 9"), ("ngrams", "2,3", "digits"), ("ngram_rows", 0, "at least 1"),
     ("eot_token", 61, "below vocab_size = 61"), ("eot_token", -1, "below vocab_size"),
     ("head_dim", 12, "multiple of 8"), ("head_dim", 0, "multiple of 8"),
@@ -1274,7 +1276,8 @@ def test_a_bad_value_is_refused_by_name_with_the_legal_values(field, value, lega
 
 
 def test_every_table_field_names_all_its_keys():
-    for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", M.HEADS), ("dtype", M.DTYPES)):
+    for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", M.HEADS), ("dtype", M.DTYPES),
+                         ("attn_softmax", M.SOFTMAXES), ("qk_norm", M.QK_NORMS)):  # fmt: skip
         with pytest.raises(ConfigError) as error:
             Config(**TINY | {field: "nothing"})
         assert all(key in str(error.value) for key in table)
@@ -1320,8 +1323,8 @@ def test_skips_pair_the_layers_in_mirror_order():
     with torch.no_grad():
         model.depth.skip_weights.copy_(torch.tensor([10.0, 100.0]))
     blocks = [lambda x, e, ctx, i=i: (x + 2.0**i, [i], None) for i in range(5)]
-    x, stats = model.depth(blocks, torch.zeros(1), [moe_context(model.config, 1)] * 5)
-    assert x.item() == (1 + 2 + 4) + 10 * (1 + 2) + 8 + 100 * 1 + 16 and stats == [0, 1, 2, 3, 4]
+    deep = model.depth(blocks, torch.zeros(1), [moe_context(model.config, 1)] * 5, None)
+    assert deep.outputs[0][0].item() == (1 + 2 + 4) + 10 * (1 + 2) + 8 + 100 * 1 + 16 and deep.stats == [0, 1, 2, 3, 4]
 
 
 def slow_hash(ids, t, n):
@@ -1358,16 +1361,21 @@ def slow_forward(model, x):
     if M:
         summed = torch.cat([p["meta_tokens"].expand(len(x), M, -1), summed], 1)
     x = torch.cat([torch.full((len(x), M), EOT), x], 1)
-    embedding = h = rms(summed)
-    n, half, outputs = config.n_layer, config.n_layer - config.n_layer // 2, []
-    for i in range(n):
-        if i >= half:
-            h = h + p["depth.skip_weights"][i - half] * outputs[n // 2 - 1 - (i - half)]
-        mix = p[f"blocks.{i}.stream_mix"]
-        h = mix[0] * h + mix[1] * embedding
+    embedding, n = rms(summed), config.n_layer
+    position, keys = torch.arange(T), [None] * n  # of each layer: what its tokens are seen as
+    merge = {"add": lambda h, y, terms: h + y, "average": lambda h, y, terms: (h * terms + y) / (terms + 1),
+             "average_keep_embedding": lambda h, y, terms: embedding + ((h - embedding) * (terms - 1) + y) / terms}[config.residual]  # fmt: skip
+
+    def layer(i, h, terms, active=None, policy="latest"):
+        """What layer i makes of all tokens, where those that are not active are seen by the policy."""
+        if config.residual == "add":
+            mix = p[f"blocks.{i}.stream_mix"]
+            h = mix[0] * h + mix[1] * embedding
         after = rms if config.tiled("norms")[i] == "R" else lambda z: z
         letter, rotary, of = config.tiled("attention")[i], config.tiled("rotary")[i], lambda name: p[f"blocks.{i}.attention.{name}"]
-        if letter != "-":
+        if letter == "-":
+            h = merge(h, 0, terms)
+        else:
             divisor = {"L": 1, "S": 2, "Q": 4, "E": 8}[config.tiled("window")[i]]
             turn_qk = functools.partial(turned, speed={"W": divisor / 8, "H": 1, "B": 1}.get(rotary, 0))
             turn_vo = functools.partial(turned, speed=rotary in "VB")
@@ -1378,10 +1386,6 @@ def slow_forward(model, x):
                 added = 0 if table is None else heads(p[f"value_embeds.{table}"][x])
                 v = turn_vo(of("value_mix")[0] * v + of("value_mix")[1] * added)
                 k = turn_qk(qk_norm(k))
-                if letter == "K":  # channels in the second and in the last quarter come from the token before
-                    other = torch.arange(T) < M
-                    before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1] * (other[1:] == other[:-1])[:, None]], 2)
-                    k = torch.where(torch.arange(C) // quarter % 2 == 1, before, k)
             if letter == "L":
                 latent, q = rms(source @ of("latent").T), heads(source @ of("q").T)
                 still, v = heads(latent @ of("key_up").T), heads(latent @ of("value_up").T)
@@ -1390,17 +1394,76 @@ def slow_forward(model, x):
                 k = turn_qk(qk_norm(torch.cat(parts, -1)))
             if letter == "S":
                 q = heads(source @ of("q").T)
-            near = torch.arange(T)[:, None] - torch.arange(T)
-            seen = (near >= 0) & ((near < config.window_size // divisor) | (torch.arange(T) < M))
+                maker = next(j for j in range(i - 1, -1, -1) if config.tiled("attention")[j] not in "S-")
+                letter, keys[i] = config.tiled("attention")[maker], keys[maker]
+            elif keys[i] is None:
+                keys[i] = k, v
+            elif policy != "share_first":
+                keys[i] = tuple(torch.where(active[:, None, :, None], new, old) for new, old in zip((k, v), keys[i]))
+            k, v = keys[i]
+            if letter == "K":  # channels in the second and in the last quarter come from the token before
+                other = position < M
+                before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1] * (other[1:] == other[:-1])[:, None]], 2)
+                k = torch.where(torch.arange(C) // quarter % 2 == 1, before, k)
+            near = position[:, None] - position
+            seen = (near >= 0) & ((near < config.window_size // divisor) | (position < M))
+            if policy == "per_loop" and active is not None:
+                seen = seen & active[:, None, None, :] | (near == 0)
             score = turn_qk(qk_norm(q)) @ k.mT * config.attn_scale
             if config.attn_softmax == "ssmax":
-                score = score * of("sharpness")[:, None, None] * seen.sum(1, keepdim=True).log()
+                score = score * of("sharpness")[:, None, None] * seen.sum(-1, keepdim=True).log()
             y = turn_vo(score.masked_fill(~seen, -math.inf).softmax(-1) @ v, back=True)
-            h = h + after(y.transpose(1, 2).flatten(-2) @ of("out").T)
-        h = h + after((rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T)
-        outputs.append(h)
+            h = merge(h, after(y.transpose(1, 2).flatten(-2) @ of("out").T), terms)
+        return merge(h, after((rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T), terms + 1)
+
+    h = (slow_loop if config.depth == "loop" else slow_stack)(model, layer, embedding)
     z = rms(h[:, M:]) @ p["head"].T
     return (config.softcap * torch.tanh(z / config.softcap) + config.softcap)[..., :VOCAB]
+
+
+def slow_stack(model, layer, h):
+    n, outputs = model.config.n_layer, []
+    half = n - n // 2
+    for i in range(n):
+        if i >= half:
+            h = h + model.depth.skip_weights[i - half] * outputs[n // 2 - 1 - (i - half)]
+        h = layer(i, h, 2 * i + 1)
+        outputs.append(h)
+    return h
+
+
+def slow_loop(model, layer, h):
+    """All loops for all tokens; those that have left are put back to what they were."""
+    config, letters, halt = model.config, model.config.tiled("looped"), model.depth.halt
+    first, stop = letters.index("o"), letters.rindex("o") + 1
+    loops = config.loops if model.training or not config.eval_loops else config.eval_loops
+    for i in range(first):
+        h = layer(i, h, 2 * i + 1)
+    begin, active, depth, gone, out = h, torch.ones(h.shape[:2], dtype=torch.bool), torch.zeros(h.shape[:2]), torch.zeros(h.shape[:2]), 0
+    limit = config.halt_threshold or {"act": 0.99, "stick_breaking": 0.999, "ponder": 0.5, "threshold": 1.0}.get(config.halt)
+    for loop in range(loops):
+        new = h + config.reinject * begin * (loop > 0)
+        for i in range(first, stop):
+            made = layer(i, new, 2 * (i + loop * (stop - first)) + 1, active, config.loop_keys)
+            new = torch.where(active[..., None], made, new)  # what one that has left would make of itself, nobody sees
+        depth = depth + active
+        if config.halt == "none":
+            h = out = new
+            continue
+        rms = new / (new.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+        wish = torch.sigmoid(rms @ halt.weight[0] + halt.bias)
+        share = wish * (1 - gone) if config.halt in ("stick_breaking", "ponder") else wish
+        leaves = (gone + share >= limit) | torch.tensor(loop == loops - 1)
+        if config.halt in ("act", "stick_breaking"):
+            share = torch.where(leaves, 1 - gone, share)
+            out = out + torch.where(active, share, 0)[..., None] * new
+        step = share if config.halt == "threshold" else torch.ones_like(share)
+        h = torch.where(active[..., None], h + step[..., None] * (new - h), h)
+        gone, active = gone + share * active, active & ~leaves
+    h = out if config.halt in ("none", "act", "stick_breaking") else h
+    for i in range(stop, config.n_layer):
+        h = layer(i, h, (2 * (i + (depth - 1) * (stop - first)) + 1)[..., None])
+    return h
 
 
 DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attention="AA-A"), dict(n_layer=4, value_embeds=0),
@@ -1408,9 +1471,12 @@ DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attent
          dict(rotary="NVBW", window="LLLS"), dict(rotary="W", window="LSQE"), dict(attention="L", rotary="HN"), dict(attention="ASLS"),
          dict(attention="KSKS", rotary="WWBB", window="LLSS", attn_softmax="ssmax"), dict(norms="RP"), dict(norms="R", attention="LA-A"),
          dict(num_meta_tokens=3, ngrams="2", ngram_rows=50), dict(num_meta_tokens=9, attention="KL", attn_softmax="ssmax", rotary="HW")]
+LOOPS = [dict(loops=3), dict(loops=1), dict(loops=2, looped="-o", n_layer=3, attention="KL-"), dict(loops=3, looped="-oo-", reinject=0.5),
+         dict(loops=3, residual="average", norms="R"), dict(loops=2, residual="average_keep_embedding", looped="o-", n_layer=2),
+         dict(loops=3, loop_keys="share_first", attention="KAAA"), dict(loops=3, attention="AS", num_meta_tokens=3, attn_softmax="ssmax")]
 
 
-@pytest.mark.parametrize("changes", DENSE, ids=name_of)
+@pytest.mark.parametrize("changes", DENSE + [dict(depth="loop") | changes for changes in LOOPS], ids=name_of)
 def test_the_dense_model_equals_its_definition_in_logits_and_gradients(changes):
     model, x, y = tiny(pattern="D", **changes), text(2, 20, 6), text(2, 20, 7)
     want = slow_forward(model, x)
@@ -1613,7 +1679,7 @@ def test_balance_loss_uses_the_steps_before_not_this_batch():
     assert before != after
     prob, load = torch.rand(4, 4, generator=rng()).softmax(-1), model.load_WLE[0]
     stats = [M.RouteStats(torch.randint(0, 9, (4,)), p, torch.tensor(0.0), torch.tensor(0.0)) for p in prob]
-    assert abs(model.summary(stats)["balance_loss"] - (4 * load * prob).sum(-1).mean()) < 1e-6
+    assert abs(model.summary(M.Deep([], stats), 1)["balance_loss"] - (4 * load * prob).sum(-1).mean()) < 1e-6
 
 
 def test_auxiliary_losses_are_summed_over_layers_and_count_in_training_only():

@@ -126,6 +126,8 @@ def test_the_options_table_holds_the_entries_of_the_tables():
     """Every key of every table of model.py, and nothing that is not one."""
     tables = {"experts": model.EXPERTS, "router": model.ROUTERS, "router_score": model.SCORES, "router_spread": model.SPREADS, "shared": model.SHARED,
               "depth": model.DEPTHS, "attention": model.ATTENTIONS, "window": model.WINDOWS, "pattern": model.FEED_FORWARDS,
+              "rotary": model.ROTARIES, "norms": model.NORMS, "attn_softmax": model.SOFTMAXES, "qk_norm": model.QK_NORMS,
+              "residual": model.RESIDUALS, "halt": model.HALTS, "loop_keys": model.LOOP_KEYS,
               "head": model.HEADS, "dtype": model.DTYPES}  # fmt: skip
     rows = README[README.index("| flag | value | what |") :].split("\n\n")[0].splitlines()[2:]
     seen, flag = {}, ""

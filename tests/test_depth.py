@@ -1,0 +1,254 @@
+"""depth = loop: against the loop written out, against masks instead of packing, and by what halting means. test_model.py sends every depth
+through its checks of leaks, documents and cached decoding.
+
+CPU, no network: `pytest tests/test_depth.py`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import toys  # noqa: E402
+from test_model import (  # noqa: E402
+    TINY,
+    VOCAB,
+    check_cache,
+    check_documents,
+    check_future,
+    check_prefixes,
+    check_rows,
+    far,
+    gradients,
+    logits,
+    name_of,
+    rng,
+    slow_forward,
+    text,
+    tiny,
+)
+
+import model as M  # noqa: E402
+from model import GPT, Cache, Config, ConfigError  # noqa: E402
+
+torch.set_num_threads(1)
+PACKED = text(2, 18, eots=[(0, 0), (0, 7), (0, 8), (1, 5), (1, 12)])
+LOOP = dict(depth="loop", loops=3, looped="-oo-", halt_threshold=0.6)
+RULES = sorted(set(M.HALTS) - {"none"})
+
+
+def restless(seed: int = 0, bias: float = -0.5, **changes) -> GPT:
+    """A model whose tokens leave its loop at many different times."""
+    net = tiny(seed, **LOOP | changes)
+    with torch.no_grad():
+        if net.config.halt != "none":
+            net.depth.halt.weight.copy_(torch.randn(1, 32, generator=rng(seed)) * 0.3)
+            net.depth.halt.bias.fill_(bias)
+    return net
+
+
+def loops_of(net: GPT, x) -> torch.Tensor:
+    """That each token went through."""
+    seen = []
+    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.loops_BT))
+    logits(net, x)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("halt", RULES)
+@pytest.mark.parametrize("loop_keys", sorted(M.LOOP_KEYS))
+@pytest.mark.parametrize("router", ("linear", "attention", "hash"))
+def test_halting_leaks_nothing_and_decodes_as_it_trains(halt, loop_keys, router):
+    net = restless(halt=halt, loop_keys=loop_keys, router=router).eval()
+    assert len(loops_of(net, PACKED).unique()) >= 3, "tokens should leave at different times, or nothing is tested"
+    check_prefixes(net, PACKED)
+    check_future(net, PACKED)
+    check_rows(net, PACKED)
+    check_documents(net, PACKED)
+    check_cache(net)
+
+
+HALTING = [dict(halt=halt, loop_keys=keys, **more) for halt, keys, more in (
+    ("act", "latest", dict(attention="KL")), ("act", "per_loop", dict(attention="AS", window="L", residual="average")),
+    ("act", "share_first", dict(reinject=0.3)), ("stick_breaking", "latest", dict(norms="R", num_meta_tokens=2)),
+    ("stick_breaking", "per_loop", dict(attn_softmax="ssmax")), ("threshold", "latest", dict(residual="average_keep_embedding", attention="AA-A")),
+    ("threshold", "share_first", dict(looped="oo--", attention="KAAS", window="L")),
+    ("ponder", "per_loop", dict(attention="K", eval_loops=5)))]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("changes", HALTING, ids=name_of)
+def test_packed_loops_equal_all_loops_for_all_tokens_in_logits_and_gradients(changes, training):
+    """Tokens that have left are not computed; the reference computes them and throws the result away."""
+    if training and changes["halt"] == "ponder":
+        pytest.skip("training looks at every loop: see test_ponder_weighs_each_loops_loss_by_the_chance_that_it_is_the_last")
+    net, x, y = restless(pattern="D", **changes).train(training), text(2, 20, 6), text(2, 20, 7)
+    assert len(loops_of(net, x).unique()) >= 3
+    want = slow_forward(net, x)
+    assert far(net(x).logits[..., :VOCAB], want) < 1e-5
+    grads = gradients(net, net(x, y).loss - net(x, y).stats["local_loss"] * training)
+    for name, grad in gradients(net, F.cross_entropy(want.flatten(0, 1), y.flatten())).items():
+        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
+
+
+def test_ponder_weighs_each_loops_loss_by_the_chance_that_it_is_the_last():
+    net, x, y = restless(halt="ponder", pattern="D", ponder_coef=0.3, ponder_prior=0.4).train(), text(2, 20, 6), text(2, 20, 7)
+    with torch.no_grad():
+        losses, streams = [], []
+        for loops in (1, 2, 3):  # what leaving after so many gives
+            one = tiny(pattern="D", **LOOP | dict(loops=loops, halt="none"))
+            one.load_state_dict({name: p for name, p in net.state_dict().items() if "halt" not in name})
+            losses.append(F.cross_entropy(one(x).logits.flatten(0, 1), y.flatten(), reduction="none"))
+            hook = one.blocks[3].register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+            one(x)
+            hook.remove()
+        wish = [torch.sigmoid((M.norm(h) @ net.depth.halt.weight[0] + net.depth.halt.bias)).flatten() for h in streams]
+        chance = [wish[0], (1 - wish[0]) * wish[1], (1 - wish[0]) * (1 - wish[1])]
+        prior = [0.4, 0.6 * 0.4, 0.6 * 0.6]
+        want = sum((p * loss).mean() for p, loss in zip(chance, losses))
+        divergence = sum((p * (p / q).log()).mean() for p, q in zip(chance, prior))
+        found = net(x, y)
+    assert far(found.stats["ce"], want) < 1e-5 and far(found.loss, want + 0.3 * divergence) < 1e-5
+
+
+@pytest.mark.parametrize("halt", RULES)
+def test_the_loss_and_the_cost_both_reach_the_halting_head(halt):
+    x, y = text(2, 20, 6), text(2, 20, 7)
+    for coef in (0.0, 10.0):
+        net = restless(halt=halt, ponder_coef=coef, balance_coef=0.0, z_coef=0.0).train()
+        grads = gradients(net, net(x, y).loss)
+        assert grads["depth.halt.weight"].abs().max() > 0 and grads["depth.halt.bias"].abs().max() > 0
+    if halt != "ponder":  # whose cost is a divergence
+        assert grads["depth.halt.bias"] < 0, "a high price of loops must make tokens wish to leave: descent raises the bias"
+
+
+@pytest.mark.parametrize("bias, loops", ((-50.0, 3), (50.0, 1)))
+@pytest.mark.parametrize("halt", RULES)
+def test_every_token_leaves_whatever_it_wishes(halt, bias, loops):
+    net = restless(halt=halt, bias=bias, halt_threshold=0.0).eval()
+    assert (loops_of(net, PACKED) == loops).all()
+    plain = tiny(**LOOP | dict(loops=loops, halt="none")).eval()
+    plain.load_state_dict({name: p for name, p in net.state_dict().items() if "halt" not in name})
+    if halt != "threshold" or loops == 1:  # under threshold a wish is the length of a step, too
+        assert far(logits(net, PACKED), logits(plain, PACKED)) < 1e-4
+
+
+def test_a_token_that_has_left_never_changes_and_costs_nothing():
+    """The stream that coda layers get is, token by token, the one that its last loop made; and matmuls fall with the tokens that go through them."""
+    flops = {}
+    for bias in (-50.0, -0.5, 50.0):
+        net = restless(halt="ponder", bias=bias, looped="o", loops=4, pattern="DM", head="bf16").eval()
+        x = text(2, 128, 3)
+        with FlopCounterMode(display=False) as counter:
+            mean = loops_of(net, x).float().mean().item()
+        flops[mean] = counter.get_total_flops()
+    depths = sorted(flops)
+    assert depths[0] == 1 and 1.2 < depths[1] < 3.5 and depths[2] == 4
+    per_loop = (flops[4.0] - flops[1.0]) / 3
+    assert flops[depths[1]] < flops[1.0] + per_loop * (depths[1] - 1) * 1.6  # rows are packed in steps of 64
+    assert flops[depths[1]] < 0.75 * flops[4.0]
+
+
+def test_a_cache_that_each_loop_overwrites_is_wrong(monkeypatch):
+    """One place per token: a later token sees earlier ones at the end of their loops, where training shows it the same loop."""
+
+    class Overwrite(M.LoopKeys):
+        def remembered(self, module, loop):
+            return super().remembered(module, 0)
+
+    net = restless(halt="act").eval()
+    check_cache(net)
+    monkeypatch.setitem(M.LOOP_KEYS, "latest", Overwrite)
+    wrong = restless(halt="act").eval()
+    with pytest.raises(AssertionError, match="logits differ by (0.[1-9]|[1-9])"):
+        check_cache(wrong)
+
+
+@pytest.mark.parametrize("loop_keys, copies", (("latest", 3), ("per_loop", 3), ("share_first", 1)))
+def test_what_a_cache_keeps_of_each_loop(loop_keys, copies):
+    net = tiny(depth="loop", loops=3, loop_keys=loop_keys, halt="act").eval()
+    cache = Cache(net.config, 1, 6)
+    with torch.no_grad():
+        net(text(1, 6), cache=cache)
+    kept = [key for key in cache.kept if not isinstance(key[0], str)]
+    assert len(kept) == copies * 4
+
+
+def test_average_makes_the_stream_the_mean_of_its_terms_however_many_loops_there_are():
+    """With what sublayers say recorded, the stream is (embedding + their sum) / (1 + their number), for each token by its own number."""
+    for loops in (1, 3):
+        net = restless(depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D").eval()
+        net.depth.halt.forward = lambda new, x, so_far, last, halt=net.depth.halt: M.Ponder.forward(halt, new, x, so_far, last)
+        said, embedding = [], []
+        for block in net.blocks:
+            block.residual = M.Residual(block.residual.enter, lambda x, y, n, e, rule=block.residual: said.append(y) or rule.take_up(x, y, n, e))
+            block.register_forward_pre_hook(lambda module, args: embedding.append(args[1]))
+        x, end = text(1, 6, 3), []
+        net.depth.register_forward_hook(lambda module, args, deep: end.append(deep))
+        logits(net, x)
+        depth = end[0].loops_BT
+        got, total = end[0].outputs[0][0], embedding[0].clone()
+        if (depth == loops).all():
+            for y in said:
+                total = total + y
+            assert far(got, total / (1 + len(said))) < 1e-5
+        rms = got.square().mean(-1).sqrt()
+        assert (rms < 3 * (1 + 8 * depth) ** -0.5).all(), "independent terms of unit length average out like 1 / sqrt(count)"
+
+
+def test_evaluation_may_run_another_number_of_loops():
+    x = text(2, 20, 6)
+    trained, longer = (tiny(**LOOP | dict(loops=2, eval_loops=n)) for n in (0, 4))
+    assert torch.equal(logits(trained.train(), x), logits(longer.train(), x))
+    four = tiny(**LOOP | dict(loops=4)).eval()
+    assert torch.equal(logits(longer.eval(), x), logits(four, x)) and far(logits(trained.eval(), x), logits(four, x)) > 1e-3
+
+
+def test_balance_counts_every_loop_of_every_token_and_none_that_has_left():
+    net, x = restless(halt="ponder", looped="o", loops=3).eval(), text(2, 20, 6)
+    depth = loops_of(net, x)
+    stats = net(x).stats
+    assert (stats["counts_LE"].sum(1) == 2 * depth.sum()).all() and stats["loops"] == depth.float().mean()
+    moe = restless(looped="o", loops=3, halt="none").train()
+    assert (moe(x).stats["counts_LE"].sum(1) == 2 * 3 * 40).all()
+
+
+def test_loops_are_counted_in_flops():
+    once, thrice = (Config(**TINY | dict(depth="loop", loops=n, looped="-oo-")) for n in (1, 3))
+    stack = Config(**TINY)
+    assert M.flops_per_token(once, 40) == M.flops_per_token(stack, 40)
+    head = 6 * M.count_parameters(stack)["head"]
+    layers = [M.flops_per_token(Config(**TINY | dict(n_layer=n, value_embeds=0)), 40) - head for n in (2, 4)]  # two layers, one of each window
+    assert layers[1] == 2 * layers[0] and M.flops_per_token(thrice, 40) == pytest.approx(head + layers[1] + 2 * layers[0])
+    assert M.count_parameters(once)["total"] == M.count_parameters(thrice)["total"]
+
+
+@pytest.mark.parametrize("field, value, others, legal", (
+    ("looped", "o-o", {}, "neighbours"), ("looped", "-", {}, "neighbours"), ("looped", "ox", {}, "letters o -"), ("loops", 0, {}, "at least 1"),
+    ("eval_loops", -1, {}, "at least 0"), ("residual", "sub", {}, "add, average"), ("halt", "stop", {}, "act"), ("loop_keys", "all", {}, "latest"),
+    ("ponder_prior", 1.0, {}, "between 0 and 1"), ("reinject", -1.0, {}, "at least 0"),
+    ("router", "conv", dict(depth="loop", halt="act"), "no neighbours"),
+    ("shared", "conv", dict(depth="loop", halt="act", num_shared_experts=1, mlp_ratio=3.0), "no neighbours"),
+    ("importance_coef", 0.1, dict(depth="loop", halt="act"), "0 next to halt act")))  # fmt: skip
+def test_what_cannot_be_is_refused(field, value, others, legal):
+    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+        Config(**TINY | others | {field: value})
+
+
+@pytest.mark.parametrize("halt, coef, over", (("act", 0.1, 1), ("ponder", 0.01, 0)))
+def test_counting_to_n_takes_as_many_loops_and_as_much_compute(halt, coef, over):
+    """The hard depth, not the loss: ACT leaves one loop after n at most, as its last share needs one, PonderNet at n."""
+    toy = toys.counting(halt, coef, steps=600)
+    loops, correlation, error = toys.depths(toy)
+    assert correlation >= 0.95 and error < 0.1, (loops, error)
+    assert sum(abs(n + over - loop) for n, loop in enumerate(loops, 1)) <= 3, loops
+    few, all_of_them, many = (toys.cost(toy, n_BT, rounds=1)[0] for n_BT in (
+        torch.full((2, 512), 1), torch.randint(1, 9, (2, 512), generator=rng(1)), torch.full((2, 512), 8)))  # fmt: skip
+    mean = sum(loops) / len(loops)
+    assert few / many == pytest.approx(loops[0] / loops[-1], rel=0.05)
+    assert all_of_them / many == pytest.approx(mean / loops[-1], rel=0.2)  # rows are packed in steps of 64

@@ -1150,8 +1150,9 @@ def left_out(route: Route, valid_T: Tensor | None) -> Route:
     return route._replace(expert_TK=route.expert_TK.where(valid_T[:, None], route.logits_TE.size(1)))
 
 
-def flat(x_BT: Tensor | None) -> Tensor | None:
-    return None if x_BT is None else x_BT.flatten(0, 1)
+def flat(x_BT: Tensor | None, last: int = 0) -> Tensor | None:
+    """(B * T, ...): all tokens of all rows in one line, or the last few of each row."""
+    return None if x_BT is None else x_BT[:, -last:].flatten(0, 1)
 
 
 class MoE(nn.Module):
@@ -2208,7 +2209,7 @@ class GPT(nn.Module):
         deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
         if cache is not None:
             cache.length += doc_BT.size(1)
-        outputs = [(norm(x_BTD[:, -T:]), None if weight_BT is None else weight_BT[:, -T:].flatten()) for x_BTD, weight_BT in deep.outputs]
+        outputs = [(norm(x_BTD[:, -T:]), flat(weight_BT, T)) for x_BTD, weight_BT in deep.outputs]
         stats = self.summary(deep, T)
         if targets_BT is None:
             return Output(self.logits(outputs[-1][0]), None, stats)

@@ -84,7 +84,7 @@ class Config:
     # depth
     depth: str = "stack"  # a key of DEPTHS
     residual: str = "add"  # a key of RESIDUALS: how the stream takes up what attention and feed-forward say
-    looped: str = "o"  # depth loop; tiled over depth: o = a layer of the loop, - = one that runs once, before or after it
+    looped: str = "o"  # depth loop; tiled over depth: o = a layer of the loop, . = one that runs once, before or after it
     loops: int = 2  # times that the loop runs, at most
     eval_loops: int = 0  # the same in evaluation; 0 = as in training
     loop_keys: str = "latest"  # a key of LOOP_KEYS: whose keys and values a token sees in the second loop and after
@@ -145,7 +145,7 @@ class Config:
                              ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS),
-                               ("looped", "o-")):  # fmt: skip
+                               ("looped", "o.")):  # fmt: skip
             value = getattr(self, field)
             check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
         check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
@@ -176,7 +176,7 @@ class Config:
                   f"the same in layer {layer} as in layer {maker}, whose keys and values it shares (and so must `window` be where it is W)")
         remade = [self.tiled("rotary")[layer] for layer, letter in enumerate(self.tiled("attention")) if letter == "L"]
         check("rotary", not set(remade) & set("VB"), "H, N or W where attention is L, whose values are remade from what a cache keeps")
-        check("looped", re.fullmatch("-*o+-*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
+        check("looped", re.fullmatch(r"\.*o+\.*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
               f"{self.n_layer} layers, {self.tiled('looped')}, they are not")  # fmt: skip
         check("ponder_prior", 0 < self.ponder_prior < 1, "between 0 and 1")
         halts, why = self.depth == "loop" and self.halt != "none", f"next to halt {self.halt}, where tokens leave, a kind that looks at no neighbours"

@@ -37,7 +37,7 @@ from model import GPT, Cache, Config, ConfigError  # noqa: E402
 
 torch.set_num_threads(1)
 PACKED = text(2, 18, eots=[(0, 0), (0, 7), (0, 8), (1, 5), (1, 12)])
-LOOP = dict(depth="loop", loops=3, looped="-oo-", halt_threshold=0.6)
+LOOP = dict(depth="loop", loops=3, looped=".oo.", halt_threshold=0.6)
 RULES = sorted(set(M.HALTS) - {"none"})
 
 
@@ -77,7 +77,7 @@ HALTING = [dict(halt=halt, loop_keys=keys, **more) for halt, keys, more in (
     ("act", "latest", dict(attention="KL")), ("act", "per_loop", dict(attention="AS", window="L", residual="average")),
     ("act", "share_first", dict(reinject=0.3)), ("stick_breaking", "latest", dict(norms="R", num_meta_tokens=2)),
     ("stick_breaking", "per_loop", dict(attn_softmax="ssmax")), ("threshold", "latest", dict(residual="average_keep_embedding", attention="AA-A")),
-    ("threshold", "share_first", dict(looped="oo--", attention="KAAS", window="L")),
+    ("threshold", "share_first", dict(looped="oo..", attention="KAAS", window="L")),
     ("ponder", "per_loop", dict(attention="K", eval_loops=5)))]  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_balance_counts_every_loop_of_every_token_and_none_that_has_left():
 
 
 def test_loops_are_counted_in_flops():
-    once, thrice = (Config(**TINY | dict(depth="loop", loops=n, looped="-oo-")) for n in (1, 3))
+    once, thrice = (Config(**TINY | dict(depth="loop", loops=n, looped=".oo.")) for n in (1, 3))
     stack = Config(**TINY)
     assert M.flops_per_token(once, 40) == M.flops_per_token(stack, 40)
     head = 6 * M.count_parameters(stack)["head"]
@@ -229,7 +229,7 @@ def test_loops_are_counted_in_flops():
 
 
 @pytest.mark.parametrize("field, value, others, legal", (
-    ("looped", "o-o", {}, "neighbours"), ("looped", "-", {}, "neighbours"), ("looped", "ox", {}, "letters o -"), ("loops", 0, {}, "at least 1"),
+    ("looped", "o.o", {}, "neighbours"), ("looped", ".", {}, "neighbours"), ("looped", "ox", {}, "letters o ."), ("loops", 0, {}, "at least 1"),
     ("eval_loops", -1, {}, "at least 0"), ("residual", "sub", {}, "add, average"), ("halt", "stop", {}, "act"), ("loop_keys", "all", {}, "latest"),
     ("ponder_prior", 1.0, {}, "between 0 and 1"), ("reinject", -1.0, {}, "at least 0"),
     ("router", "conv", dict(depth="loop", halt="act"), "no neighbours"),

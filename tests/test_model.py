@@ -1471,8 +1471,8 @@ DENSE = [dict(n_layer=6, value_embeds=3), dict(n_layer=5, value_embeds=2, attent
          dict(rotary="NVBW", window="LLLS"), dict(rotary="W", window="LSQE"), dict(attention="L", rotary="HN"), dict(attention="ASLS"),
          dict(attention="KSKS", rotary="WWBB", window="LLSS", attn_softmax="ssmax"), dict(norms="RP"), dict(norms="R", attention="LA-A"),
          dict(num_meta_tokens=3, ngrams="2", ngram_rows=50), dict(num_meta_tokens=9, attention="KL", attn_softmax="ssmax", rotary="HW")]
-LOOPS = [dict(loops=3), dict(loops=1), dict(loops=2, looped="-o", n_layer=3, attention="KL-"), dict(loops=3, looped="-oo-", reinject=0.5),
-         dict(loops=3, residual="average", norms="R"), dict(loops=2, residual="average_keep_embedding", looped="o-", n_layer=2),
+LOOPS = [dict(loops=3), dict(loops=1), dict(loops=2, looped=".o", n_layer=3, attention="KL-"), dict(loops=3, looped=".oo.", reinject=0.5),
+         dict(loops=3, residual="average", norms="R"), dict(loops=2, residual="average_keep_embedding", looped="o.", n_layer=2),
          dict(loops=3, loop_keys="share_first", attention="KAAA"), dict(loops=3, attention="AS", num_meta_tokens=3, attn_softmax="ssmax")]
 
 

@@ -1190,7 +1190,7 @@ CHANGES = {
     "balance_window": (2, {}),
     "depth": ("loop", {}),
     "residual": ("average", {}),
-    "looped": ("-o", {"depth": "loop"}),
+    "looped": (".o", {"depth": "loop"}),
     "loops": (3, {"depth": "loop"}),
     "eval_loops": (1, {"depth": "loop"}),
     "loop_keys": ("share_first", {"depth": "loop"}),

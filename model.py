@@ -75,6 +75,7 @@ class Config:
     router_dim: int = 64  # inner width of the routers mlp, recurrent and attention
     balance_coef: float = 0.01  # Switch balance loss
     z_coef: float = 0.001  # router z-loss
+    entropy_coef: float = 0.0  # MoEUT's loss: less entropy of the mean choice of a row's tokens, over all loops
     importance_coef: float = 0.0  # Shazeer's loss on the sums of gates, within a micro-batch
     load_coef: float = 0.0  # and on the smooth numbers of tokens, which needs noise
     bias_update_factor: float = 0.0  # step of the aux-loss-free bias, in units of what it is added to: probability or sigmoid
@@ -93,9 +94,9 @@ class Config:
     halt_threshold: float = 0.0  # of what adds up until it leaves; 0 = the rule's own
     ponder_coef: float = 0.01  # price of further loops in the loss
     ponder_prior: float = 0.2  # halt ponder: the chance of leaving after each loop that it is drawn to
-    norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too
+    norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too, U = MoEUT's
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, K = with keys that know the token before, L = latent, S = shares keys, - = none
+    attention: str = "A"  # tiled over depth: A = attention, K = keys know the token before, L = latent, S = shares keys, R = routed, - = none
     window: str = "L"  # tiled over depth: L = window_size, S, Q, E = a half, a quarter, an eighth of it
     window_size: int = 1792  # tokens that a long layer sees
     rotary: str = "H"  # tiled over depth: H = queries and keys turn, V = values and outputs, B = both, N = nothing, W = by the layer's window
@@ -103,6 +104,8 @@ class Config:
     attn_softmax: str = "plain"  # a key of SOFTMAXES
     qk_norm: str = "rms"  # a key of QK_NORMS; without it attn_scale is about 1 / sqrt(head_dim)
     latent_dim: int = 64  # numbers that a token's keys and values are made of where attention is latent
+    attn_experts: int = 4  # matrices for values, and for outputs, that each head of routed attention has
+    attn_top_k: int = 2  # of them, that a token meets
     num_meta_tokens: int = 0  # learned vectors in front of each row that every token sees
     # tables
     value_embeds: int = 3  # tables added to the values of the first and of the last layers
@@ -129,16 +132,17 @@ class Config:
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel", "shared_kernel", "latent_dim", "loops"):
+                      "router_kernel", "shared_kernel", "latent_dim", "loops", "attn_experts", "attn_top_k"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
                       "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens",
-                      "eval_loops", "reinject", "halt_threshold", "ponder_coef"):  # fmt: skip
+                      "eval_loops", "reinject", "halt_threshold", "ponder_coef", "entropy_coef"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
         for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
-                      "importance_coef", "load_coef", "attn_scale", "softcap", "reinject", "halt_threshold", "ponder_coef"):  # fmt: skip
+                      "importance_coef", "load_coef", "attn_scale", "softcap", "reinject", "halt_threshold", "ponder_coef",
+                      "entropy_coef"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
                              ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS),
@@ -179,6 +183,10 @@ class Config:
         check("looped", re.fullmatch(r"\.*o+\.*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
               f"{self.n_layer} layers, {self.tiled('looped')}, they are not")  # fmt: skip
         check("ponder_prior", 0 < self.ponder_prior < 1, "between 0 and 1")
+        check("attn_top_k", self.attn_top_k <= self.attn_experts, f"at most attn_experts = {self.attn_experts}")
+        check("entropy_coef", self.entropy_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
+        can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in self.tiled("pattern")
+        check("halt", self.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer")
         halts, why = self.depth == "loop" and self.halt != "none", f"next to halt {self.halt}, where tokens leave, a kind that looks at no neighbours"
         check("router", not halts or self.router not in ("conv", "recurrent"), why)
         check("shared", not halts or self.num_shared_experts == 0 or self.shared != "conv", why)
@@ -228,6 +236,11 @@ class Config:
     def expert_etas(self) -> list[float]:
         """Each expert's weight in the balance; loads in proportion to 1 / eta count as even."""
         return [1.0 if EXPERTS[name].has_matmuls else self.free_eta for name, count in self.expert_counts.items() for _ in range(count)]
+
+    @property
+    def experts_balanced(self) -> list[float]:
+        """1 for each expert whose load is to be evened out, 0 for an exit."""
+        return [0.0 if EXPERTS[name].leaves else 1.0 for name, count in self.expert_counts.items() for _ in range(count)]
 
     @property
     def expert_share(self) -> float:
@@ -362,7 +375,17 @@ class Rotary(NamedTuple):
 
 ROTARIES = {"H": Rotary(rotate, unchanged, lambda divisor: 1.0)}  # the zoo, below, has more
 QK_NORMS = {"rms": norm, "none": unchanged}
-NORMS = {"P": (norm, unchanged)}  # letter of `norms` -> what comes before attention and feed-forward, and what after
+
+
+class Norms(NamedTuple):
+    """Of a block."""
+
+    before: callable  # attention and feed-forward
+    after: callable
+    tell: callable  # (ctx, x_BTD) -> ctx, with what some look at past the norm
+
+
+NORMS = {"P": Norms(norm, unchanged, lambda ctx, x_BTD: ctx)}  # letter of `norms`; the zoo, below, has more
 
 
 class Residual(NamedTuple):
@@ -584,6 +607,7 @@ class Context(NamedTuple):
     cache: "Cache | None"
     logits_before_TE: Tensor | None = None  # of the routed layer before, zeros for the first; None where no router asks for them
     kv: tuple[Tensor, ...] | None = None  # of the nearest layer before that makes its own; None where this layer does
+    raw_BTD: Tensor | None = None  # the stream without its norm, where some look at that
     terms: Tensor | None = None  # how many the stream is made of, where a residual asks
     valid_BT: Tensor | None = None  # tokens that count, where some rows are only there to fill up
     log_seen_BT: Tensor | None = None  # log of the number of keys that each token sees; None where no softmax asks for it
@@ -603,18 +627,21 @@ class Attention(nn.Module):
         self.n_head, self.scale = config.n_head, config.attn_scale
         self.qk_norm, self.softmax, self.rotary = QK_NORMS[config.qk_norm], SOFTMAXES[config.attn_softmax], ROTARIES[config.tiled("rotary")[layer]]
         self.add_projections(config, width)
-        self.out = nn.Parameter(torch.empty(config.n_embd, width))
+        self.add_output(config, width)
         self.sharpness = nn.Parameter(torch.empty(config.n_head)) if config.attn_softmax == "ssmax" else None
 
     def add_projections(self, config: Config, width: int):
         self.qkv, self.value_mix = nn.Parameter(torch.empty(3, width, config.n_embd)), nn.Parameter(torch.empty(2))
+
+    def add_output(self, config: Config, width: int):
+        self.out = nn.Parameter(torch.empty(config.n_embd, width))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = self.project(x_BTD, ctx)
         q = self.softmax(self, q, ctx)
         y = ctx.mask.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
         y = self.rotary.vo(y, ctx.cos, -ctx.sin)
-        return F.linear(y.flatten(-2), self.out.type_as(x_BTD)), (k, v)
+        return self.output(y, x_BTD), (k, v)
 
     def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, C) of the new tokens, keys and values of all S so far."""
@@ -628,6 +655,9 @@ class Attention(nn.Module):
 
     def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
         return k_BSHC
+
+    def output(self, y_BTHC: Tensor, x_BTD: Tensor) -> Tensor:
+        return F.linear(y_BTHC.flatten(-2), self.out.type_as(x_BTD))
 
 
 class OffsetAttention(Attention):
@@ -966,7 +996,8 @@ grouped_mm.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inpu
 class MLPExperts(nn.Module):
     """E ReLU^2 MLPs as two grouped GEMMs; an expert without rows costs nothing and gets an exactly zero gradient."""
 
-    has_matmuls = True
+    has_matmuls, leaves = True, False
+    activation = staticmethod(relu_squared)
 
     def __init__(self, config: Config, num_experts: int):
         super().__init__()
@@ -980,7 +1011,7 @@ class MLPExperts(nn.Module):
 
     def forward(self, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
         hidden_RF = grouped_mm(rows_RD, self.up.type_as(rows_RD), offs_E)
-        return grouped_mm(relu_squared(hidden_RF), self.down.type_as(rows_RD), offs_E)
+        return grouped_mm(self.activation(hidden_RF), self.down.type_as(rows_RD), offs_E)
 
 
 EXPERTS = {"mlp": MLPExperts}  # the zoo, below, has more
@@ -1124,6 +1155,14 @@ class RouteStats(NamedTuple):
     logits_TE: Tensor | None = None  # for the router of the next layer
     local_loss: Tensor | float = 0.0
     tokens: Tensor | int = 0  # that were routed
+    chosen_BE: Tensor | None = None  # each row's sum of its tokens' softmax, where entropy_coef asks
+    row_tokens_B: Tensor | None = None  # and their number
+    exits_T: Tensor | None = None  # who chose to leave, where some expert is an exit
+    exit_prob_T: Tensor | None = None  # and how probable that was
+
+
+def unnormed(x_BTD: Tensor, ctx: Context) -> Tensor:
+    return x_BTD if ctx.raw_BTD is None else ctx.raw_BTD
 
 
 def mean_over(x: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -1162,11 +1201,14 @@ class MoE(nn.Module):
         super().__init__()
         self.router = ROUTERS[config.router](config)
         self.pools, self.free_pools, first = [], [], 0  # name of the module, its first expert, how many (None: all there are)
+        self.exits, self.wants_rows = None, config.entropy_coef > 0
         for kind, count in config.expert_counts.items():
             name = "experts" if kind == "mlp" else kind
             self.add_module(name, EXPERTS[kind](config, count // ranks.size))
             pools = self.pools if EXPERTS[kind].has_matmuls else self.free_pools
             pools.append((name, first, count if count < config.num_experts or config.halt != "none" else None))
+            if EXPERTS[kind].leaves:
+                self.exits = first, first + count
             first += count
         self.carry = stay if ranks.size == 1 else functools.partial(exchanged, ranks.group)
         self.shared = SHARED[config.shared](config) if config.num_shared_experts else None
@@ -1179,13 +1221,27 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         valid_T = flat(ctx.valid_BT)
-        route, x_TD = left_out(self.router(x_BTD, ctx), valid_T), x_BTD.flatten(0, 1)
+        route, x_TD = left_out(self.router(x_BTD, ctx), valid_T), unnormed(x_BTD, ctx).flatten(0, 1)
         parts = [dispatch(x_TD, route, functools.partial(self.carry, self.get_submodule(name)), first, count) for name, first, count in self.pools]
         ys = [y_TD for y_TD, _ in parts]
         for name, first, count in self.free_pools:
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
-        return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [route_stats(route, parts[0][1], valid_T)]
+        stats = self.about_rows(self.about_exits(route_stats(route, parts[0][1], valid_T), route), route, x_BTD, ctx)
+        return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [stats]
+
+    def about_exits(self, stats: RouteStats, route: Route) -> RouteStats:
+        if self.exits is None:
+            return stats
+        exits_T = torch.isin(route.expert_TK, torch.arange(*self.exits, device=route.expert_TK.device)).any(1)
+        return stats._replace(exits_T=exits_T, exit_prob_T=route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1))
+
+    def about_rows(self, stats: RouteStats, route: Route, x_BTD: Tensor, ctx: Context) -> RouteStats:
+        if not self.wants_rows:
+            return stats
+        prob_BTE, valid_BT = softmax(route.logits_TE).view(*x_BTD.shape[:2], -1), ctx.valid_BT
+        valid_BT = torch.ones_like(prob_BTE[..., 0]) if valid_BT is None else valid_BT.type_as(prob_BTE)
+        return stats._replace(chosen_BE=(prob_BTE * valid_BT[..., None]).sum(1), row_tokens_B=valid_BT.sum(1))
 
 
 class SharedMLP(nn.Module):
@@ -1248,14 +1304,14 @@ class Block(nn.Module):
         self.residual = RESIDUALS[config.residual]
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
         self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, ranks)
-        self.before, self.after = NORMS[config.tiled("norms")[layer]]
+        self.before, self.after, self.tell = NORMS[config.tiled("norms")[layer]]
 
     def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats], tuple[Tensor, Tensor] | None]:
         enter, take_up = self.residual
         x_BTD = enter(self.stream_mix, x_BTD, embedding_BTD)
-        y_BTD, kv = self.attention(self.before(x_BTD), ctx)
+        y_BTD, kv = self.attention(self.before(x_BTD), self.tell(ctx, x_BTD))
         x_BTD = take_up(x_BTD, self.after(y_BTD), ctx.terms, embedding_BTD)
-        y_BTD, stats = self.ffn(self.before(x_BTD), ctx)
+        y_BTD, stats = self.ffn(self.before(x_BTD), self.tell(ctx, x_BTD))
         return take_up(x_BTD, self.after(y_BTD), more(ctx.terms), embedding_BTD), stats, kv
 
 
@@ -1516,7 +1572,45 @@ class SharedAttention(Attention):
         return self.rotary.qk(q, ctx.cos, ctx.sin), *ctx.kv
 
 
-ATTENTIONS |= {"L": LatentAttention, "S": SharedAttention}
+class RoutedAttention(Attention):
+    """SwitchHead (2312.07987): each head has attn_experts matrices for its values and as many for its outputs, and a token meets attn_top_k of
+    each, weighted by the sigmoids that chose them. Queries and keys are plain. No value embeddings, and nothing balances the choice."""
+
+    def add_projections(self, config: Config, width: int):
+        H, E, D = config.n_head, config.attn_experts, config.n_embd
+        self.top_k = config.attn_top_k
+        self.qk, self.choice = nn.Parameter(torch.empty(2, width, D)), nn.Parameter(torch.empty(2, H * E, D))
+        self.values = nn.Parameter(torch.empty(H * E, config.head_dim, D))
+
+    def add_output(self, config: Config, width: int):
+        self.outputs = nn.Parameter(torch.empty(config.n_head * config.attn_experts, config.n_embd, config.head_dim))
+
+    def choose(self, x_BTD: Tensor, which: int) -> Route:
+        """Of every head of every token (T * H,), in this order."""
+        score_TX = linear_fp32(x_BTD.flatten(0, 1), self.choice[which])
+        weight_NK, expert_NK = score_TX.view(len(score_TX) * self.n_head, -1).sigmoid().topk(self.top_k)
+        head_N1 = torch.arange(self.n_head, device=x_BTD.device).repeat(len(score_TX))[:, None]
+        return Route(expert_NK + head_N1 * (score_TX.size(1) // self.n_head), weight_NK, score_TX)
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = F.linear(x_BTD, self.qk.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (2, self.n_head, -1)).unbind(2)
+        q, k = self.rotary.qk(self.qk_norm(q), ctx.cos, ctx.sin), self.rotary.qk(self.qk_norm(k), ctx.cos, ctx.sin)
+        source_ND = unnormed(x_BTD, ctx).flatten(0, 1).repeat_interleave(self.n_head, 0)
+        v, _ = dispatch(source_ND, self.choose(x_BTD, 0), self.matrices(self.values))
+        v = self.rotary.vo(v.view(q.shape), ctx.cos, ctx.sin)
+        if ctx.cache is not None:
+            k, v = ctx.cache.extend(self, k, v)
+        return q, k, v
+
+    def output(self, y_BTHC: Tensor, x_BTD: Tensor) -> Tensor:
+        said_ND, _ = dispatch(y_BTHC.flatten(0, 2), self.choose(x_BTD, 1), self.matrices(self.outputs))
+        return said_ND.view(*y_BTHC.shape[:3], -1).sum(2)
+
+    def matrices(self, weight_XNK: Tensor):
+        return lambda rows, offs: grouped_mm(rows, weight_XNK.type_as(rows), offs)
+
+
+ATTENTIONS |= {"L": LatentAttention, "S": SharedAttention, "R": RoutedAttention}
 
 
 def scalable_softmax(attention: Attention, q_BTHC: Tensor, ctx: Context) -> Tensor:
@@ -1540,7 +1634,8 @@ ROTARIES |= {
 # R: peri-norm (2502.02737). Mind that norm(a y) = norm(y): what comes after it has forgotten every scale. Gates, routed_scale and zero experts then
 # only mix directions: a token with one zero expert and one MLP gets the MLP at full length. And at an output of zeros, which zero-initialised
 # projections give, its slope is 1 / sqrt(eps), about 2,900: the first gradients of these projections are as much larger.
-NORMS |= {"R": (norm, norm)}
+# U: MoEUT's (2405.16039): queries, keys and routers see the normed stream, the values of routed attention and the experts the stream itself.
+NORMS |= {"R": Norms(norm, norm, lambda ctx, x_BTD: ctx), "U": Norms(norm, unchanged, lambda ctx, x_BTD: ctx._replace(raw_BTD=x_BTD))}
 
 
 class MLPRouter(Router):
@@ -1639,10 +1734,16 @@ class AttentionRouter(Router):
 ROUTERS |= {"mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter, "attention": AttentionRouter}
 
 
+class ReLUExperts(MLPExperts):
+    """The same with ReLU, as sigma-MoE has it (2310.10837)."""
+
+    activation = staticmethod(torch.relu)
+
+
 class SwiGLUExperts(nn.Module):
     """silu(gate x) * (up x), then down (2002.05202): three matrices of two thirds of the width."""
 
-    has_matmuls = True
+    has_matmuls, leaves = True, False
 
     def __init__(self, config: Config, num_experts: int):
         super().__init__()
@@ -1664,7 +1765,7 @@ class KANExperts(nn.Module):
     """Two Kolmogorov-Arnold layers (2404.19756) of cubic B-splines on 5 intervals of [-2, 2], beside silu: each input becomes 9 features
     of a grouped GEMM, so at equal FLOPs the hidden width is a ninth of an MLP's. What is between the layers is normed into the grid."""
 
-    has_matmuls = True
+    has_matmuls, leaves = True, False
     INTERVALS, REACH = 5, 2.0
     FEATURES = INTERVALS + 3 + 1
 
@@ -1699,7 +1800,7 @@ class FreeExperts(nn.Module):
     They see what the MLPs see, the normed stream; a token that did not choose them is replaced by zero before, not after: its output
     and its gradient are exact zeros whatever it holds."""
 
-    has_matmuls = False
+    has_matmuls, leaves = False, False
 
     def __init__(self, config: Config, num_experts: int):
         super().__init__()
@@ -1741,6 +1842,12 @@ class ZeroExperts(FreeExperts):
         return torch.zeros_like(x_TD)
 
 
+class ExitExperts(ZeroExperts):
+    """Nothing, and with `halt exit` the token leaves the loop after this round. The balance leaves it alone."""
+
+    leaves = True
+
+
 class ConstantExperts(FreeExperts):
     """a x + b v with a learned vector v and (a, b) = softmax(W x), for each expert its own."""
 
@@ -1775,7 +1882,7 @@ class SharedConv(nn.Module):
 SHARED |= {"conv": SharedConv}
 
 EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
-            "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts}  # fmt: skip
+            "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts, "relu": ReLUExperts, "exit": ExitExperts}  # fmt: skip
 
 # ---- residuals
 
@@ -1815,7 +1922,8 @@ def merged_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
     tokens = sum(run.tokens for run in runs)
     mean = lambda values: sum(value * run.tokens for value, run in zip(values, runs)) / max(tokens, 1)
     return RouteStats(sum(run.counts_E for run in runs), mean([run.prob_E for run in runs]), mean([run.z_loss for run in runs]),
-                      mean([run.entropy for run in runs]), None, sum(run.local_loss for run in runs), tokens)  # fmt: skip
+                      mean([run.entropy for run in runs]), None, sum(run.local_loss for run in runs), tokens,
+                      *(None if runs[0].chosen_BE is None else sum(parts) for parts in zip(*(run[7:9] for run in runs))))  # fmt: skip
 
 
 class LoopKeys:
@@ -1984,7 +2092,7 @@ class Loop(nn.Module):
                 new_BQD, trail = run_blocks(blocks, rows.take(entry_BTD), rows.take(embedding_BTD), here, Trail([], kv))
                 new_BTD = rows.put(x_BTD, new_BQD)
             runs.append(trail.stats)
-            x_BTD, leaving = self.halt(new_BTD, x_BTD, leaving, loop + 1 == loops)
+            x_BTD, leaving = self.halt(new_BTD, x_BTD, leaving, loop + 1 == loops, exits_of(trail.stats, rows, x_BTD))
             if leaving.nobody_is_in:
                 store.skip(range(loop + 1, loops))
                 break
@@ -2020,13 +2128,26 @@ class Leaving(NamedTuple):
         return Leaving(zeros_BT == 0, zeros_BT.long(), zeros_BT, zeros_BT)
 
 
+def exits_of(stats: list[RouteStats], rows: Rows | None, x_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Who chose an exit in some layer of this loop (B, T), and how probable the last layer found it; None where there are no exits."""
+    chose = [s for s in stats if s.exits_T is not None]
+    if not chose:
+        return None
+    found = torch.stack([s.exits_T for s in chose]).any(0), chose[-1].exit_prob_T
+    if rows is None:
+        return tuple(part.view(x_BTD.shape[:2]) for part in found)
+    return tuple(rows.put(part.new_zeros(x_BTD.shape[:2]), part.view(rows.index_BQ.shape)) for part in found)
+
+
 class NoHalt(nn.Module):
-    """All tokens go through all loops."""
+    """All tokens go through all loops.
+
+    A rule gets the stream after and before a loop, `exits` of exits_of(), and returns the stream to go on with and who leaves."""
 
     def __init__(self, config: Config):
         super().__init__()
 
-    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool, exits) -> tuple[Tensor, Leaving]:
         return new_BTD, so_far._replace(loops_BT=so_far.loops_BT + 1)
 
     def states(self, x_BTD: Tensor, so_far: Leaving) -> list[tuple[Tensor, Tensor | None]]:
@@ -2067,7 +2188,7 @@ class ACT(Halt):
     """Graves's adaptive computation time (1603.08983): wishes add up; who passes the threshold leaves, and what is missing to 1 is its last
     loop's share of the mean that goes on. Cost: loops and that remainder."""
 
-    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool, exits) -> tuple[Tensor, Leaving]:
         wish_BT = self.share(self.wish(new_BTD), so_far.sum_BT)
         leaves_BT = (so_far.sum_BT + wish_BT >= self.limit) | last
         weight_BT = torch.where(leaves_BT, 1 - so_far.sum_BT, wish_BT) * so_far.active_BT
@@ -2102,7 +2223,7 @@ class Threshold(Halt):
 
     threshold = 1.0
 
-    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool, exits) -> tuple[Tensor, Leaving]:
         wish_BT = self.wish(new_BTD) * so_far.active_BT
         sum_BT = so_far.sum_BT + wish_BT
         leaves_BT = (sum_BT >= self.limit) | last
@@ -2116,7 +2237,7 @@ class Ponder(Halt):
 
     threshold = 0.5
 
-    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool) -> tuple[Tensor, Leaving]:
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool, exits) -> tuple[Tensor, Leaving]:
         chance_BT = self.wish(new_BTD).clamp(min=float(last)) * (1 - so_far.sum_BT)
         sum_BT = so_far.sum_BT + chance_BT * so_far.active_BT
         if self.training:
@@ -2131,7 +2252,17 @@ class Ponder(Halt):
         return list(so_far.states) or [(x_BTD, None)]
 
 
-HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold}
+class ExitHalt(NoHalt):
+    """A token leaves after the loop in which it chose an exit among its experts. Cost: the chances of not choosing it, summed over loops."""
+
+    gone, cost = Halt.gone, Halt.cost
+
+    def forward(self, new_BTD: Tensor, x_BTD: Tensor, so_far: Leaving, last: bool, exits) -> tuple[Tensor, Leaving]:
+        exits_BT, prob_BT = exits
+        return new_BTD, self.gone(so_far, exits_BT | last, cost_BT=so_far.cost_BT + (1 - prob_BT) * so_far.active_BT)
+
+
+HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold, "exit": ExitHalt}
 
 # -----------------------------------------------------------------------------
 # The model
@@ -2141,6 +2272,14 @@ class Output(NamedTuple):
     logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
     stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy (0-d), counts_LE (int64)
+
+
+def less_entropy(stats: RouteStats) -> Tensor | float:
+    """Minus the entropy of what a row's tokens choose on the whole, mean over rows (MoEUT, 2405.16039): rows are balanced one by one."""
+    if stats.chosen_BE is None:
+        return 0.0
+    p_BE = stats.chosen_BE / stats.row_tokens_B[:, None].clamp(min=1)
+    return (p_BE * p_BE.clamp(min=1e-12).log()).sum(-1).mean()
 
 
 def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
@@ -2169,6 +2308,7 @@ class GPT(nn.Module):
         self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
         self.register_buffer("counted_LE", torch.zeros(routed, config.num_experts, dtype=torch.int64))  # since the bias last moved
         self.register_buffer("eta_E", torch.tensor(config.expert_etas), persistent=False)
+        self.register_buffer("balanced_E", torch.tensor(config.experts_balanced), persistent=False)
         # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
         self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
         self.init_weights()
@@ -2189,7 +2329,7 @@ class GPT(nn.Module):
         self.counted_LE += counts_LE
         counted_L1 = self.counted_LE.sum(-1, keepdim=True)
         share_LE, due_L1 = self.counted_LE / counted_L1.clamp(min=1), counted_L1 >= self.config.bias_update_threshold * self.config.top_k
-        self.bias_LE += self.config.bias_update_factor * due_L1 * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
+        self.bias_LE += self.config.bias_update_factor * due_L1 * self.balanced_E * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
         self.counted_LE *= ~due_L1
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
 
@@ -2287,7 +2427,7 @@ class GPT(nn.Module):
             kv = () if config.tiled("attention")[layer] == "S" else None
             contexts.append(Context(
                 id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv,
-                None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
+                None, None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
         return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta)
 
     def summary(self, deep: Deep, T: int) -> dict[str, Tensor]:
@@ -2297,14 +2437,14 @@ class GPT(nn.Module):
         empty, stats = self.bias_LE.new_zeros(0), deep.stats
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
         counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
-        balance_L = self.config.num_experts * (self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
+        balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else empty.sum()
         return {
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean([s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
             "counts_LE": counts_LE,
-            "local_loss": sum(s.local_loss for s in stats) + deep.loss,
+            "local_loss": sum(s.local_loss for s in stats) + deep.loss + self.config.entropy_coef * sum(map(less_entropy, stats)),
             "loops": empty.new_ones(()) if deep.loops_BT is None else deep.loops_BT[:, -T:].float().mean(),
         }
 
@@ -2403,6 +2543,10 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "attention.key": ParameterRule("matrix", uniform),
     "attention.key_up": ParameterRule("matrix", uniform),
     "attention.value_up": ParameterRule("matrix", uniform),
+    "attention.qk": ParameterRule("matrix", uniform),
+    "attention.values": ParameterRule("matrix", uniform),
+    "attention.choice": ParameterRule("router", constant(0.0)),
+    "attention.outputs": ParameterRule("matrix", constant(0.0)),
     "attention.out": ParameterRule("matrix", constant(0.0)),
     "attention.sharpness": ParameterRule("scalar", constant(0.168)),  # the mean of 0.168 log n is 1 up to n = 1,024
     "shared.gate": ParameterRule("matrix", uniform),
@@ -2415,6 +2559,8 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "swiglu.gate": ParameterRule("expert", uniform),
     "swiglu.up": ParameterRule("expert", uniform),
     "swiglu.down": ParameterRule("expert", constant(0.0)),
+    "relu.up": ParameterRule("expert", uniform),
+    "relu.down": ParameterRule("expert", constant(0.0)),
     "kan.up": ParameterRule("expert", uniform),
     "kan.down": ParameterRule("expert", constant(0.0)),
     "constant.mix": ParameterRule("router", constant(0.0)),
@@ -2470,10 +2616,16 @@ def count_parameters(config: Config) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         kind = parameter_rule(name).kind
         counts[kind] += parameter.numel()
-        one_row = 1 / max(1, len(parameter))  # one layer has no skip weights
-        share = {"expert": config.expert_share} | dict.fromkeys(("embed", "ngram_embed", "value_embed"), one_row)
-        active += round(parameter.numel() * share.get(kind, 1))
+        active += round(parameter.numel() * active_share(config, name, len(parameter)))
     return counts | {"total": sum(counts.values()), "active": active}
+
+
+def active_share(config: Config, name: str, rows: int) -> float:
+    """Of a parameter, what one token meets."""
+    if name.endswith(("attention.values", "attention.outputs")):
+        return config.attn_top_k / config.attn_experts
+    kind = parameter_rule(name).kind
+    return {"expert": config.expert_share}.get(kind, 1 / rows if kind in ("embed", "ngram_embed", "value_embed") else 1)
 
 
 def mean_keys(config: Config, letter: str, seq_len: int) -> float:
@@ -2491,7 +2643,8 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     with torch.device("meta"):
         model = GPT(config)
     for name, parameter in model.named_parameters():
-        share = {"matrix": 1.0, "head": 1.0, "router": 1.0, "expert": config.expert_share}.get(parameter_rule(name).kind, 0.0)
+        in_matmuls = parameter_rule(name).kind in ("matrix", "head", "router", "expert")
+        share = active_share(config, name, len(parameter)) if in_matmuls else 0.0
         block = re.match(r"blocks\.(\d+)\.", name)
         weights += parameter.numel() * share * (runs[int(block[1])] if block else 1)
     head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's

@@ -3,6 +3,8 @@ through its checks of leaks, documents and cached decoding.
 
 CPU, no network: `pytest tests/test_depth.py`."""
 
+import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -38,14 +40,15 @@ from model import GPT, Cache, Config, ConfigError  # noqa: E402
 torch.set_num_threads(1)
 PACKED = text(2, 18, eots=[(0, 0), (0, 7), (0, 8), (1, 5), (1, 12)])
 LOOP = dict(depth="loop", loops=3, looped=".oo.", halt_threshold=0.6)
-RULES = sorted(set(M.HALTS) - {"none"})
+EXITS = dict(experts="mlp*7,exit*2", top_k=1)
+RULES = sorted(set(M.HALTS) - {"none", "exit"})  # those that learn when
 
 
 def restless(seed: int = 0, bias: float = -0.5, **changes) -> GPT:
     """A model whose tokens leave its loop at many different times."""
     net = tiny(seed, **LOOP | changes)
     with torch.no_grad():
-        if net.config.halt != "none":
+        if net.config.halt in RULES:
             net.depth.halt.weight.copy_(torch.randn(1, 32, generator=rng(seed)) * 0.3)
             net.depth.halt.bias.fill_(bias)
     return net
@@ -60,12 +63,14 @@ def loops_of(net: GPT, x) -> torch.Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("halt", RULES)
-@pytest.mark.parametrize("loop_keys", sorted(M.LOOP_KEYS))
-@pytest.mark.parametrize("router", ("linear", "attention", "hash"))
+LEAKS = [(halt, keys, "linear") for halt in (*RULES, "exit") for keys in sorted(M.LOOP_KEYS)]
+LEAKS += [("act", keys, "attention") for keys in sorted(M.LOOP_KEYS)] + [("stick_breaking", "latest", "hash"), ("exit", "latest", "attention")]
+
+
+@pytest.mark.parametrize("halt, loop_keys, router", LEAKS)
 def test_halting_leaks_nothing_and_decodes_as_it_trains(halt, loop_keys, router):
-    net = restless(halt=halt, loop_keys=loop_keys, router=router).eval()
-    assert len(loops_of(net, PACKED).unique()) >= 3, "tokens should leave at different times, or nothing is tested"
+    net = restless(halt=halt, loop_keys=loop_keys, router=router, **EXITS if halt == "exit" else {}).eval()
+    assert len(loops_of(net, PACKED).unique()) >= 2 + (halt != "exit"), "tokens should leave at different times, or nothing is tested"
     check_prefixes(net, PACKED)
     check_future(net, PACKED)
     check_rows(net, PACKED)
@@ -183,7 +188,7 @@ def test_average_makes_the_stream_the_mean_of_its_terms_however_many_loops_there
     """With what sublayers say recorded, the stream is (embedding + their sum) / (1 + their number), for each token by its own number."""
     for loops in (1, 3):
         net = restless(depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D").eval()
-        net.depth.halt.forward = lambda new, x, so_far, last, halt=net.depth.halt: M.Ponder.forward(halt, new, x, so_far, last)
+        net.depth.halt.forward = lambda *args, halt=net.depth.halt: M.Ponder.forward(halt, *args)
         said, embedding = [], []
         for block in net.blocks:
             block.residual = M.Residual(block.residual.enter, lambda x, y, n, e, rule=block.residual: said.append(y) or rule.take_up(x, y, n, e))
@@ -252,3 +257,93 @@ def test_counting_to_n_takes_as_many_loops_and_as_much_compute(halt, coef, over)
     mean = sum(loops) / len(loops)
     assert few / many == pytest.approx(loops[0] / loops[-1], rel=0.05)
     assert all_of_them / many == pytest.approx(mean / loops[-1], rel=0.2)  # rows are packed in steps of 64
+
+
+def moeut(net: GPT, x):
+    """Logits and balance loss of MoEUT (2405.16039) from its definition, token by token: SwitchHead attention whose queries, keys and choices see
+    the normed stream and whose values see the stream; sigma-MoE of ReLU experts likewise; a group of layers repeated with the same weights;
+    minus the entropy of the mean choice over tokens and repeats, row by row."""
+    c, p = net.config, dict(net.named_parameters())
+    rms = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    cos, sin = M.rotary_tables(torch.arange(x.size(1)), c.head_dim, torch.float32)
+    near = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
+    all_logits, balance = [], [[] for _ in range(c.n_layer)]
+    for row in x:
+        h, T, H, E = rms(p["embed"][row]), len(row), c.n_head, c.attn_experts
+        chosen = [[] for _ in range(c.n_layer)]
+        for _, i in itertools.product(range(c.loops), range(c.n_layer)):
+            of = lambda name, i=i: p[f"blocks.{i}.{name}"]
+
+            def picked(source, score_TX, weight_XNK, k):
+                """Of each token: the sum over its k best sigmoids of sigmoid times matrix times source."""
+                out = []
+                for z, score in zip(source, score_TX.sigmoid()):
+                    best = score.topk(k)
+                    out.append(sum(s * (weight_XNK[e] @ z) for s, e in zip(best.values, best.indices)))
+                return torch.stack(out)
+
+            normed = rms(h)
+            q, k = ((normed @ part.T).view(T, H, -1) for part in of("attention.qk"))
+            q, k = (M.rotate(z[None], cos, sin)[0] for z in (q, k))
+            choose_v, choose_o = ((normed @ part.T).view(T, H, E) for part in of("attention.choice"))
+            heads = []
+            for head in range(H):
+                mine = slice(head * E, head * E + E)
+                v = picked(h, choose_v[:, head], of("attention.values")[mine], c.attn_top_k)
+                score = (q[:, head] @ k[:, head].T * c.attn_scale).masked_fill((near < 0) | (near >= c.window_size), -torch.inf)
+                heads.append(picked(score.softmax(-1) @ v, choose_o[:, head], of("attention.outputs")[mine], c.attn_top_k))
+            h = h + sum(heads)
+            score = rms(h) @ of("ffn.router.gate").T
+            chosen[i].append(score.softmax(-1))
+            up, down = of("ffn.relu.up"), of("ffn.relu.down")
+            rows = []
+            for z, s in zip(h, score.sigmoid()):
+                best = s.topk(c.top_k)
+                rows.append(sum(w * (down[e] @ (up[e] @ z).relu()) for w, e in zip(best.values, best.indices)))
+            h = h + torch.stack(rows)
+        all_logits.append(rms(h) @ p["head"].T)
+        for i, parts in enumerate(chosen):
+            mean = torch.cat(parts).mean(0)
+            balance[i].append((mean * mean.log()).sum())
+    z = torch.stack(all_logits)
+    return (c.softcap * torch.tanh(z / c.softcap) + c.softcap)[..., :VOCAB], sum(torch.stack(rows).mean() for rows in balance)
+
+
+def test_a_loop_of_routed_attention_and_sigma_moe_is_moeut():
+    net = tiny(depth="loop", loops=3, n_layer=2, attention="R", norms="U", experts="relu", num_experts=6, top_k=3, mlp_ratio=3.0,
+               router_noise=0.0, window="L", router_score="sigmoid", norm_topk_prob=0.0, entropy_coef=0.3, balance_coef=0.0, z_coef=0.0,
+               value_embeds=0, qk_norm="none", attn_scale=0.25, attn_experts=4, attn_top_k=2).train()  # fmt: skip
+    with torch.no_grad():
+        net.bias_LE.zero_()
+        for block in net.blocks:
+            block.stream_mix.copy_(torch.tensor([1.0, 0.0]))
+    x, y = text(2, 15, 6), text(2, 15, 7)
+    want, balance = moeut(net, x)
+    assert far(net(x).logits[..., :VOCAB], want) < 1e-5
+    loss = F.cross_entropy(want.flatten(0, 1), y.flatten()) + 0.3 * balance
+    assert far(net(x, y).loss, loss) < 1e-5
+    grads = gradients(net, net(x, y).loss)
+    for name, grad in gradients(net, loss).items():
+        assert name.endswith("stream_mix") or (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
+
+
+def test_routed_attention_is_active_by_what_a_token_meets():
+    config = Config(**TINY | dict(attention="R", pattern="D", attn_experts=4, attn_top_k=1))
+    counts, matrices = M.count_parameters(config), 4 * 2 * (2 * 4 * 16 * 32)  # of four layers, values and outputs of two heads of four
+    assert counts["total"] - counts["active"] == matrices * 3 // 4 + (counts["embed"] + counts["value_embed"]) * 63 // 64
+    assert M.flops_per_token(config, 12) == M.flops_per_token(dataclasses.replace(config, attn_experts=1), 12) + 6 * 4 * 2 * 2 * 3 * 32
+
+
+def test_who_chooses_the_exit_leaves_after_that_loop():
+    net, x = restless(halt="exit", looped="o", loops=3, window="L", **EXITS).eval(), text(2, 20, 6)
+    chose, depth = [], loops_of(net, x)
+    for block in net.blocks:
+        block.ffn.register_forward_hook(lambda module, args, out: chose.append((args[0].shape[1], out[1][0].exits_T)))
+    logits(net, x)
+    first = torch.stack([exits for _, exits in chose[:4]]).any(0).view(2, 20)  # of the first loop, where all are in
+    assert torch.equal(depth == 1, first) and set(depth.unique().tolist()) == {1, 2, 3}
+    assert net.balanced_E.tolist() == [1] * 7 + [0] * 2
+    grads = gradients(net.train(), net(x, x).stats["local_loss"])
+    assert (grads["blocks.3.ffn.router.gate"] != 0).any()
+    with pytest.raises(ConfigError, match="halt is 'exit'; it must be another, or there must be an exit"):
+        Config(**TINY | dict(depth="loop", halt="exit"))

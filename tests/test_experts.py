@@ -30,6 +30,7 @@ POOLS = (
     "kan*2,relu2,swiglu,mlp*2,zero*2,identity",
     "kan",
     "swiglu",
+    "relu*2,mlp,exit",
 )
 
 
@@ -85,6 +86,8 @@ def slow_expert(moe, kind: str, number: int, x, t: int, ctx, training: bool):
     """Expert `number` of its kind on one token."""
     if kind == "mlp":
         return moe.experts.down[number] @ (moe.experts.up[number] @ x).relu() ** 2
+    if kind == "relu":
+        return moe.relu.down[number] @ (moe.relu.up[number] @ x).relu()
     if kind == "swiglu":
         p = moe.swiglu
         return p.down[number] @ (F.silu(p.gate[number] @ x) * (p.up[number] @ x))
@@ -97,7 +100,7 @@ def slow_expert(moe, kind: str, number: int, x, t: int, ctx, training: bool):
     if kind == "noise" and training:
         seed, step, layer, token_T = ctx.noise_key
         return x + hashed_normal(seed, step, layer + 2**16, token_T[t : t + 1], len(x))[0] / 2
-    return {"zero": x * 0, "relu2": x.relu() ** 2}.get(kind, x)
+    return {"zero": x * 0, "exit": x * 0, "relu2": x.relu() ** 2}.get(kind, x)
 
 
 @pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
@@ -151,7 +154,7 @@ def test_a_free_expert_alone_is_its_formula(kind):
         share = (x @ moe.constant.mix[0].T).softmax(-1)
         assert far(plain, share[..., :1] * x + share[..., 1:] * moe.constant.vector[0]) < 1e-5
     else:
-        want = {"zero": torch.zeros_like(x), "relu2": x.relu() ** 2}.get(kind, x)
+        want = {"zero": torch.zeros_like(x), "exit": torch.zeros_like(x), "relu2": x.relu() ** 2}.get(kind, x)
         assert torch.equal(plain, want)
     if kind == "noise":
         noise = noisy - x

@@ -45,7 +45,9 @@ BUILDS += [dict(router="linear") | options for options in (
     dict(attention="AAAS", rotary="BWWW", window="LSSS"), dict(attention="KL", attn_softmax="ssmax", qk_norm="none"),
     dict(norms="RP", attention="A-"), dict(attention="L", num_meta_tokens=1), dict(router="hash", attention="K", num_meta_tokens=14),
     dict(router="attention", attn_softmax="ssmax", num_meta_tokens=3, ngrams="3", ngram_rows=128),
-    dict(router="recurrent", attention="AS", num_meta_tokens=2, rotary="B"), dict(router="conv", norms="R", num_meta_tokens=2))]  # fmt: skip
+    dict(router="recurrent", attention="AS", num_meta_tokens=2, rotary="B"), dict(router="conv", norms="R", num_meta_tokens=2),
+    dict(attention="RS", norms="UP", window="L"),
+    dict(attention="RA", norms="U", experts="relu*3,mlp,exit", attn_experts=3, attn_top_k=1, rotary="B"))]  # fmt: skip
 BUILDS += [dict(router="linear", num_shared_experts=n, shared=kind, mlp_ratio=2.0 + n, routed_scale="auto") for kind, n in (("mlp", 1), ("conv", 2))]
 
 

@@ -637,24 +637,38 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(config.n_embd, width))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v = self.project(x_BTD, ctx)
-        q = self.softmax(self, q, ctx)
-        y = ctx.mask.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
-        y = self.rotary.vo(y, ctx.cos, -ctx.sin)
-        return self.output(y, x_BTD), (k, v)
+        q, kv = self.project(x_BTD, ctx)
+        return self.read(q, kv, x_BTD, ctx), kv
 
-    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Queries (B, T, H, C) of the new tokens, keys and values of all S so far."""
-        qkv = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1))
-        q, k, v = qkv.unbind(2)
-        q, k = self.rotary.qk(self.qk_norm(q), ctx.cos, ctx.sin), self.rotary.qk(self.qk_norm(k), ctx.cos, ctx.sin)
-        v = self.rotary.vo(blend(self.value_mix, v, ctx.value_embed_BTHC), ctx.cos, ctx.sin)
+        q, k, v = F.linear(x_BTD, self.qkv.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (3, self.n_head, -1)).unbind(2)
+        return self.turned(q, ctx), self.remembered(k, v, ctx)
+
+    def queries(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return self.turned(F.linear(x_BTD, self.qkv[0].type_as(x_BTD)).unflatten(-1, (self.n_head, -1)), ctx)
+
+    def keys_values(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        k, v = F.linear(x_BTD, self.qkv[1:].flatten(0, 1).type_as(x_BTD)).unflatten(-1, (2, self.n_head, -1)).unbind(2)
+        return self.remembered(k, v, ctx)
+
+    def turned(self, x_BTHC: Tensor, ctx: Context) -> Tensor:
+        return self.rotary.qk(self.qk_norm(x_BTHC), ctx.cos, ctx.sin)
+
+    def remembered(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        k, v = self.turned(k, ctx), self.rotary.vo(blend(self.value_mix, v, ctx.value_embed_BTHC), ctx.cos, ctx.sin)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self, k, v)
-        return q, self.keys(k, ctx), v
+        return self.keys(k, ctx), v
 
     def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
         return k_BSHC
+
+    def read(self, q_BTHC: Tensor, kv: tuple[Tensor, Tensor], x_BTD: Tensor, ctx: Context) -> Tensor:
+        """What the queries find, (B, T, D)."""
+        q_BTHC, (k, v) = self.softmax(self, q_BTHC, ctx), kv
+        y = ctx.mask.attend(q_BTHC.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
+        return self.output(self.rotary.vo(y, ctx.cos, -ctx.sin), x_BTD)
 
     def output(self, y_BTHC: Tensor, x_BTD: Tensor) -> Tensor:
         return F.linear(y_BTHC.flatten(-2), self.out.type_as(x_BTD))
@@ -1533,26 +1547,39 @@ class ChunkedLoss(torch.autograd.Function):
 # The zoo: further entries of the tables, which the speedrun does not use
 
 
-class LatentAttention(Attention):
+class SeparateAttention(Attention):
+    """What the following share: queries by a matrix of their own."""
+
+    def add_projections(self, config: Config, width: int):
+        self.q = nn.Parameter(torch.empty(width, config.n_embd))
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.queries(x_BTD, ctx), self.keys_values(x_BTD, ctx)
+
+    def queries(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return self.turned(F.linear(x_BTD, self.q.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)), ctx)
+
+
+class LatentAttention(SeparateAttention):
     """MLA (DeepSeek-V2, 2405.04434): all heads' values and the half of their keys that stands still are made of one normed vector of
     latent_dim numbers; the half that turns is one key for all heads. These two are all that a cache keeps, so value embeddings stay out."""
 
     def add_projections(self, config: Config, width: int):
+        super().add_projections(config, width)
         D, R = config.n_embd, config.latent_dim
-        shapes = {"q": (width, D), "latent": (R, D), "key": (config.head_dim // 2, D), "key_up": (width // 2, R), "value_up": (width, R)}
+        shapes = {"latent": (R, D), "key": (config.head_dim // 2, D), "key_up": (width // 2, R), "value_up": (width, R)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
-    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, latent_BTR, key = (F.linear(x_BTD, weight.type_as(x_BTD)) for weight in (self.q, self.latent, self.key))
-        q = self.rotary.qk(self.qk_norm(q.unflatten(-1, (self.n_head, -1))), ctx.cos, ctx.sin)
+    def keys_values(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        latent_BTR, key = (F.linear(x_BTD, weight.type_as(x_BTD)) for weight in (self.latent, self.key))
         latent_BTR, key = norm(latent_BTR), self.rotary.qk(key[:, :, None], *map(turning_half, (ctx.cos, ctx.sin)))
         if ctx.cache is not None:
             latent_BTR, key = ctx.cache.extend(self, latent_BTR, key)
         still, v = (F.linear(latent_BTR, weight.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)) for weight in (self.key_up, self.value_up))
         a, b = key.expand(-1, -1, self.n_head, -1).chunk(2, dim=-1)
         a_still, b_still = still.chunk(2, dim=-1)
-        return q, self.qk_norm(torch.cat([a, a_still, b, b_still], dim=-1)), v
+        return self.qk_norm(torch.cat([a, a_still, b, b_still], dim=-1)), v
 
 
 def turning_half(table: Tensor) -> Tensor:
@@ -1561,25 +1588,22 @@ def turning_half(table: Tensor) -> Tensor:
     return torch.cat([a, b], dim=-1)
 
 
-class SharedAttention(Attention):
+class SharedAttention(SeparateAttention):
     """Queries of its own over the keys and values of the nearest layer before that makes some: MLKV (2406.09297). It needs no cache."""
 
-    def add_projections(self, config: Config, width: int):
-        self.q = nn.Parameter(torch.empty(width, config.n_embd))
-
-    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.qk_norm(F.linear(x_BTD, self.q.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)))
-        return self.rotary.qk(q, ctx.cos, ctx.sin), *ctx.kv
+    def keys_values(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return ctx.kv
 
 
-class RoutedAttention(Attention):
+class RoutedAttention(SeparateAttention):
     """SwitchHead (2312.07987): each head has attn_experts matrices for its values and as many for its outputs, and a token meets attn_top_k of
     each, weighted by the sigmoids that chose them. Queries and keys are plain. No value embeddings, and nothing balances the choice."""
 
     def add_projections(self, config: Config, width: int):
+        super().add_projections(config, width)
         H, E, D = config.n_head, config.attn_experts, config.n_embd
         self.top_k = config.attn_top_k
-        self.qk, self.choice = nn.Parameter(torch.empty(2, width, D)), nn.Parameter(torch.empty(2, H * E, D))
+        self.k, self.choice = nn.Parameter(torch.empty(width, D)), nn.Parameter(torch.empty(2, H * E, D))
         self.values = nn.Parameter(torch.empty(H * E, config.head_dim, D))
 
     def add_output(self, config: Config, width: int):
@@ -1592,15 +1616,12 @@ class RoutedAttention(Attention):
         head_N1 = torch.arange(self.n_head, device=x_BTD.device).repeat(len(score_TX))[:, None]
         return Route(expert_NK + head_N1 * (score_TX.size(1) // self.n_head), weight_NK, score_TX)
 
-    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = F.linear(x_BTD, self.qk.flatten(0, 1).type_as(x_BTD)).unflatten(-1, (2, self.n_head, -1)).unbind(2)
-        q, k = self.rotary.qk(self.qk_norm(q), ctx.cos, ctx.sin), self.rotary.qk(self.qk_norm(k), ctx.cos, ctx.sin)
+    def keys_values(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        k = self.turned(F.linear(x_BTD, self.k.type_as(x_BTD)).unflatten(-1, (self.n_head, -1)), ctx)
         source_ND = unnormed(x_BTD, ctx).flatten(0, 1).repeat_interleave(self.n_head, 0)
         v, _ = dispatch(source_ND, self.choose(x_BTD, 0), self.matrices(self.values))
-        v = self.rotary.vo(v.view(q.shape), ctx.cos, ctx.sin)
-        if ctx.cache is not None:
-            k, v = ctx.cache.extend(self, k, v)
-        return q, k, v
+        v = self.rotary.vo(v.view(k.shape), ctx.cos, ctx.sin)
+        return (k, v) if ctx.cache is None else ctx.cache.extend(self, k, v)
 
     def output(self, y_BTHC: Tensor, x_BTD: Tensor) -> Tensor:
         said_ND, _ = dispatch(y_BTHC.flatten(0, 2), self.choose(x_BTD, 1), self.matrices(self.outputs))
@@ -2543,7 +2564,7 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "attention.key": ParameterRule("matrix", uniform),
     "attention.key_up": ParameterRule("matrix", uniform),
     "attention.value_up": ParameterRule("matrix", uniform),
-    "attention.qk": ParameterRule("matrix", uniform),
+    "attention.k": ParameterRule("matrix", uniform),
     "attention.values": ParameterRule("matrix", uniform),
     "attention.choice": ParameterRule("router", constant(0.0)),
     "attention.outputs": ParameterRule("matrix", constant(0.0)),

@@ -177,7 +177,7 @@ def test_what_a_cache_keeps(attention, kept):
 def test_keys_of_a_latent_layer_are_one_where_they_turn_and_of_low_rank_elsewhere():
     net, x = tiny(attention="L", latent_dim=8, qk_norm="none"), torch.randn(1, 40, 32, generator=rng(6))
     with torch.no_grad():
-        _, k, v = net.blocks[0].attention.project(x, layer_context(net, 40))
+        _, (k, v) = net.blocks[0].attention.project(x, layer_context(net, 40))
     turns = torch.tensor([*range(4), *range(8, 12)])
     still = torch.tensor([*range(4, 8), *range(12, 16)])
     assert torch.equal(k[:, :, 0, turns], k[:, :, 1, turns]) and far(k[:, :, 0, still], k[:, :, 1, still]) > 0.1

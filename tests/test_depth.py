@@ -283,7 +283,7 @@ def moeut(net: GPT, x):
                 return torch.stack(out)
 
             normed = rms(h)
-            q, k = ((normed @ part.T).view(T, H, -1) for part in of("attention.qk"))
+            q, k = ((normed @ part.T).view(T, H, -1) for part in (of("attention.q"), of("attention.k")))
             q, k = (M.rotate(z[None], cos, sin)[0] for z in (q, k))
             choose_v, choose_o = ((normed @ part.T).view(T, H, E) for part in of("attention.choice"))
             heads = []

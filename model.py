@@ -85,8 +85,8 @@ class Config:
     # depth
     depth: str = "stack"  # a key of DEPTHS
     residual: str = "add"  # a key of RESIDUALS: how the stream takes up what attention and feed-forward say
-    looped: str = "o"  # depth loop; tiled over depth: o = a layer of the loop, . = one that runs once, before or after it
-    loops: int = 2  # times that the loop runs, at most
+    looped: str = "o"  # depths loop and routed; tiled over depth: o = a layer of the loop or pool, . = one that runs once, before or after it
+    loops: int = 2  # times that the loop runs, or steps in which a layer of the pool is picked, at most
     eval_loops: int = 0  # the same in evaluation; 0 = as in training
     loop_keys: str = "latest"  # a key of LOOP_KEYS: whose keys and values a token sees in the second loop and after
     reinject: float = 0.0  # what the loop began with is added, so many times, before each further loop
@@ -94,6 +94,14 @@ class Config:
     halt_threshold: float = 0.0  # of what adds up until it leaves; 0 = the rule's own
     ponder_coef: float = 0.01  # price of further loops in the loss
     ponder_prior: float = 0.2  # halt ponder: the chance of leaving after each loop that it is drawn to
+    identity_layers: int = 0  # depth routed: members of the pool that do nothing
+    controller: str = "linear"  # a key of CONTROLLERS: what picks a layer of the pool
+    controller_dim: int = 64  # inner width of the controllers mlp and lstm
+    route_by: str = "token"  # a key of ROUTE_BY: whose state the controller sees
+    route_training: str = "soft"  # a key of ROUTE_TRAINING: what training makes of the controller's choice; evaluation takes one layer
+    anneal_steps: int = 1000  # optimizer steps in which route_training anneal goes from soft to one layer
+    step_loss: str = "last"  # a key of STEP_LOSSES: after which steps the loss looks
+    layer_balance_coef: float = 0.0  # price of an uneven use of the pool's layers
     norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too, U = MoEUT's
     # attention
     attention: str = "A"  # tiled over depth: A = attention, K = keys know the token before, L = latent, S = shares keys, R = routed, - = none
@@ -132,21 +140,25 @@ class Config:
         if len(listed) > 1:
             object.__setattr__(self, "num_experts", len(listed))
         for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel", "shared_kernel", "latent_dim", "loops", "attn_experts", "attn_top_k"):
+                      "router_kernel", "shared_kernel", "latent_dim", "loops", "attn_experts", "attn_top_k",
+                      "controller_dim", "anneal_steps"):  # fmt: skip
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
                       "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens",
-                      "eval_loops", "reinject", "halt_threshold", "ponder_coef", "entropy_coef"):  # fmt: skip
+                      "eval_loops", "reinject", "halt_threshold", "ponder_coef", "entropy_coef",
+                      "identity_layers", "layer_balance_coef"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
             check(field, getattr(self, field) > 0, "above 0")
         for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
                       "importance_coef", "load_coef", "attn_scale", "softcap", "reinject", "halt_threshold", "ponder_coef",
-                      "entropy_coef"):  # fmt: skip
+                      "entropy_coef", "layer_balance_coef"):  # fmt: skip
             check(field, math.isfinite(getattr(self, field)), "finite")
         for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
                              ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS),
-                             ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS)):  # fmt: skip
+                             ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS),
+                             ("controller", CONTROLLERS), ("route_by", ROUTE_BY), ("route_training", ROUTE_TRAINING),
+                             ("step_loss", STEP_LOSSES)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS),
                                ("looped", "o.")):  # fmt: skip
@@ -187,6 +199,13 @@ class Config:
         check("entropy_coef", self.entropy_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
         can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in self.tiled("pattern")
         check("halt", self.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer")
+        routed, keys = self.depth == "routed", "where a layer's keys are made of what everyone is by then"
+        check("residual", not routed or self.residual == "add", "add with depth routed, whose streams have no number of terms")
+        check("loop_keys", not routed or self.loop_keys == "latest", f"latest with depth routed, {keys}")
+        check("halt", not routed or self.halt in ("none", "act", "stick_breaking"), "none, act or stick_breaking with depth routed")
+        check("step_loss", self.step_loss == "last" or self.halt == "none", f"last next to halt {self.halt}, which says itself what to look at")
+        check("attention", not routed or "S" not in self.tiled("attention"), "without S with depth routed: no layer has a layer before it")
+        check("router_residual", not routed or self.router_residual == 0, "0 with depth routed: no layer has a layer before it")
         halts, why = self.depth == "loop" and self.halt != "none", f"next to halt {self.halt}, where tokens leave, a kind that looks at no neighbours"
         check("router", not halts or self.router not in ("conv", "recurrent"), why)
         check("shared", not halts or self.num_shared_experts == 0 or self.shared != "conv", why)
@@ -248,9 +267,11 @@ class Config:
         return self.top_k / sum(1 / eta for eta in self.expert_etas)
 
     @property
-    def layer_runs(self) -> list[int]:
-        """How often each layer runs for a token, at most."""
-        return [self.loops if self.depth == "loop" and letter == "o" else 1 for letter in self.tiled("looped")]
+    def layer_runs(self) -> list[float]:
+        """How often each layer runs for a token: at most, if tokens may leave, and at even use of the pool, if layers are picked."""
+        pool = self.tiled("looped").count("o") + self.identity_layers
+        runs = {"loop": self.loops, "routed": self.loops / pool}.get(self.depth, 1)
+        return [runs if letter == "o" else 1 for letter in self.tiled("looped")]
 
     @property
     def routed_layers(self) -> int:
@@ -1220,7 +1241,7 @@ class MoE(nn.Module):
             name = "experts" if kind == "mlp" else kind
             self.add_module(name, EXPERTS[kind](config, count // ranks.size))
             pools = self.pools if EXPERTS[kind].has_matmuls else self.free_pools
-            pools.append((name, first, count if count < config.num_experts or config.halt != "none" else None))
+            pools.append((name, first, count if count < config.num_experts or config.depth != "stack" else None))
             if EXPERTS[kind].leaves:
                 self.exits = first, first + count
             first += count
@@ -1361,6 +1382,7 @@ class Deep(NamedTuple):
     stats: list[RouteStats]  # one for each routed layer
     loss: Tensor | float = 0.0  # of depth itself, in training
     loops_BT: Tensor | None = None  # that each token went through
+    choices_SBT: Tensor | None = None  # number of the layer that each step picked, identities last
 
 
 class Place(NamedTuple):
@@ -2080,21 +2102,21 @@ class Loop(nn.Module):
     def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context], place: Place) -> Deep:
         before, group, after = slice(0, self.group.start), self.group, slice(self.group.stop, len(blocks))
         x_BTD, trail = run_blocks(blocks[before], embedding_BTD.clone(), embedding_BTD, contexts[before], Trail())
-        states, runs, cost, loops_BT, kv = self.run_loops(blocks[group], x_BTD, embedding_BTD, contexts[group], place, trail.kv)
+        states, runs, cost, loops_BT, kv, choices_SBT = self.run_loops(blocks[group], x_BTD, embedding_BTD, contexts[group], place, trail.kv)
         outputs, ends = [], []
         for x_BTD, weight_BT in states:
             contexts_after = [ctx._replace(terms=self.terms(ctx, loops_BT)) for ctx in contexts[after]]
             x_BTD, end = run_blocks(blocks[after], x_BTD, embedding_BTD, contexts_after, Trail([], kv))
             outputs.append((x_BTD, weight_BT))
             ends.append(end.stats)
-        return Deep(outputs, trail.stats + merged(runs) + merged(ends), self.ponder_coef * cost, loops_BT)
+        return Deep(outputs, trail.stats + merged(runs) + merged(ends), cost, loops_BT, choices_SBT)
 
     def terms(self, ctx: Context, loops_BT: Tensor) -> Tensor | None:
         """How many terms the stream has after the loop, where a residual asks: a token that left early has fewer."""
         return more(ctx.terms, (2 * (self.group.stop - self.group.start) * (loops_BT - 1))[..., None])
 
     def run_loops(self, blocks, x_BTD: Tensor, embedding_BTD: Tensor, contexts: list[Context], place: Place, kv):
-        """[(stream, weight in the loss)] to go on with, statistics of each loop, cost, loops of each token, and the last keys and values."""
+        """[(stream, weight in the loss)] to go on with, statistics of each loop, cost, loops of each token, the last keys and values, and choices."""
         begin_BTD, size, runs, store = x_BTD, 2 * len(blocks), [], None
         if self.needs_keys or contexts[0].cache is not None:
             store = self.keys(contexts[0].cache)
@@ -2118,7 +2140,7 @@ class Loop(nn.Module):
                 store.skip(range(loop + 1, loops))
                 break
         states = self.halt.states(x_BTD, leaving)
-        return states, runs, self.halt.cost(leaving), leaving.loops_BT, trail.kv
+        return states, runs, self.ponder_coef * self.halt.cost(leaving), leaving.loops_BT, trail.kv, None
 
     def turned(self, ctx: Context, loop: int, size: int, store: LoopKeys | None) -> Context:
         """The context of one loop: noise of its own, and what the stream is made of by then."""
@@ -2126,7 +2148,229 @@ class Loop(nn.Module):
         return ctx._replace(noise_key=(seed, step, layer + 256 * loop, token_T), terms=more(ctx.terms, size * loop), cache=store)
 
 
-DEPTHS |= {"loop": Loop}
+# ---- routing over layers
+
+
+def step_told(shape: tuple[int, int]) -> nn.Parameter:
+    """A vector for each step, which tells a controller where it is."""
+    return nn.Parameter(torch.empty(shape))
+
+
+class LinearController(nn.Module):
+    """One matrix, and a bias for each step."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.weight, self.step = nn.Parameter(torch.empty(choices, config.n_embd)), step_told((steps, choices))
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        """Logits (N, choices) of N tokens in this step, and what the controller remembers until the next."""
+        return linear_fp32(x_ND, self.weight) + self.step[step], None
+
+
+class MemorylessController(nn.Module):
+    """One matrix, without a word about the step: the negative control."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(choices, config.n_embd))
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        return linear_fp32(x_ND, self.weight), None
+
+
+class MLPController(nn.Module):
+    """Two layers of width controller_dim; the step enters before the ReLU."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.up, self.step = nn.Parameter(torch.empty(config.controller_dim, config.n_embd)), step_told((steps, config.controller_dim))
+        self.weight = nn.Parameter(torch.empty(choices, config.controller_dim))
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        return (linear_fp32(x_ND, self.up) + self.step[step]).relu() @ self.weight.T, None
+
+
+class LSTMController(nn.Module):
+    """An LSTM over the steps, of width controller_dim: each token has a state of its own, so nothing passes between tokens."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.cell, self.weight = nn.LSTMCell(config.n_embd, config.controller_dim), nn.Parameter(torch.empty(choices, config.controller_dim))
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        state = self.cell(x_ND.float(), state)
+        return state[0] @ self.weight.T, state
+
+
+class LearnedOrder(nn.Module):
+    """One trained weight vector for each step, the same for all tokens: a reference that sees no input."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.step = step_told((steps, choices))
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        return self.step[step].expand(len(x_ND), -1), None
+
+
+class FixedOrder(nn.Module):
+    """Layers in turn, and the identities last: the plain transformer, as a reference."""
+
+    def __init__(self, config: Config, steps: int, choices: int):
+        super().__init__()
+        self.choices = choices
+
+    def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
+        picked = torch.arange(self.choices, device=x_ND.device) == step % self.choices
+        return torch.where(picked, 0.0, -1e4).expand(len(x_ND), -1), None
+
+
+CONTROLLERS = {"linear": LinearController, "memoryless": MemorylessController, "mlp": MLPController, "lstm": LSTMController,
+               "learned": LearnedOrder, "fixed": FixedOrder}  # fmt: skip
+
+
+def by_token(logits_BTN: Tensor, place: Place, cache, key) -> Tensor:
+    return logits_BTN
+
+
+def by_first_token(logits_BTN: Tensor, place: Place, cache, key) -> Tensor:
+    """Every token gets the logits of its document's first."""
+    if cache is not None:
+        (logits_BSN,) = cache.extend(key, logits_BTN)
+    else:
+        logits_BSN = logits_BTN
+    begin_BT = document_begins(place.doc_BT, place.doc_BS)
+    return logits_BSN.gather(1, begin_BT[..., None].expand(-1, -1, logits_BTN.size(2)))
+
+
+ROUTE_BY = {"token": by_token, "first_token": by_first_token}
+
+
+def one_hot(prob: Tensor) -> Tensor:
+    return F.one_hot(prob.argmax(-1), prob.size(-1)).type_as(prob)
+
+
+ROUTE_TRAINING = {  # (probabilities, how far annealing has gone) -> weights of the pool's members, whose gradients are the probabilities'
+    "soft": lambda prob, gone: prob,
+    "straight_through": lambda prob, gone: prob + (one_hot(prob) - prob).detach(),
+    "anneal": lambda prob, gone: prob + gone * (one_hot(prob) - prob).detach(),
+}
+STEP_LOSSES = {  # number of steps -> the weight of each step's loss; None: the last alone
+    "last": None,
+    "mean": lambda steps: [1 / steps] * steps,
+    "cumulative": lambda steps: [1.0] * steps,
+}
+
+
+class Routed(Loop):
+    """In each of `loops` steps a controller picks one of a pool of layers, or of identities, for every token: h' = sum of w_i F_i(h) while training
+    (all members are computed), F_i(h) of the likeliest one in evaluation. There a picked layer makes keys and values of all tokens, and queries
+    and MLP rows of those that picked it alone. In evaluation the last step is the answer, whatever step_loss looks at."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.needs_keys, self.identities = True, config.identity_layers
+        choices = self.group.stop - self.group.start + self.identities
+        self.controller = CONTROLLERS[config.controller](config, max(self.loops, self.eval_loops), choices)
+        self.route_by, self.weigh = ROUTE_BY[config.route_by], ROUTE_TRAINING[config.route_training]
+        self.step_weights, self.anneal_steps, self.balance_coef = STEP_LOSSES[config.step_loss], config.anneal_steps, config.layer_balance_coef
+        self.answers_hard = True  # in evaluation; an analysis may look at the soft mixture too
+        self.packs = config.router in ("linear", "hash", "mlp") and (config.num_shared_experts == 0 or config.shared == "mlp")  # no neighbours
+
+    def run_loops(self, blocks, x_BTD: Tensor, embedding_BTD: Tensor, contexts: list[Context], place: Place, kv):
+        begin_BTD, runs, memory, choices, probs, steps_after = x_BTD, [], None, [], [], []
+        cache, (_, step, *_) = contexts[0].cache, contexts[0].noise_key
+        store = None if cache is None else self.keys(cache)
+        leaving, loops = Leaving.at_the_start(x_BTD), self.loops if self.training else self.eval_loops
+        for loop in range(loops):
+            here = [self.turned(ctx, loop, 0, store) for ctx in contexts]
+            if store is not None:
+                store.turn(loop, leaving.active_BT)
+            entry_BTD = x_BTD + self.reinject * begin_BTD if loop and self.reinject else x_BTD
+            logits_ND, memory = self.controller(norm(entry_BTD).flatten(0, 1), loop, memory)
+            logits_BTN = self.route_by(logits_ND.view(*x_BTD.shape[:2], -1), place, cache, ("route", loop))
+            prob_BTN = softmax(logits_BTN)
+            probs.append(prob_BTN)
+            choices.append(prob_BTN.argmax(-1))
+            if self.training or not self.answers_hard:
+                gone = (step / self.anneal_steps).clamp(max=1)
+                weight_BTN = self.weigh(prob_BTN, gone) if self.training else prob_BTN
+                new_BTD, stats = self.mixture(blocks, entry_BTD, embedding_BTD, here, weight_BTN)
+            else:
+                new_BTD, stats = self.picked_layers(blocks, entry_BTD, embedding_BTD, here, place, choices[-1], leaving.active_BT)
+            new_BTD = torch.where(leaving.active_BT[..., None], new_BTD, x_BTD)
+            runs.append(stats)
+            x_BTD, leaving = self.halt(new_BTD, x_BTD, leaving, loop + 1 == loops, None)
+            steps_after.append(x_BTD)
+            if leaving.nobody_is_in and cache is None:
+                break
+        states = self.halt.states(x_BTD, leaving)
+        if self.training and self.step_weights is not None:
+            states = [(x, torch.full(x.shape[:2], w, device=x.device)) for x, w in zip(steps_after, self.step_weights(loops))]
+        cost = self.ponder_coef * self.halt.cost(leaving) + self.balance_coef * self.unevenness(torch.stack(probs), torch.stack(choices))
+        return states, runs, cost, leaving.loops_BT, None, torch.stack(choices)
+
+    def mixture(self, blocks, x_BTD: Tensor, embedding_BTD: Tensor, contexts: list[Context], weight_BTN: Tensor) -> tuple[Tensor, list[RouteStats]]:
+        """All members of the pool, weighted; identities are the stream itself."""
+        weight_BTN, all_stats = weight_BTN.type_as(x_BTD), []
+        mixed_BTD = weight_BTN[..., len(blocks) :].sum(-1, keepdim=True) * x_BTD
+        for i, (block, ctx) in enumerate(zip(blocks, contexts)):
+            y_BTD, stats, _ = block(x_BTD, embedding_BTD, ctx)
+            mixed_BTD = mixed_BTD + weight_BTN[..., i, None] * y_BTD
+            all_stats += stats
+        return mixed_BTD, all_stats
+
+    def picked_layers(self, blocks, x_BTD, embedding_BTD, contexts: list[Context], place: Place, choice_BT: Tensor, active_BT: Tensor):
+        """Each token's own layer; identities are whoever no layer was picked for. Where routers look at neighbours, a layer is computed for all."""
+        new_BTD, all_stats = x_BTD, []
+        for i, (block, ctx, letter) in enumerate(zip(blocks, contexts, self.windows[self.group])):
+            picked_BT = (choice_BT == i) & active_BT
+            if self.packs:
+                rows = Rows(picked_BT)
+                y_BQD, stats = block_of_some(block, x_BTD, embedding_BTD, ctx, rows, picked(ctx, letter, rows, place, None))
+                new_BTD = rows.put(new_BTD, y_BQD)
+            else:
+                y_BTD, stats, _ = block(x_BTD, embedding_BTD, ctx)
+                new_BTD = torch.where(picked_BT[..., None], y_BTD, new_BTD)
+            all_stats += stats
+        return new_BTD, all_stats
+
+    def unevenness(self, prob_SBTN: Tensor, choice_SBT: Tensor) -> Tensor:
+        """n sum of f_i P_i over the pool's real layers, f_i being the share of choices: 1 if layers are used evenly. Of this micro-batch."""
+        n = self.group.stop - self.group.start
+        real_N = prob_SBTN.flatten(0, 2).mean(0)[:n]
+        share_N = F.one_hot(choice_SBT.flatten(), prob_SBTN.size(-1)).float().mean(0)[:n]
+        return n * (share_N / share_N.sum().clamp(min=1e-8) * real_N / real_N.sum().clamp(min=1e-8)).sum()
+
+
+def block_of_some(block: Block, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context, rows: Rows, some: Context) -> tuple[Tensor, list[RouteStats]]:
+    """What a block makes of the tokens in `rows` (B, Q, D): their queries and their feed-forward, over keys and values of all."""
+    enter, take_up = block.residual
+    x_BTD = enter(block.stream_mix, x_BTD, embedding_BTD)
+    x_BQD, embedding_BQD = rows.take(x_BTD), rows.take(embedding_BTD)
+    kv = keys_of_all(block.attention, block.before(x_BTD), block.tell(ctx, x_BTD))
+    if rows.count == 0:
+        return x_BQD, [no_stats(ctx)] * isinstance(block.ffn, MoE)
+    if kv is not None:
+        normed_BQD, told = block.before(x_BQD), block.tell(some, x_BQD)
+        y_BQD = block.attention.read(block.attention.queries(normed_BQD, told), kv, normed_BQD, told)
+        x_BQD = take_up(x_BQD, block.after(y_BQD), some.terms, embedding_BQD)
+    y_BQD, stats = block.ffn(block.before(x_BQD), block.tell(some, x_BQD))
+    return take_up(x_BQD, block.after(y_BQD), more(some.terms), embedding_BQD), stats
+
+
+def no_stats(ctx: Context) -> RouteStats:
+    """Of a layer that nobody picked."""
+    zeros_E = torch.zeros_like(ctx.bias_E)
+    return RouteStats(zeros_E.long(), zeros_E, zeros_E.sum(), zeros_E.sum())
+
+
+def keys_of_all(attention: nn.Module, normed_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor] | None:
+    return attention.keys_values(normed_BTD, ctx) if hasattr(attention, "keys_values") else None
+
+
+DEPTHS |= {"loop": Loop, "routed": Routed}
 
 # ---- halting
 
@@ -2596,6 +2840,13 @@ PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
     "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
     "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
+    "controller.weight": ParameterRule("router", uniform),
+    "controller.up": ParameterRule("router", uniform),
+    "controller.step": ParameterRule("scalar", constant(0.0)),
+    "controller.cell.weight_ih": ParameterRule("router", uniform),
+    "controller.cell.weight_hh": ParameterRule("router", uniform),
+    "controller.cell.bias_ih": ParameterRule("scalar", constant(0.0)),
+    "controller.cell.bias_hh": ParameterRule("scalar", constant(0.0)),
     "halt.weight": ParameterRule("router", constant(0.0)),
     "halt.bias": ParameterRule("scalar", constant(-2.0)),
 }
@@ -2659,15 +2910,19 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     """FLOPs of forward + backward per token at the full window: 6 per active weight of a matmul, 12 per attended key and channel.
 
     Embeddings, norms, inactive experts and those without matmuls count nothing; attention counts the keys inside the causal window,
-    documents ignored. Of a loop all rounds count, though tokens may leave before."""
+    documents ignored. Of a loop all rounds count, though tokens may leave before; of a pool of layers what evaluation computes at even use."""
     weights, keys, runs = 0.0, 0.0, config.layer_runs
     with torch.device("meta"):
         model = GPT(config)
     for name, parameter in model.named_parameters():
         in_matmuls = parameter_rule(name).kind in ("matrix", "head", "router", "expert")
         share = active_share(config, name, len(parameter)) if in_matmuls else 0.0
-        block = re.match(r"blocks\.(\d+)\.", name)
-        weights += parameter.numel() * share * (runs[int(block[1])] if block else 1)
+        block = re.match(r"blocks\.(\d+)\.(?:attention\.(\w+))?", name)
+        times = runs[int(block[1])] if block else 1
+        if block and config.depth == "routed" and config.tiled("looped")[int(block[1])] == "o":  # keys and values are made of all tokens
+            part = {"qkv": 2 / 3, "latent": 1, "key": 1, "key_up": 1, "value_up": 1, "k": 1, "values": 1}.get(block[2], 0)
+            times = part * config.loops + (1 - part) * times
+        weights += parameter.numel() * share * times
     head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
     for letter, window, ffn, times in zip(config.tiled("attention"), config.tiled("window"), config.tiled("pattern"), runs):
         heads = (letter != "-") + head * (ffn == "M" and config.router == "attention")

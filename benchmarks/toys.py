@@ -1,24 +1,39 @@
 """Toys whose right answer is known: does a model that may choose its depth choose the right one?
 
     python benchmarks/toys.py count
+    python benchmarks/toys.py route
+    python benchmarks/toys.py recover
 
 `count`: each token carries a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; what goes on should be n. Only the halting
 head learns. Printed for each rule of model.HALTS: how far the answer is off, and after how many loops tokens leave under the hard rule of
 evaluation; then FLOPs and seconds of a batch of small, mixed and large numbers, whose tokens really leave. A soft mixture can give the
-right answer without anyone leaving, which is why depth is what is looked at."""
+right answer without anyone leaving, which is why depth is what is looked at.
 
+`route`: each token carries a value mod 11 and a program of 1 to 5 steps out of +1, x2, negate. The pool is these three, frozen, and one
+identity; in 5 steps the controller has to run the program. Printed for each controller: accuracy of the soft mixture and of one layer per
+step, the identities it uses beyond those that it needs, and the same where one layer was what training saw from the start. A controller
+that is neither told the step nor remembers it cannot do it: the negative control.
+
+`recover`: a small dense transformer of three layers is trained on chains of operations (data.py), then its layers are frozen and put into a pool
+with one identity. Does a controller that knows nothing find the order back? Printed: the loss of the transformer, of its layers in every
+order, and of each controller, with how often each step picks each layer."""
+
+import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model import GPT, HALTS, Config, Parser, norm  # noqa: E402
+import data  # noqa: E402
+from model import CONTROLLERS, GPT, HALTS, ROUTE_TRAINING, Config, Parser, norm  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Count to n
@@ -122,6 +137,167 @@ def count(args):
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Run a program
+
+BASE, LENGTH = 11, 5
+OPERATIONS = {"+1": lambda v: v + 1, "x2": lambda v: 2 * v, "negate": lambda v: -v}
+SLOTS = len(OPERATIONS) + 1  # of one place in a program: an operation or none
+PROGRAM_WIDTH = 40  # BASE + LENGTH * SLOTS = 31 channels, and some that are not used
+
+
+class Operation(nn.Module):
+    """A block that permutes the value's channels and leaves the program alone."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.comes_from = torch.arange(PROGRAM_WIDTH)
+        self.comes_from[[operation(v) % BASE for v in range(BASE)]] = torch.arange(BASE)
+
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx) -> tuple[Tensor, list, None]:
+        return x_BTD[..., self.comes_from], [], None
+
+
+def programs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams (1, count, PROGRAM_WIDTH), the value that each program ends at, and its number of operations."""
+    value = torch.randint(BASE, (count,), generator=generator)
+    length = torch.randint(1, LENGTH + 1, (count,), generator=generator)
+    steps = torch.randint(len(OPERATIONS), (count, LENGTH), generator=generator)
+    steps = torch.where(torch.arange(LENGTH) < length[:, None], steps, len(OPERATIONS))
+    x = torch.cat([nn.functional.one_hot(value, BASE), nn.functional.one_hot(steps, SLOTS).flatten(1)], 1).float()
+    for i in range(LENGTH):
+        after = torch.stack([operation(value) % BASE for operation in OPERATIONS.values()] + [value])
+        value = after[steps[:, i], torch.arange(count)]
+    return nn.functional.pad(x, (0, PROGRAM_WIDTH - x.size(1)))[None], value, length
+
+
+class Running(NamedTuple):
+    net: GPT
+    blocks: list[Operation]
+
+    def run(self, x_BTD: Tensor):
+        """model.Deep of these programs."""
+        doc_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
+        contexts, place = self.net.contexts(None, doc_BT, doc_BT, [torch.zeros(())] * len(self.blocks), None)
+        return self.net.depth(self.blocks, x_BTD, contexts, place)
+
+
+def running(controller: str, training: str = "soft", steps: int = 1500, seed: int = 0) -> Running:
+    """The controller, trained by Adam on 256 random programs per step."""
+    config = Config(vocab_size=64, eot_token=0, n_layer=len(OPERATIONS), n_embd=PROGRAM_WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D",
+                    depth="routed", loops=LENGTH, identity_layers=1, controller=controller, route_training=training,
+                    anneal_steps=steps, dtype="fp32")  # fmt: skip
+    toy, generator = Running(GPT(config), [Operation(operation) for operation in OPERATIONS.values()]), torch.Generator().manual_seed(seed)
+    toy.net.depth.packs = False  # these blocks know nothing of keys for all and queries for some
+    optimizer = torch.optim.Adam(toy.net.depth.controller.parameters(), lr=0.01)
+    for step in range(steps):
+        toy.net.set_step(seed, step)
+        x, target, _ = programs(256, generator)
+        ((y, _),) = toy.run(x).outputs
+        loss = nn.functional.nll_loss(y[0, :, :BASE].clamp(min=1e-6).log(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    toy.net.eval()
+    return toy
+
+
+@torch.no_grad()
+def accuracies(toy: Running, count: int = 4096) -> tuple[float, float, float]:
+    """Of the soft mixture, of one layer per step, and the mean number of identities beyond LENGTH less the program's length."""
+    x, target, length = programs(count, torch.Generator().manual_seed(1))
+    found = []
+    for toy.net.depth.answers_hard in (False, True):
+        deep = toy.run(x)
+        found.append((deep.outputs[-1][0][0, :, :BASE].argmax(-1) == target).float().mean().item())
+    identities = (deep.choices_SBT[:, 0] == len(OPERATIONS)).sum(0)
+    return *found, (identities - (LENGTH - length)).float().abs().mean().item()
+
+
+def route(args):
+    print("| controller | training | accuracy, soft | accuracy, one layer per step | identities off by |\n|---|---|---|---|---|")
+    for controller in args.controller:
+        for training in args.training:
+            soft, hard, off = accuracies(running(controller, training, args.steps))
+            print(f"| {controller} | {training} | {soft:.3f} | {hard:.3f} | {off:.2f} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recover an order
+
+ROW = 48  # tokens
+
+
+def chains(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (rows, ROW) of problems one after another, each after end-of-text."""
+    rng, ids = np.random.default_rng(seed), []
+    for _ in range(rows):
+        text = ""
+        while len(text) <= ROW:
+            text += "\n" + data.chain(rng)
+        ids.append([EOT if letter == "\n" else ord(letter) for letter in text[: ROW + 1]])
+    return torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
+
+
+EOT = 256
+IN_TURN = Config(vocab_size=EOT + 1, eot_token=EOT, n_layer=3, n_embd=32, n_head=2, head_dim=16, value_embeds=0, pattern="D", window_size=ROW,
+                 depth="routed", loops=3, controller="fixed", dtype="fp32")  # fmt: skip
+
+
+def fit(net: GPT, parameters, steps: int, lr: float) -> GPT:
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        net.set_step(0, step)
+        loss = net.train()(*chains(step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def held_out(net: GPT, batches: int = 8) -> float:
+    return sum(net(*chains(10**6 + i)).loss.item() for i in range(batches)) / batches
+
+
+@torch.no_grad()
+def use(net: GPT) -> Tensor:
+    """(layers and identities, steps): how often each step picks each."""
+    seen = []
+    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.choices_SBT))
+    net(*chains(10**6))
+    hook.remove()
+    choices = net.config.n_layer + net.config.identity_layers
+    return torch.stack([torch.bincount(picked.flatten(), minlength=choices) / picked.numel() for picked in seen[0]], 1)
+
+
+def in_order(net: GPT, order: tuple[int, ...]) -> GPT:
+    other = GPT(net.config).eval()
+    other.load_state_dict(net.state_dict())
+    other.blocks = nn.ModuleList(other.blocks[i] for i in order)
+    return other
+
+
+def recovered(trained: GPT, controller: str, training: str, steps: int) -> GPT:
+    """The trained layers in a pool with an identity, and a controller that learns alone."""
+    net = GPT(dataclasses.replace(trained.config, controller=controller, route_training=training, identity_layers=1, anneal_steps=steps))
+    net.load_state_dict(trained.state_dict(), strict=False)
+    return fit(net, net.depth.controller.parameters(), steps, 0.05)
+
+
+def recover(args):
+    trained = GPT(IN_TURN)
+    fit(trained, trained.parameters(), args.steps, 3e-3)
+    print(f"in the order of training: {held_out(trained):.4f} nats")
+    for order in list(itertools.permutations(range(3)))[1:]:
+        print(f"in the order {order}: {held_out(in_order(trained, order)):.4f}")
+    for controller in args.controller:
+        for training in args.training:
+            net = recovered(trained, controller, training, args.steps)
+            rows = "; ".join(" ".join(f"{share:.2f}" for share in row) for row in use(net).tolist())
+            print(f"{controller}, {training}: {held_out(net):.4f}; layers (the identity last) by steps: {rows}", flush=True)
+
+
 def main():
     parser = Parser(prog="toys.py", description="Toys whose right answer is known.")
     actions = parser.add_subparsers(dest="action", required=True)
@@ -129,6 +305,16 @@ def main():
     add.add_argument("--halt", nargs="+", choices=[name for name in HALTS if name != "none"], default=list(COEFS))
     add.add_argument("--steps", type=int, default=1500)
     add.set_defaults(function=count)
+    add = actions.add_parser("route")
+    add.add_argument("--controller", nargs="+", choices=list(CONTROLLERS), default=["linear", "mlp", "lstm", "memoryless", "learned"])
+    add.add_argument("--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal", "straight_through"])
+    add.add_argument("--steps", type=int, default=1500)
+    add.set_defaults(function=route)
+    add = actions.add_parser("recover")
+    add.add_argument("--controller", nargs="+", choices=list(CONTROLLERS), default=["learned", "linear", "mlp", "lstm"])
+    add.add_argument("--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal"])
+    add.add_argument("--steps", type=int, default=400)
+    add.set_defaults(function=recover)
     args = parser.parse_args()
     args.function(args)
 

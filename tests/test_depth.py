@@ -347,3 +347,169 @@ def test_who_chooses_the_exit_leaves_after_that_loop():
     assert (grads["blocks.3.ffn.router.gate"] != 0).any()
     with pytest.raises(ConfigError, match="halt is 'exit'; it must be another, or there must be an exit"):
         Config(**TINY | dict(depth="loop", halt="exit"))
+
+
+# -----------------------------------------------------------------------------
+# Routing over layers
+
+POOL = dict(depth="routed", loops=3, identity_layers=1)
+
+
+def picky(seed: int = 0, **changes) -> GPT:
+    """A routed model whose controller has opinions."""
+    net = tiny(seed, **POOL | changes)
+    with torch.no_grad():
+        for p in net.depth.controller.parameters():
+            p.normal_(generator=rng(seed)).mul_(3 * p.size(-1) ** -0.5)
+    return net
+
+
+def choices_of(net: GPT, x) -> torch.Tensor:
+    seen = []
+    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.choices_SBT))
+    logits(net, x)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(controller="linear", looped=".ooo"), dict(controller="mlp", halt="act"), dict(controller="lstm", attention="KL-A"),
+    dict(controller="linear", route_by="first_token", looped="ooo."), dict(controller="memoryless", halt="stick_breaking", norms="R", loops=4),
+    dict(controller="learned", attention="R", num_meta_tokens=2),
+    dict(controller="linear", attn_softmax="ssmax", reinject=0.5)], ids=name_of)  # fmt: skip
+def test_routing_over_layers_leaks_nothing_and_decodes_as_it_trains(changes):
+    net = picky(**changes)
+    if "halt" in changes:
+        with torch.no_grad():
+            net.depth.halt.bias.fill_(-0.5)
+    for training in (False, True):
+        net.train(training)
+        check_prefixes(net, PACKED)
+        check_future(net, PACKED)
+        check_rows(net, PACKED)
+        check_documents(net, PACKED)
+    if changes["controller"] != "learned":
+        used = choices_of(net, PACKED)
+        most = 2 if "route_by" in changes else 3
+        assert all(len(step.unique()) >= 2 for step in used) and len(used.unique()) >= most, "tokens should go different ways, or nothing is tested"
+    check_cache(net.eval())
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(attention="K-LA", looped=".oo."), dict(router="conv", router_noise=0.0), dict(router="attention", router_noise=0.0),
+    dict(num_shared_experts=1, mlp_ratio=3.0, shared="conv", router_noise=0.0), dict(pattern="DM", router="hash"),
+    dict(norms="R", attn_softmax="ssmax", pattern="D")], ids=name_of)  # fmt: skip
+def test_one_layer_per_step_is_the_mixture_with_one_hot_weights(changes):
+    net, x = picky(route_training="straight_through", router_noise=0.0, **{k: v for k, v in changes.items() if k != "router_noise"}), text(2, 20, 3)
+    assert far(logits(net.eval(), x), logits(net.train(), x)) < 1e-4
+    assert far(logits(tiny(**POOL | changes, route_training="soft").train(), x), logits(net.eval(), x)) > 1e-3
+
+
+def test_the_pool_in_turn_is_the_plain_transformer():
+    """Controller fixed, as many steps as layers: a loop that runs once. And with more steps, identities are what is left over."""
+    x, loop = text(2, 20, 3), tiny(depth="loop", loops=1, router_noise=0.0)
+    for steps, identities in ((4, 0), (6, 2)):
+        net = tiny(depth="routed", loops=steps, controller="fixed", identity_layers=identities, router_noise=0.0)
+        for training in (False, True):
+            assert far(logits(net.train(training), x), logits(loop.train(training), x)) < 1e-4
+    assert choices_of(net.eval(), x)[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_identities_alone_are_the_embedding_and_the_head():
+    net, x = picky(controller="learned").eval(), text(2, 20, 3)
+    with torch.no_grad():
+        net.depth.controller.step.fill_(0)[:, 4] = 9.0
+        want = net.logits(M.norm(M.norm(net.embed[x])))
+    assert far(logits(net, x), want[..., :VOCAB]) < 1e-5
+
+
+@pytest.mark.parametrize("kind, weights", (("mean", (1 / 3, 1 / 3, 1 / 3)), ("cumulative", (1, 1, 1)), ("last", (0, 0, 1))))
+def test_the_loss_looks_after_the_steps_that_step_loss_names(kind, weights):
+    x, y = text(2, 20, 6), text(2, 20, 7)
+    net = picky(step_loss=kind, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0).train()
+    parts = []
+    for steps in (1, 2, 3):
+        shorter = picky(loops=steps, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0).train()
+        parts.append(shorter(x, y).loss)
+    assert far(net(x, y).loss, sum(w * part for w, part in zip(weights, parts))) < 1e-5
+    assert far(net.eval()(x, y).loss, shorter.eval()(x, y).loss) < 1e-6  # evaluation looks at the last
+
+
+def test_training_weights_go_from_the_mixture_to_one_layer():
+    prob = torch.tensor([[0.5, 0.3, 0.2]], requires_grad=True)
+    soft, straight, anneal = (M.ROUTE_TRAINING[name] for name in ("soft", "straight_through", "anneal"))
+    assert soft(prob, 1.0) is prob and straight(prob, 0.0).tolist() == [[1, 0, 0]]
+    assert torch.equal(anneal(prob, 0.0), prob) and far(anneal(prob, 0.5), torch.tensor([[0.75, 0.15, 0.1]])) < 1e-6
+    for weights in (soft(prob, 0.3), straight(prob, 0.3), anneal(prob, 0.3)):
+        (grad,) = torch.autograd.grad((weights * torch.tensor([1.0, 2.0, 3.0])).sum(), prob)
+        assert grad.tolist() == [[1, 2, 3]]
+    net, x = picky(route_training="anneal", anneal_steps=10, router="hash").train(), text(2, 20, 6)
+    results = [net(x).logits[..., :VOCAB] for step in (0, 10) for _ in [net.set_step(5, step)]]
+    soft, hard = (picky(route_training=kind, router="hash").train() for kind in ("soft", "straight_through"))
+    wanted = [kind(x).logits[..., :VOCAB] for kind in (soft, hard)]
+    assert far(results[0], wanted[0]) < 1e-5 and far(results[1], wanted[1]) < 1e-5 and far(*results) > 1e-2
+
+
+def test_uneven_use_of_layers_has_its_price():
+    net = tiny(**POOL).depth
+    even = torch.full((3, 2, 8, 5), 0.2)
+    assert net.unevenness(even, torch.arange(48).view(3, 2, 8) % 4) == pytest.approx(1.0)
+    assert net.unevenness(even, torch.arange(48).view(3, 2, 8) % 5) == pytest.approx(1.0, rel=0.03)  # identities may be used as they are
+    one = torch.zeros(3, 2, 8, 5)
+    one[..., 2] = 1
+    assert net.unevenness(one, torch.full((3, 2, 8), 2)) == pytest.approx(4.0)
+    x = text(2, 20, 6)
+    cheap, dear = (picky(layer_balance_coef=coef).train()(x, x) for coef in (0.0, 2.0))
+    assert cheap.loss < dear.loss
+
+
+def test_parameters_do_not_grow_with_the_steps_but_for_what_tells_them():
+    counts = [M.count_parameters(Config(**TINY | POOL | dict(loops=steps, controller="lstm")))["total"] for steps in (2, 7)]
+    assert counts[0] == counts[1]
+    told = [M.count_parameters(Config(**TINY | POOL | dict(loops=steps)))["total"] for steps in (2, 7)]
+    assert told[1] - told[0] == 5 * 32
+
+
+def test_picked_layers_compute_keys_for_all_and_the_rest_for_those_who_picked_them():
+    """FLOPs of evaluation, counted, against what they should be and against the formula."""
+    T, changes = 128, dict(depth="routed", loops=2, pattern="D", window="L", controller="fixed")
+    config, net, x = Config(**TINY | changes), tiny(**changes).eval(), text(1, 128, 1)
+    counts = M.count_parameters(config)
+    keys, layer = 2 * 32 * 32, counts["matrix"] / 4
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    seen = {str(op): n / T for op, n in counter.get_flop_counts()["Global"].items()}
+    assert seen["aten.mm"] == pytest.approx(2 * (2 * (3 * keys + layer) + counts["head"]), rel=1e-6)
+    more = M.flops_per_token(config, T) - M.flops_per_token(dataclasses.replace(config, loops=1), T)
+    assert more == pytest.approx(6 * (3 * keys + layer) + 12 * M.mean_keys(config, "L", T) * 32)
+
+
+@pytest.mark.parametrize("controller, can", (("linear", True), ("lstm", True), ("memoryless", False)))
+def test_a_controller_that_knows_the_step_runs_programs_and_one_that_does_not_cannot(controller, can):
+    soft, hard, off = toys.accuracies(toys.running(controller, steps=600))
+    assert (hard >= 0.99 and soft >= 0.99) if can else hard < 0.25, (soft, hard)
+    if controller == "linear":
+        assert off < 0.2
+
+
+def test_one_layer_from_the_start_collapses():
+    """The negative control of annealing: with straight-through gradients alone nothing is learned."""
+    assert toys.accuracies(toys.running("linear", "straight_through", steps=300))[1] < 0.25
+    assert toys.accuracies(toys.running("linear", "anneal", steps=600))[1] >= 0.99
+
+
+def test_the_order_of_a_trained_transformer_is_found_again():
+    trained = GPT(toys.IN_TURN)
+    toys.fit(trained, trained.parameters(), 300, 3e-3)
+    net = toys.recovered(trained, "learned", "soft", 150)
+    assert torch.equal(toys.use(net), torch.eye(4)[:, :3]) and abs(toys.held_out(net, 2) - toys.held_out(trained, 2)) < 1e-5
+    assert toys.held_out(toys.in_order(trained, (2, 1, 0)), 2) > toys.held_out(trained, 2) + 0.1
+
+
+@pytest.mark.parametrize("field, value, legal", (
+    ("controller", "gru", "linear"), ("route_by", "last", "token"), ("route_training", "hard", "soft"), ("step_loss", "first", "last"),
+    ("residual", "average", "add"), ("halt", "ponder", "act"), ("loop_keys", "share_first", "latest"), ("attention", "AS", "without S"),
+    ("router_residual", 0.5, "0 with depth routed"), ("identity_layers", -1, "at least 0"), ("anneal_steps", 0, "at least 1")))  # fmt: skip
+def test_what_a_pool_cannot_have_is_refused(field, value, legal):
+    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+        Config(**TINY | POOL | {field: value})

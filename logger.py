@@ -3,6 +3,7 @@
     python logger.py                                # a table and plots of every run below logs/
     python logger.py --experiment_name muon adamw   # of these two, in this order
     python logger.py --records                      # the history of each track below records/, and its picture
+    python logger.py --experiment_name muon --routes   # where its tokens went: after `python model.py --checkpoint ... --routes ...`
 
 A run owns one folder, logs/<experiment_name>/, which alone says what was run, on what, and what came out:
 
@@ -11,7 +12,7 @@ A run owns one folder, logs/<experiment_name>/, which alone says what was run, o
     config.json     the resolved configuration
 
 The file reads top to bottom: Run (writing), PhaseTimer (where the seconds of a step go), reading, the table, the plots,
-the records and their statistics, the script. Importing it imports nothing but the standard library.
+where tokens went, the records and their statistics, the script. Importing it imports nothing but the standard library.
 """
 
 import argparse
@@ -578,6 +579,157 @@ def write_plots(runs, folder):
 
 
 # -----------------------------------------------------------------------------
+# Where tokens went: what `python model.py --routes` collected, as numbers and pictures. S steps, N tokens, n members of a pool
+
+
+def use_by_step(choice_SN, n: int):
+    """(n, S): the share of tokens that each step sends to each member. Columns sum to 1."""
+    import numpy as np
+
+    return np.stack([np.bincount(step, minlength=n) / len(step) for step in choice_SN], 1)
+
+
+def transitions(choice_SN, n: int):
+    """(n, n): of the tokens that were at i, the share that the next step sends to j. Rows sum to 1, or are nan where nobody was."""
+    import numpy as np
+
+    counts = np.zeros((n, n))
+    np.add.at(counts, (choice_SN[:-1].ravel(), choice_SN[1:].ravel()), 1)
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(1, keepdims=True)
+
+
+def used(choice_SN, n: int):
+    """(N, n): whether a token met a member at all."""
+    import numpy as np
+
+    return (choice_SN[:, :, None] == np.arange(n)).any(0)
+
+
+def joint(choice_SN, n: int):
+    """(n, n): the share of tokens that met both i and j; the diagonal, which says how many met i, is nan."""
+    import numpy as np
+
+    met = used(choice_SN, n).astype(float)
+    both = met.T @ met / len(met)
+    np.fill_diagonal(both, np.nan)
+    return both
+
+
+def lift(choice_SN, n: int):
+    """(n, n): joint() over what it would be if meeting i and meeting j had nothing to do with each other; 1 = nothing."""
+    import numpy as np
+
+    met = used(choice_SN, n).mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return joint(choice_SN, n) / np.outer(met, met)
+
+
+def correlation(choice_SN, n: int):
+    """(n, n): of meeting i and meeting j over the tokens; nan on the diagonal and where all or none met a member."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.corrcoef(used(choice_SN, n).astype(float), rowvar=False).reshape(n, n)
+    np.fill_diagonal(found, np.nan)
+    return found
+
+
+def by_difficulty(values_N, difficulty_N) -> dict[int, float]:
+    """Difficulty (0 left out: tokens without one) -> the mean of values over its tokens."""
+    return {int(d): float(values_N[difficulty_N == d].mean()) for d in sorted(set(difficulty_N.tolist()) - {0})}
+
+
+def analyse(routes) -> dict:
+    """The numbers behind the pictures, for JSON, from the arrays of a routes file."""
+    found = {}
+    if "layer_SN" in routes:
+        choice, layers = routes["layer_SN"], int(routes["layers"])
+        n = layers + int(routes["identities"])
+        measures = {"use_by_step": use_by_step, "transitions": transitions, "joint": joint, "lift": lift, "correlation": correlation}
+        found |= {name: measure(choice, n).tolist() for name, measure in measures.items()}
+        identity_SN = choice >= layers
+        found["identities_by_step"] = identity_SN.mean(1).tolist()
+        if "difficulty_N" in routes:
+            found["identities_by_difficulty"] = by_difficulty(identity_SN.sum(0), routes["difficulty_N"])
+    if "loops_N" in routes:
+        loops = routes["loops_N"]
+        found["loops"] = {int(count): float((loops == count).mean()) for count in sorted(set(loops.tolist()))}
+        if "difficulty_N" in routes:
+            found["loops_by_difficulty"] = by_difficulty(loops, routes["difficulty_N"])
+    if "expert_LTK" in routes:
+        found["load"] = [use_by_step(layer.reshape(1, -1), int(routes["experts"]))[:, 0].tolist() for layer in routes["expert_LTK"]]
+        found["coactivation"] = [joint(layer.T, int(routes["experts"])).tolist() for layer in routes["expert_LTK"]]
+    return found
+
+
+def _matrix(figure, ax, values, title, xlabel, ylabel, **how):
+    import numpy as np
+
+    values = np.array([[np.nan if v is None else v for v in row] for row in values], float)
+    image = ax.imshow(values, aspect="auto", **{"cmap": "viridis"} | how)
+    figure.colorbar(image, ax=ax)
+    ax.grid(visible=False)
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(0, values.shape[1], max(1, values.shape[1] // 8)),
+           yticks=range(0, values.shape[0], max(1, values.shape[0] // 8)))
+
+
+def plot_layers(figure, routes, found):
+    """The pool of layers: who is used when, after whom, with whom, and the ways of some tokens."""
+    figure.set_size_inches(12, 7)
+    ax = figure.subplots(2, 3)
+    _matrix(figure, ax[0, 0], found["use_by_step"], "share of tokens", "step", "layer", vmin=0, vmax=1)
+    _matrix(figure, ax[0, 1], found["transitions"], "from layer to layer", "next", "layer", vmin=0, vmax=1)
+    _matrix(figure, ax[0, 2], found["joint"], "tokens that meet both", "layer", "layer", vmin=0, vmax=1)
+    _matrix(figure, ax[1, 0], found["lift"], "lift", "layer", "layer", cmap="RdBu_r", vmin=0, vmax=2)
+    _matrix(figure, ax[1, 1], found["correlation"], "correlation", "layer", "layer", cmap="RdBu_r", vmin=-1, vmax=1)
+    _matrix(figure, ax[1, 2], routes["layer_SN"][:, :96], "ways of single tokens", "token", "step", cmap="tab10", vmin=0, vmax=9)
+    figure.suptitle(f"layers 0 to {int(routes['layers']) - 1}, then {int(routes['identities'])} identities", fontsize=10)
+
+
+def plot_loops(figure, routes, found):
+    """How many loops tokens went through, and how many those of each difficulty."""
+    figure.set_size_inches(8, 3.6)
+    ax = figure.subplots(1, 1 + ("loops_by_difficulty" in found), squeeze=False)[0]
+    ax[0].bar(list(found["loops"]), list(found["loops"].values()), color=COLOURS[0])
+    ax[0].set(xlabel="loops", ylabel="share of tokens", xticks=list(found["loops"]))
+    for axis, (difficulty, loops) in zip(ax[1:], [zip(*found.get("loops_by_difficulty", {0: 0}).items())]):
+        axis.plot(difficulty, loops, "o-", color=COLOURS[1])
+        axis.set(xlabel="operations needed", ylabel="mean loops")
+
+
+def plot_experts(figure, routes, found):
+    """For each routed layer, which experts a token meets together; the diagonal's place shows nothing."""
+    layers = len(found["coactivation"])
+    figure.set_size_inches(1 + 3 * min(4, layers), 2.8 * math.ceil(layers / 4))
+    for layer, matrix in enumerate(found["coactivation"]):
+        ax = figure.add_subplot(math.ceil(layers / 4), min(4, layers), layer + 1)
+        _matrix(figure, ax, matrix, f"MoE layer {layer}: tokens that meet both", "expert", "expert", vmin=0)
+
+
+def write_routes(run_folder, folder):
+    """Writes <run>_routes.json and the pictures it has numbers for into `folder`, and prints their paths. Raises RunError without a routes file."""
+    import numpy as np
+
+    path = run_folder / "routes.npz"
+    if not path.exists():
+        raise RunError(f"{path} is not there; make it with `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`")
+    with np.load(path) as file:
+        routes = dict(file)
+    found = analyse(routes)
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / f"{run_folder.name}_routes.json", json.dumps(_map(_finite, found), indent=1) + "\n")
+    print(folder / f"{run_folder.name}_routes.json")
+    for name, key, plot in (("layers", "use_by_step", plot_layers), ("loops", "loops", plot_loops), ("coactivation", "coactivation", plot_experts)):
+        if key in found:
+            with drawing(folder / f"{run_folder.name}_{name}.png") as figure:
+                plot(figure, routes, found)
+            print(folder / f"{run_folder.name}_{name}.png")
+
+
+# -----------------------------------------------------------------------------
 # Records: records/<track>/<YYYY-MM-DD_Name>/, whose rules are in records/README.md
 
 def student(t: float, dof: int) -> float:
@@ -738,6 +890,7 @@ def parse(argv=None):
     parser.add_argument("--records", nargs="?", const=Path("records"), type=Path, metavar="DIR",
                         help="print the history of the tracks below DIR (default: records) as markdown tables, draw each, and stop")
     parser.add_argument("--track", metavar="NAME", help="beside --records: only this track")
+    parser.add_argument("--routes", action="store_true", help="draw where the tokens of these runs went, from their routes.npz")
     return parser.parse_args(argv)
 
 
@@ -756,6 +909,10 @@ def main():
             raise RunError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
         if unknown:
             raise RunError(f"no experiment {unknown[0]!r} below {args.out_dir}; there are: {', '.join(there)}")
+        if args.routes:
+            for name in dict.fromkeys(args.experiment_name or there):
+                write_routes(args.out_dir / name, args.out_dir / "plots")
+            return
         runs = [read_run(args.out_dir / name) for name in dict.fromkeys(args.experiment_name or there)]
         print(table(runs), end="\n\n")
         write_plots(runs, args.out_dir / "plots")

@@ -3145,6 +3145,9 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--routes", type=Path, metavar="FILE", help="write where the tokens of --data's validation text go, as .npz for logger.py")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
+    parser.add_argument("--tokens", type=positive, default=2**15, help="of them, for --routes")
     add_flags(parser, Config)  # beside --checkpoint, --top_k keeps that many likeliest tokens instead
     args = vars(parser.parse_args(argv))
     overrides = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
@@ -3154,8 +3157,11 @@ def parse(argv: list[str] | None = None) -> dict:
 def main():
     try:
         args = parse()
+        if args["routes"]:
+            print(write_routes(args))
+            return
         print(sample(args) if args["checkpoint"] else model_card(args["config"], args["seq_len"] or args["config"].window_size))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         sys.exit(f"model.py: error: {error}")
 
 
@@ -3168,6 +3174,60 @@ def sample(args: dict) -> str:
     ids = torch.tensor([[encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]], device=model.head.device)
     ids = model.generate(ids, args["max_new_tokens"], args["temperature"], args.get("top_k", 0), args["seed"])
     return encoding.decode(ids[0, 1:].tolist())
+
+
+@torch.no_grad()
+def collect_routes(model: GPT, batches) -> dict:
+    """Arrays that say where tokens went, over batches of data.Batch: layer_SN (the layer of each step; with depth routed), loops_N (with depths
+    that have loops), expert_LTK (the experts of each routed layer; where a layer runs once), and token_N."""
+    model.eval()
+    seen, once = {"layer_SN": [], "loops_N": [], "token_N": []}, model.config.depth == "stack"
+    experts = [[] for _ in range(model.config.routed_layers)]
+
+    def of_depth(module, args, deep: Deep):
+        for name, value in (("layer_SN", deep.choices_SBT), ("loops_N", deep.loops_BT)):
+            if value is not None:
+                seen[name].append(value[..., model.config.num_meta_tokens :].flatten(-2))
+
+    hooks = [model.depth.register_forward_hook(of_depth)]
+    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
+    for router, found in zip(routers, experts):
+        hooks.append(router.register_forward_hook(lambda module, args, route, found=found: found.append(route.expert_TK)))
+    for batch in batches:
+        model(batch.inputs_BT)
+        seen["token_N"].append(batch.inputs_BT.flatten())
+    for hook in hooks:
+        hook.remove()
+    arrays = {name: torch.cat(parts, -1).cpu().numpy() for name, parts in seen.items() if parts}
+    if once and routers:
+        arrays |= {"expert_LTK": torch.stack([torch.cat(parts) for parts in experts]).cpu().numpy(), "experts": model.config.num_experts}
+    pool = model.config.tiled("looped").count("o")
+    return arrays | {"layers": pool, "identities": model.config.identity_layers}
+
+
+def write_routes(args: dict) -> str:
+    """Raises CheckpointError without a checkpoint or data."""
+    import numpy as np
+
+    import data
+
+    if not args["checkpoint"] or not args["data"]:
+        raise CheckpointError("--routes needs --checkpoint, a run's folder, and --data, a folder of shards")
+    model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        batches = data.validation_batches(args["data"], seq_len=min(args["tokens"], model.config.window_size), rows=1, max_tokens=args["tokens"],
+                                          vocab_size=model.config.vocab_size, device=model.head.device)  # fmt: skip
+    except data.DataError as error:
+        raise CheckpointError(str(error)) from None
+    arrays = collect_routes(model, batches)
+    if manifest["encoding"] == "bytes":
+        text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
+        difficulty = data.difficulty(text)
+        # the token before an answer is the one that has to know it
+        arrays |= {"difficulty_N": np.append(difficulty[1:], 0)} if difficulty.any() else {}
+    args["routes"].parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args["routes"], **arrays)
+    return f"{args['routes']}: {len(arrays['token_N']):,} tokens; draw them with `python logger.py --routes`"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""Where tokens went: the toy source with its difficulties, the numbers behind the pictures on routes that are known, and the two commands.
+
+CPU, no network: `pytest tests/test_routes.py`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import logger  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# Arithmetic
+
+
+def run_chain(text: str) -> str:
+    value = data.DIGITS.index(text[0])
+    for step in text[1:]:
+        value = {"s": value + 1, "d": value * 2, "n": -value, "e": value}[step] % 11
+    return data.DIGITS[value]
+
+
+def test_problems_are_right_and_as_hard_as_they_say():
+    rng = np.random.default_rng(3)
+    lengths, digits = set(), set()
+    for _ in range(300):
+        problem, answer = data.chain(rng).split("=")
+        assert run_chain(problem) == answer
+        lengths.add(len(problem) - 1)
+        a, b, total = map(int, data.addition(rng).replace("+", "=").split("="))
+        assert a + b == total
+        digits.add(max(len(str(a)), len(str(b))))
+    assert lengths == set(range(1, 9)) and digits == {1, 2, 3, 4}
+
+
+def test_difficulty_labels_the_answers_alone():
+    text = b"\n7sdne=5\n58+967=1025\n3ee=3\nno problem\n"
+    label = data.difficulty(text)
+    assert {text[i : i + 1]: label[i] for i in np.flatnonzero(label)} == {b"5": 3, b"1": 3, b"0": 3, b"2": 3}
+    assert label[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and label.sum() == 3 + 4 * 3
+    assert label.shape == (len(text),)
+
+
+def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--source", "arithmetic", "--encoding", "bytes", "--out", str(tmp_path / "endless")])
+    assert "say how much of it with --max_tokens" in capsys.readouterr().err
+    for name in "ab":
+        data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)])
+    train, again = (data.read_shard(tmp_path / name / "arithmetic_train_000001.bin") for name in "ab")
+    val = data.read_shard(tmp_path / "a" / "arithmetic_val_000000.bin")
+    problems = [set(bytes(np.where(tokens == 256, 10, tokens).astype(np.uint8)).split()) for tokens in (train, val)]
+    assert np.array_equal(train, again) and len(problems[1]) > 10 and not problems[0] & problems[1], "validation has problems of its own"
+
+
+# -----------------------------------------------------------------------------
+# Numbers on known routes
+
+
+def test_matrices_of_known_routes():
+    """Four tokens in three steps among three members: 0 0 1, 0 1 1, 2 2 2, 0 0 2."""
+    choice = np.array([[0, 0, 1], [0, 1, 1], [2, 2, 2], [0, 0, 2]]).T
+    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
+    assert np.allclose(logger.transitions(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
+    both = logger.joint(choice, 3)
+    assert np.isnan(np.diag(both)).all() and both[0, 1] == 0.5 and both[0, 2] == 0.25 and both[1, 2] == 0
+    assert logger.lift(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
+    met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
+    assert logger.correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
+    assert np.isnan(logger.transitions(choice, 4)[3]).all(), "nobody was at member 3"
+
+
+def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_no_correlation():
+    rng = np.random.default_rng(0)
+    choice = rng.choice(3, p=[0.5, 0.3, 0.2], size=(1, 20000))
+    choice = np.concatenate([choice, rng.choice([3, 4], size=(1, 20000))])  # one of 0 1 2, then one of 3 4
+    lift, correlation = logger.lift(choice, 5), logger.correlation(choice, 5)
+    assert np.abs(lift[:3, 3:] - 1).max() < 0.05 and np.abs(correlation[:3, 3:]).max() < 0.03
+    assert lift[0, 1] == 0 and correlation[3, 4] == pytest.approx(-1)
+
+
+def test_analyses_of_difficulty_and_load():
+    routes = {"layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]), "layers": 2, "identities": 1, "difficulty_N": np.array([1, 2, 1, 0]),
+              "loops_N": np.array([1, 3, 2, 3]), "expert_LTK": np.array([[[0, 1], [0, 2], [1, 0], [0, 1]]]), "experts": 3}  # fmt: skip
+    found = logger.analyse(routes)
+    assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"] == {1: 1.0, 2: 0.0}
+    assert found["loops"] == {1: 0.25, 2: 0.25, 3: 0.5} and found["loops_by_difficulty"] == {1: 1.5, 2: 3.0}
+    assert found["load"] == [[0.5, 0.375, 0.125]] and found["coactivation"][0][0][1] == 0.75
+
+
+# -----------------------------------------------------------------------------
+# The commands
+
+
+def run(*words):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+SMALL = "--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --batch_tokens 512 --num_iterations 2 --value_embeds 0".split()
+
+
+@pytest.mark.parametrize("flags, pictures", (
+    (["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops"}),
+    (["--depth", "loop", "--halt", "act"], {"loops"}), ([], {"coactivation"})))  # fmt: skip
+def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
+    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
+    status, out, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
+                           "--val_tokens", 128, "--device", "cpu", *SMALL, *flags)  # fmt: skip
+    assert status == 0, err
+    folder = tmp_path / "logs" / "muon"
+    status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+    assert status != 0 and "python model.py --checkpoint" in err
+    status, out, err = run("model.py", "--checkpoint", folder / "checkpoint", "--routes", folder / "routes.npz", "--data", tmp_path / "shards",
+                           "--tokens", 300)  # fmt: skip
+    assert status == 0, err
+    status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+    assert status == 0, err
+    found = json.loads((tmp_path / "logs" / "plots" / "muon_routes.json").read_text())
+    assert {path.stem for path in (tmp_path / "logs" / "plots").glob("*.png")} == {f"muon_{name}" for name in pictures}
+    if "layers" in pictures:
+        assert np.allclose(np.sum(found["use_by_step"], 0), 1) and np.shape(found["use_by_step"]) == (3, 2) and found["identities_by_difficulty"]
+    if "loops" in pictures:
+        assert sum(found["loops"].values()) == pytest.approx(1) and found["loops_by_difficulty"]
+    if "coactivation" in pictures:
+        assert np.allclose(np.sum(found["load"], 1), 1) and len(found["load"]) == 4
+
+
+def test_routes_without_data_is_one_sentence(tmp_path):
+    status, _, err = run("model.py", "--routes", tmp_path / "routes.npz")
+    assert status != 0 and err.count("\n") == 1 and "--checkpoint" in err and "--data" in err

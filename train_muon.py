@@ -440,7 +440,8 @@ def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
     numel = sum(bucket_bytes(bucket.slabs) for bucket in buckets) // 4
     tokens = hp.batch_tokens / world_size
     row_bytes = config.n_embd * DTYPES[config.dtype].itemsize
-    rows = 4 * tokens * config.top_k * config.routed_layers * row_bytes * (parts - 1) / parts
+    routed_runs = sum(times for times, letter in zip(config.layer_runs, config.tiled("pattern")) if letter == "M")
+    rows = 4 * tokens * config.top_k * routed_runs * row_bytes * (parts - 1) / parts
     flops = model_file.flops_per_token(config, hp.seq_len) * tokens
     return {
         "parameters": numel,
@@ -1183,6 +1184,9 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
         raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
     if parts > 1 and len(config.expert_counts) > 1:
         raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+    if parts > 1 and (config.depth == "routed" or config.halt != "none"):
+        raise ConfigError(f"expert_parallel is {parts}; it must be 1 where tokens go apart (depth {config.depth}, halt {config.halt}), "
+                          "as ranks would not exchange rows equally often")  # fmt: skip
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = micro_batch_rows(rows, hp, world)
     if world.device.type == "cuda" and config.head == "fp8" and hp.seq_len % 16:

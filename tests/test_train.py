@@ -1089,6 +1089,13 @@ def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):
         train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
 
 
+def test_experts_are_not_shared_among_ranks_where_tokens_go_apart(shards, tmp_path):
+    for options in (dict(depth="routed"), dict(depth="loop", halt="act")):
+        config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", expert_parallel=2, **options))
+        with pytest.raises(model.ConfigError, match="expert_parallel is 2; it must be 1 where tokens go apart"):
+            train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
+
+
 def test_micro_batches_are_the_largest_that_fit_and_divide():
     rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU))
     assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]

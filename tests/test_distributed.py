@@ -65,6 +65,10 @@ def resumed(source: str, **values) -> dict:
     return job(copy=[f"{source}_kept"], resume=True, **KEPT, **values)
 
 
+DEPTHS = {
+    "depth2_loop": dict(depth="loop", loops=3, halt="act", halt_threshold=0.2, attention="KA"),
+    "depth2_pool": dict(depth="routed", loops=3, identity_layers=1),
+}
 PLANTED = {f"plant{i}": plant for i, plant in enumerate(ODD)}
 JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
     2: {
@@ -77,6 +81,7 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
         "muon2_parts2": job(expert_parallel=2, **KEPT),
         "muon2_parts2_sync": job(expert_parallel=2, overlap="false"),
         "muon2_bias": job(num_iterations=12, bias_update_factor=0.01),
+        **{name: job(num_iterations=8, **options) for name, options in DEPTHS.items()},
         "muon2_traced": job(num_iterations=3, plant="traced", compile="true"),
         "muon2_parts2_traced": job(num_iterations=3, plant="traced", compile="true", expert_parallel=2),
         "bf16_2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16"),
@@ -504,6 +509,15 @@ def test_the_selection_bias_moves_alike_on_one_rank_and_on_two(world, shards, tm
     run, job = train(tmp_path, data=shards, **JOBS[2]["muon2_bias"]["values"]), Seen(world, "muon2_bias")
     biases = [state_of(folder)["bias_LE/value"] for folder in (run, job.run)]
     assert torch.equal(*biases) and biases[0].any()
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_loops_and_pools_train_on_two_ranks_as_on_one(name, world, shards, tmp_path):  # noqa: F811
+    run, job = train(tmp_path, data=shards, **JOBS[2][name]["values"]), Seen(world, name)
+    assert_near_series(series(job.run, "train/loss"), series(run, "train/loss"), 1e-5)
+    loops = [count for _, count in series(job.run, "depth/loops")]
+    assert_near_series(series(job.run, "depth/loops"), series(run, "depth/loops"), 1e-5)
+    assert all(0 < count <= 3 for count in loops) and (name != "depth2_loop" or loops[0] == 2)
 
 
 def test_compiled_blocks_hand_over_their_gradients_one_by_one(world):

@@ -32,6 +32,7 @@ SHORT = {
     "pytest": "--collect-only",
     "overlap.py": "--steps 1",
     "floor.py": "--tokens 512 --seq_len 128",
+    "toys.py": "--steps 20",
 }
 
 

@@ -507,3 +507,31 @@ def test_every_recipe_is_on_the_track():
     assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
     fields = {field.name for field in dataclasses.fields(train_muon.Common)} | {"resume", "enable_profiling", "plan", "experiment_name"}
     assert set(track.OURS) <= fields
+
+
+# -----------------------------------------------------------------------------
+# Tables of ablations
+
+
+@pytest.mark.parametrize("plan", ("ablations", "depths"))
+def test_the_tables_of_ablations_are_what_was_measured(plan):
+    """ABLATIONS.md holds what the plan, its timing and tuning.jsonl give, and every change of the plan was run on two seeds or more."""
+    folder = ROOT / "records/cpu"
+    listed, track_file, timing = (logger.read_json(folder / name) for name in (f"{plan}.json", "track.json", f"{plan}.timing.json"))
+    lines = track.read_tuning(folder / "tuning.jsonl")
+    table = track.ablation_table(listed, track_file, timing, lines)
+    assert table in (folder / "ABLATIONS.md").read_text()
+    seeds = {name: sum(len(line["seeds"]) for line in lines if line["name"] == name) for name in track.ablation_commands(listed)}
+    assert min(seeds.values()) >= 2, seeds
+
+
+def test_equal_seconds_are_as_many_steps_as_a_change_is_cheaper():
+    track_file = {"seconds": {"short": 60}, "metric": "val/bpb"}
+    timing = {"p, g: a": {"base_ms": 300.0, "ratio": 1.5}, "p, g: b": {"base_ms": 310.0, "ratio": 0.5}, "p, h: a": {"base_ms": 100.0, "ratio": 1.0}}
+    assert [track.ablation_steps(track_file, timing, name) for name in ("p, g", "p, g: a", "p, g: b")] == [196, 131, 393]
+    plan = {"name": "p", "groups": [{"title": "g", "base": ["train_muon.py"], "changes": {"a": ["--x", "1"]}}]}
+    assert track.ablation_commands(plan) == {"p, g": ["train_muon.py"], "p, g: a": ["train_muon.py", "--x", "1"]}
+    lines = [{"name": name, "seeds": [seed], "val/bpb": [value]} for name, seed, value in (
+        ("p, g", 0, 1.3), ("p, g", 1, 1.2), ("p, g: a", 0, 1.25), ("p, g: a", 1, 1.19))]  # fmt: skip
+    row = track.ablation_table(plan, track_file, timing, lines).splitlines()[-1]
+    assert row == "| a | `--x 1` | 1.500 | 131 | 1.2200 | +0.0300 ± 0.0200 | 2 |"

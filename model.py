@@ -1969,6 +1969,11 @@ def merged_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
                       *(None if runs[0].chosen_BE is None else sum(parts) for parts in zip(*(run[7:9] for run in runs))))  # fmt: skip
 
 
+def how_many(mask: Tensor) -> int:
+    """Are true. On the meta device, where nothing has a value, all."""
+    return mask.numel() if mask.is_meta else int(mask.sum())
+
+
 class LoopKeys:
     """Stands before a cache, or for one, and decides whose keys and values a token sees in which loop. The same in training and decoding:
     a cache with one place per token, which each loop overwrites, would show a later token the end of an earlier one's loops, where
@@ -2013,7 +2018,7 @@ class OwnLoopKeys(LoopKeys):
     def hidden(self, active_BT: Tensor) -> Tensor | None:
         if self.cache is not None:
             (active_BT,) = self.cache.extend(("active", self.loop), active_BT)
-        return None if active_BT.all() else ~active_BT
+        return None if how_many(active_BT) == active_BT.numel() else ~active_BT
 
 
 class FirstLoopKeys(LoopKeys):
@@ -2438,7 +2443,7 @@ class Halt(NoHalt):
 
     def gone(self, so_far: Leaving, leaves_BT: Tensor, **changes) -> Leaving:
         active_BT = so_far.active_BT & ~leaves_BT
-        count = int(active_BT.sum())
+        count = how_many(active_BT)
         return so_far._replace(active_BT=active_BT, loops_BT=so_far.loops_BT + so_far.active_BT, all_are_in=count == active_BT.numel(),
                                nobody_is_in=count == 0, **changes)  # fmt: skip
 
@@ -2935,7 +2940,7 @@ def flops_per_token(config: Config, seq_len: int) -> float:
 def cache_bytes_per_token(config: Config) -> int:
     """That decoding keeps of each token in all layers together, measured on the meta device."""
     with torch.device("meta"):
-        model, cache, ids = GPT(config).eval(), Cache(config, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        model, cache, ids = GPT(config), Cache(config, 1, 1), torch.zeros(1, 1, dtype=torch.int64)  # training keeps the same and picks nobody
         with torch.no_grad():
             model(ids, cache=cache)
     return sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
@@ -2983,9 +2988,15 @@ def model_card(config: Config, seq_len: int) -> str:
         experts += f" (a token meets {meets:.2f} with matmuls at even load)"
     if config.num_shared_experts:
         experts += f"; {config.num_shared_experts} shared {config.shared}, routed sum x {routed_scale(config):.3f}"
+    loops = []
+    if config.depth != "stack":
+        further = flops_per_token(dataclasses.replace(config, loops=config.loops + 1), seq_len) - training
+        loops = [("depth", f"{config.depth}, layers {config.tiled('looped')}, {config.loops} times at most, halt {config.halt}; "
+                           f"each time {further / 3:,.0f} FLOPs forward per token, no parameters")]  # fmt: skip
     layers = " ".join(f"{f}{a}{w}" for f, a, w in zip(config.tiled("pattern"), config.tiled("attention"), config.tiled("window")))
     rows = [
         ("layers", f"{config.n_layer} ({layers})"),
+        *loops,
         ("width", f"n_embd {config.n_embd}, {config.n_head} heads x {config.head_dim}, vocabulary {config.vocab_size} -> {config.padded_vocab_size}"),
         ("experts", f"{experts}, top-{config.top_k}, router {config.router}"),
         *((f"  {kind}", f"{counts[kind]:,}") for kind in counts if kind not in ("total", "active")),

@@ -513,3 +513,28 @@ def test_the_order_of_a_trained_transformer_is_found_again():
 def test_what_a_pool_cannot_have_is_refused(field, value, legal):
     with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
         Config(**TINY | POOL | {field: value})
+
+
+def test_the_card_says_what_each_loop_costs():
+    config = Config(**TINY | LOOP)
+    card = M.model_card(config, 40)
+    layers = (M.flops_per_token(dataclasses.replace(config, loops=4), 40) - M.flops_per_token(config, 40)) / 3
+    assert f"loop, layers .oo., 3 times at most, halt none; each time {layers:,.0f} FLOPs" in card and layers > 0
+    assert "depth" not in M.model_card(Config(**TINY), 40)
+
+
+CARDS = [dict(halt=halt, loop_keys=keys) for halt in RULES for keys in sorted(M.LOOP_KEYS)]
+CARDS += [dict(halt="exit", **EXITS), dict(depth="routed"), dict(depth="routed", halt="act", route_by="first_token")]
+
+
+@pytest.mark.parametrize("changes", CARDS, ids=name_of)
+def test_every_depth_has_a_card_and_a_cache_of_the_size_it_says(changes):
+    """Tensors without values decide nothing: on the meta device everybody stays."""
+    config = Config(**TINY | LOOP | changes)
+    assert "KV cache" in M.model_card(config, 40)
+    net = tiny(**LOOP | changes).eval()
+    cache = Cache(config, 1, 7)
+    with torch.no_grad():
+        net(text(1, 7), cache=cache)
+    kept = sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
+    assert 0 <= M.cache_bytes_per_token(config) - kept <= 1  # a flag of the last loop, if nobody was in it

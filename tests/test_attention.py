@@ -344,3 +344,32 @@ def test_peri_norm_forgets_every_scale():
 def test_the_norm_pattern_is_per_layer():
     net = tiny(norms="RP")
     assert [block.after is M.norm for block in net.blocks] == [True, False, True, False]
+
+
+# -----------------------------------------------------------------------------
+# Compilation: what torch.compile sees, without a compiler behind it
+
+
+@pytest.mark.parametrize("changes, kinds", (
+    (dict(attention="A"), 1), (dict(attention="KS"), 2), (dict(attention="LA", attn_softmax="ssmax"), 2), (dict(attention="R", norms="U"), 1),
+    (dict(rotary="HVBW", qk_norm="none"), 4), (dict(num_meta_tokens=4, norms="R"), 1), (dict(depth="loop", loops=3, norms="RP"), 2),
+    (dict(depth="loop", loops=2, residual="average", looped=".oo."), 2),  # after the loop the number of terms is each token's own
+    (dict(router="attention", experts="mlp*3,constant"), 1)))  # fmt: skip
+def test_every_kind_of_layer_is_one_graph_without_breaks_whatever_the_routes(changes, kinds):
+    """Layers of one kind share a graph, and other tokens or another step make no new one."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    net = tiny(value_embeds=0, **dict(window="L") | changes).train()
+    for block in net.blocks:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+    for step in range(3):
+        net.set_step(SEED, step)
+        net(text(2, 40, step), text(2, 40, step)).loss.backward()
+        if step == 0:
+            first = len(graphs)
+    assert first <= kinds and len(graphs) == first, (first, len(graphs))

@@ -184,10 +184,8 @@ class Config:
             check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
                   f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")
         check("latent_dim", self.latent_dim % 8 == 0, "a multiple of 8")
-        makes_keys = [letter not in "S-" for letter in self.tiled("attention")]
-        for layer in (layer for layer, letter in enumerate(self.tiled("attention")) if letter == "S"):
-            check("attention", any(makes_keys[:layer]), f"without S in layer {layer}: no layer before it has keys to share")
-            maker = max(other for other in range(layer) if makes_keys[other])
+        for layer, maker in self.key_makers.items():
+            check("attention", maker is not None, f"without S in layer {layer}: no layer before it has keys to share")
             check("rotary", self.turning(layer) == self.turning(maker),
                   f"the same in layer {layer} as in layer {maker}, whose keys and values it shares (and so must `window` be where it is W)")
         remade = [self.tiled("rotary")[layer] for layer, letter in enumerate(self.tiled("attention")) if letter == "L"]
@@ -227,6 +225,13 @@ class Config:
         """The letter of each layer: the pattern string repeated until it covers n_layer."""
         pattern = getattr(self, field)
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+
+    @property
+    def key_makers(self) -> dict[int, int | None]:
+        """Layer that shares keys and values -> the nearest one before it that makes some."""
+        letters = self.tiled("attention")
+        makers = {layer: [other for other in range(layer) if letters[other] not in "S-"] for layer, letter in enumerate(letters) if letter == "S"}
+        return {layer: found[-1] if found else None for layer, found in makers.items()}
 
     def turning(self, layer: int) -> tuple:
         """What turns in a layer, and how fast: a letter of ROTARIES and the factor on its frequencies."""
@@ -1340,6 +1345,7 @@ class Block(nn.Module):
         self.attention = ATTENTIONS[config.tiled("attention")[layer]](config, layer)
         self.ffn = FEED_FORWARDS[config.tiled("pattern")[layer]](config, ranks)
         self.before, self.after, self.tell = NORMS[config.tiled("norms")[layer]]
+        self.is_shared = layer in config.key_makers.values()  # compiled, what nobody reads would still get a gradient of zeros
 
     def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats], tuple[Tensor, Tensor] | None]:
         enter, take_up = self.residual
@@ -1347,7 +1353,10 @@ class Block(nn.Module):
         y_BTD, kv = self.attention(self.before(x_BTD), self.tell(ctx, x_BTD))
         x_BTD = take_up(x_BTD, self.after(y_BTD), ctx.terms, embedding_BTD)
         y_BTD, stats = self.ffn(self.before(x_BTD), self.tell(ctx, x_BTD))
-        return take_up(x_BTD, self.after(y_BTD), more(ctx.terms), embedding_BTD), stats, kv
+        return take_up(x_BTD, self.after(y_BTD), more(ctx.terms), embedding_BTD), stats, self.handed_on(kv)
+
+    def handed_on(self, kv):
+        return kv if self.is_shared else None
 
 
 # -----------------------------------------------------------------------------

@@ -197,6 +197,16 @@ def test_shared_keys_are_those_of_the_nearest_layer_before_that_makes_some():
     assert [name for name, _ in net.blocks[2].attention.named_parameters()] == ["q", "out"]
 
 
+def test_keys_leave_a_block_only_where_another_shares_them():
+    net, handed = tiny(attention="AAS-", window="L"), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, args, out: handed.append(out[2]))
+    with torch.no_grad():
+        net(text(1, 12, 2))
+    assert [kv is not None for kv in handed] == [False, True, False, False]
+    assert Config(**TINY | dict(attention="AAS-")).key_makers == {2: 1}
+
+
 def test_the_maker_of_shared_keys_learns_from_all_who_read_them():
     net, x = tiny(attention="AS", n_layer=2, value_embeds=1, window="L"), text(2, 20, 3)
     both = gradients(net, net(x, x).loss)["blocks.0.attention.qkv"]

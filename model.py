@@ -2109,7 +2109,7 @@ class Loop(nn.Module):
         looped = config.tiled("looped")
         self.group, self.windows = slice(looped.index("o"), looped.rindex("o") + 1), config.tiled("window")
         self.loops, self.eval_loops, self.reinject = config.loops, config.eval_loops or config.loops, config.reinject
-        self.keys, self.ponder_coef, self.meta = LOOP_KEYS[config.loop_keys], config.ponder_coef, config.num_meta_tokens
+        self.keys, self.ponder_coef = LOOP_KEYS[config.loop_keys], config.ponder_coef
         self.needs_keys = config.loop_keys == "share_first" or config.halt != "none"
         self.halt = HALTS[config.halt](config)
 

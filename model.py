@@ -509,7 +509,7 @@ class BlockedMask:
         for start in range(0, T, self.BLOCK):
             q = slice(start, min(start + self.BLOCK, T))
             kv = slice(max(0, start - reach + 1) // 16 * 16, q.stop)
-            if 0 < meta and kv.start < meta:
+            if kv.start < meta:
                 kv = slice(0, q.stop)
             elif meta:
                 kv = torch.cat([key_S[:meta], key_S[kv]])
@@ -719,6 +719,9 @@ class NoAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, None]:
         return x_BTD.new_zeros(x_BTD.size(-1)), None
+
+    def keys_values(self, x_BTD: Tensor, ctx: Context) -> None:
+        return None
 
 
 ATTENTIONS = {"A": Attention, "K": OffsetAttention, "-": NoAttention}  # the zoo, below, has more
@@ -2165,18 +2168,13 @@ class Loop(nn.Module):
 # ---- routing over layers
 
 
-def step_told(shape: tuple[int, int]) -> nn.Parameter:
-    """A vector for each step, which tells a controller where it is."""
-    return nn.Parameter(torch.empty(shape))
-
-
 class LinearController(nn.Module):
     """One matrix, whose input every step weighs anew, channel by channel. (A bias for each step tells it less: it then ran 0.52 of the programs
     of benchmarks/toys.py where it now runs all.)"""
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
-        self.weight, self.step = nn.Parameter(torch.empty(choices, config.n_embd)), step_told((steps, config.n_embd))
+        self.weight, self.step = (nn.Parameter(torch.empty(count, config.n_embd)) for count in (choices, steps))
 
     def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
         """Logits (N, choices) of N tokens in this step, and what the controller remembers until the next."""
@@ -2199,8 +2197,8 @@ class MLPController(nn.Module):
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
-        self.up, self.step = nn.Parameter(torch.empty(config.controller_dim, config.n_embd)), step_told((steps, config.controller_dim))
-        self.weight = nn.Parameter(torch.empty(choices, config.controller_dim))
+        self.up = nn.Parameter(torch.empty(config.controller_dim, config.n_embd))
+        self.step, self.weight = (nn.Parameter(torch.empty(count, config.controller_dim)) for count in (steps, choices))
 
     def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
         return (linear_fp32(x_ND, self.up) + self.step[step]).relu() @ self.weight.T, None
@@ -2223,7 +2221,7 @@ class LearnedOrder(nn.Module):
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
-        self.step = step_told((steps, choices))
+        self.step = nn.Parameter(torch.empty(steps, choices))
 
     def forward(self, x_ND: Tensor, step: int, state) -> tuple[Tensor, object]:
         return self.step[step].expand(len(x_ND), -1), None
@@ -2364,7 +2362,7 @@ def block_of_some(block: Block, x_BTD: Tensor, embedding_BTD: Tensor, ctx: Conte
     enter, take_up = block.residual
     x_BTD = enter(block.stream_mix, x_BTD, embedding_BTD)
     x_BQD, embedding_BQD = rows.take(x_BTD), rows.take(embedding_BTD)
-    kv = keys_of_all(block.attention, block.before(x_BTD), block.tell(ctx, x_BTD))
+    kv = block.attention.keys_values(block.before(x_BTD), block.tell(ctx, x_BTD))
     if rows.count == 0:
         return x_BQD, [no_stats(ctx)] * isinstance(block.ffn, MoE)
     if kv is not None:
@@ -2379,10 +2377,6 @@ def no_stats(ctx: Context) -> RouteStats:
     """Of a layer that nobody picked."""
     zeros_E = torch.zeros_like(ctx.bias_E)
     return RouteStats(zeros_E.long(), zeros_E, zeros_E.sum(), zeros_E.sum())
-
-
-def keys_of_all(attention: nn.Module, normed_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor] | None:
-    return attention.keys_values(normed_BTD, ctx) if hasattr(attention, "keys_values") else None
 
 
 DEPTHS |= {"loop": Loop, "routed": Routed}

@@ -35,6 +35,19 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import CONTROLLERS, GPT, HALTS, ROUTE_TRAINING, Config, Parser, norm  # noqa: E402
 
+
+def minimise(net: GPT, parameters, loss_of, steps: int, lr: float) -> GPT:
+    """Adam on loss_of(step); the net comes back in evaluation mode."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        net.set_step(0, step)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Count to n
 
@@ -69,9 +82,9 @@ class Counting(NamedTuple):
         contexts, place = self.net.contexts(None, doc_BT, doc_BT, [torch.zeros(())], None)
         return self.net.depth([self.block], norm(x_BTD), contexts, place)
 
-    def answers(self, n_BT: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    def answers(self, deep) -> list[tuple[Tensor, Tensor | None]]:
         """What each output says, in counts, and its weights."""
-        return [(x_BTD[..., 0] * (MOST / WIDTH**0.5), weight_BT) for x_BTD, weight_BT in self.run(n_BT).outputs]
+        return [(x_BTD[..., 0] * (MOST / WIDTH**0.5), weight_BT) for x_BTD, weight_BT in deep.outputs]
 
 
 def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counting:
@@ -79,19 +92,14 @@ def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counti
     config = Config(vocab_size=64, eot_token=0, n_layer=1, n_embd=WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D", depth="loop", loops=LOOPS,
                     halt=halt, ponder_coef=coef, dtype="fp32")  # fmt: skip
     toy, generator = Counting(GPT(config), Counter()), torch.Generator().manual_seed(seed)
-    head = toy.net.depth.halt
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
-    for _ in range(steps):
+
+    def loss_of(step: int) -> Tensor:
         n_BT = torch.randint(1, MOST + 1, (4, 64), generator=generator)
         deep = toy.run(n_BT)
-        loss = deep.loss
-        for x_BTD, weight_BT in deep.outputs:
-            error_BT = (x_BTD[..., 0] * (MOST / WIDTH**0.5) - n_BT).square()
-            loss = loss + (error_BT if weight_BT is None else error_BT * weight_BT).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    toy.net.eval()
+        errors = [((answer_BT - n_BT).square(), weight_BT) for answer_BT, weight_BT in toy.answers(deep)]
+        return deep.loss + sum((error_BT if weight_BT is None else error_BT * weight_BT).mean() for error_BT, weight_BT in errors)
+
+    minimise(toy.net, toy.net.depth.halt.parameters(), loss_of, steps, 0.03)
     return toy
 
 
@@ -99,9 +107,10 @@ def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counti
 def depths(toy: Counting) -> tuple[list[int], float, float]:
     """Loops for n = 1 .. MOST in evaluation, their correlation with n, and the mean squared error of the answers."""
     n_BT = torch.arange(1, MOST + 1)[None]
-    loops = toy.run(n_BT).loops_BT[0]
+    deep = toy.run(n_BT)
+    loops = deep.loops_BT[0]
     correlation = torch.corrcoef(torch.stack([n_BT[0].float(), loops.float()]))[0, 1].item() if loops.unique().numel() > 1 else 0.0
-    answer_BT, _ = toy.answers(n_BT)[-1]
+    answer_BT, _ = toy.answers(deep)[-1]
     return loops.tolist(), correlation, (answer_BT - n_BT).square().mean().item()
 
 
@@ -189,16 +198,13 @@ def running(controller: str, training: str = "soft", steps: int = 1500, seed: in
                     anneal_steps=steps, dtype="fp32")  # fmt: skip
     toy, generator = Running(GPT(config), [Operation(operation) for operation in OPERATIONS.values()]), torch.Generator().manual_seed(seed)
     toy.net.depth.packs = False  # these blocks know nothing of keys for all and queries for some
-    optimizer = torch.optim.Adam(toy.net.depth.controller.parameters(), lr=0.01)
-    for step in range(steps):
-        toy.net.set_step(seed, step)
+
+    def loss_of(step: int) -> Tensor:
         x, target, _ = programs(256, generator)
         ((y, _),) = toy.run(x).outputs
-        loss = nn.functional.nll_loss(y[0, :, :BASE].clamp(min=1e-6).log(), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    toy.net.eval()
+        return nn.functional.nll_loss(y[0, :, :BASE].clamp(min=1e-6).log(), target)
+
+    minimise(toy.net, toy.net.depth.controller.parameters(), loss_of, steps, 0.01)
     return toy
 
 
@@ -245,14 +251,7 @@ IN_TURN = Config(vocab_size=EOT + 1, eot_token=EOT, n_layer=3, n_embd=32, n_head
 
 
 def fit(net: GPT, parameters, steps: int, lr: float) -> GPT:
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    for step in range(steps):
-        net.set_step(0, step)
-        loss = net.train()(*chains(step)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.eval()
+    return minimise(net.train(), parameters, lambda step: net(*chains(step)).loss, steps, lr)
 
 
 @torch.no_grad()

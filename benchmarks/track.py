@@ -4,7 +4,7 @@
     python benchmarks/track.py full --folder records/cpu/2026-11-26_MoEMuon --steps 900 --seeds 0 1 2 3 -- train_muon.py --pattern M
     python benchmarks/track.py compare "MoE Muon, E=8" "MoE Muon, E=4"
     python benchmarks/track.py curve "dense Muon" "MoE Muon"
-    python benchmarks/track.py ablate --plan records/cpu/routing.json --seeds 0 1
+    python benchmarks/track.py ablate --plan records/cpu/ablations.json --seeds 0 1
 
 `short` measures the time of a step with exactly these flags, takes as many steps as fit into the track's 60 seconds, and adds a line to
 records/cpu/tuning.jsonl. `full` runs the seeds, re-times row 1 and this row in turns, and leaves a record's folder; cut off, the same
@@ -324,12 +324,11 @@ def ablation_steps(track: dict, timing: dict, name: str) -> int:
 
 def ablation_table(plan: dict, track: dict, timing: dict, lines: list[dict]) -> str:
     """Markdown: each change's time per step over its base's, its steps, what it ends at, and by how much that is below its base, seed by seed."""
-    rows = []
+    rows, ends = [], {name: by_seed([line for line in lines if line["name"] == name], track["metric"]) for name in ablation_commands(plan)}
     for group in plan["groups"]:
         base = f"{plan['name']}, {group['title']}"
         rows += ["", f"**{group['title']}**: `{' '.join(group['base'])}`", "",
                  "| change | flags | step / base's | steps | bits per byte | base − change | n |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-        ends = {name: by_seed([line for line in lines if line["name"] == name], track["metric"]) for name in ablation_commands(plan)}
         for label, flags in {"(base)": [], **group["changes"]}.items():
             name = f"{base}: {label}" if flags else base
             if not ends[name]:

@@ -54,13 +54,18 @@ def restless(seed: int = 0, bias: float = -0.5, **changes) -> GPT:
     return net
 
 
-def loops_of(net: GPT, x) -> torch.Tensor:
-    """That each token went through."""
+def deep_of(net: GPT, x) -> M.Deep:
+    """What all layers together make of x."""
     seen = []
-    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.loops_BT))
+    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep))
     logits(net, x)
     hook.remove()
     return seen[0]
+
+
+def loops_of(net: GPT, x) -> torch.Tensor:
+    """That each token went through."""
+    return deep_of(net, x).loops_BT
 
 
 LEAKS = [(halt, keys, "linear") for halt in (*RULES, "exit") for keys in sorted(M.LOOP_KEYS)]
@@ -365,11 +370,7 @@ def picky(seed: int = 0, **changes) -> GPT:
 
 
 def choices_of(net: GPT, x) -> torch.Tensor:
-    seen = []
-    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.choices_SBT))
-    logits(net, x)
-    hook.remove()
-    return seen[0]
+    return deep_of(net, x).choices_SBT
 
 
 @pytest.mark.parametrize("changes", [

@@ -541,16 +541,16 @@ def addition(rng):
 
 
 def difficulty(text):
-    """Of each byte of the answers in text (bytes), how many operations it takes to know it: steps of a chain that change something, or columns
-    of a sum. int64 (len(text),), 0 elsewhere. For tokens of encoding bytes, pass them with 256 replaced by a newline."""
-    label = np.zeros(len(text), np.int64)
+    """How many operations it takes to know each byte of the answers in text (bytes): for a `chain` its steps that change something, for a
+    `sum` its columns. {"chain": int64 (len(text),), "sum": the same}, 0 elsewhere. Of tokens of encoding bytes, replace 256 by a newline."""
+    labels = {"chain": np.zeros(len(text), np.int64), "sum": np.zeros(len(text), np.int64)}
     for match in PROBLEM.finditer(text):
-        steps, answer, *numbers, total = match.groups()
+        steps, _, *numbers, _ = match.groups()
         if steps is not None:
-            label[slice(*match.span(2))] = len(steps) - steps.count(b"e")
+            labels["chain"][slice(*match.span(2))] = len(steps) - steps.count(b"e")
         else:
-            label[slice(*match.span(5))] = max(map(len, numbers))
-    return label
+            labels["sum"][slice(*match.span(5))] = max(map(len, numbers))
+    return labels
 
 
 def arithmetic_documents(args, encoding):

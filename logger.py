@@ -3,7 +3,7 @@
     python logger.py                                # a table and plots of every run below logs/
     python logger.py --experiment_name muon adamw   # of these two, in this order
     python logger.py --records                      # the history of each track below records/, and its picture
-    python logger.py --experiment_name muon --routes   # where its tokens went: after `python model.py --checkpoint ... --routes ...`
+    python logger.py --experiment_name muon --routes   # where its tokens went: after --routes of model.py or --routes_tokens
 
 A run owns one folder, logs/<experiment_name>/, which alone says what was run, on what, and what came out:
 
@@ -16,6 +16,7 @@ where tokens went, the records and their statistics, the script. Importing it im
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from fnmatch import filter as matching
 from operator import itemgetter
@@ -635,14 +637,28 @@ def correlation(choice_SN, n: int):
     return found
 
 
-def by_difficulty(values_N, difficulty_N) -> dict[int, float]:
-    """Difficulty (0 left out: tokens without one) -> the mean of values over its tokens."""
-    return {int(d): float(values_N[difficulty_N == d].mean()) for d in sorted(set(difficulty_N.tolist()) - {0})}
+KINDS = ("chain", "sum")  # of problems, see data.difficulty
 
 
-def analyse(routes) -> dict:
-    """The numbers behind the pictures, for JSON, from the arrays of a routes file."""
+def by_difficulty(routes, values_N, counts_N=True) -> dict[str, dict[int, float]]:
+    """Kind of problem -> {operations needed: the mean of values over the answers that need so many, where counts is true}."""
     found = {}
+    for kind in (kind for kind in KINDS if f"{kind}_N" in routes):
+        label_N = routes[f"{kind}_N"] * counts_N
+        found[kind] = {int(d): float(values_N[label_N == d].mean()) for d in sorted(set(label_N.tolist()) - {0})}
+    return found
+
+
+def saturation(expert_LTK, final_LTK):
+    """(L,): of the experts that tokens meet now, in each routed layer, the share that they meet at the end (OLMoE, 2409.02060)."""
+    return (expert_LTK[..., None] == final_LTK[..., None, :]).any(-1).mean((1, 2))
+
+
+def analyse(routes, earlier=()) -> dict:
+    """The numbers behind the pictures, for JSON, from the arrays of a routes file, and of `earlier` ones: (step, arrays)."""
+    found = {}
+    if len(earlier) > 1 and "expert_LTK" in routes:
+        found["saturation"] = {step: saturation(then["expert_LTK"], earlier[-1][1]["expert_LTK"]).tolist() for step, then in earlier}
     if "layer_SN" in routes:
         choice, layers = routes["layer_SN"], int(routes["layers"])
         n = layers + int(routes["identities"])
@@ -650,16 +666,17 @@ def analyse(routes) -> dict:
         found |= {name: measure(choice, n).tolist() for name, measure in measures.items()}
         identity_SN = choice >= layers
         found["identities_by_step"] = identity_SN.mean(1).tolist()
-        if "difficulty_N" in routes:
-            found["identities_by_difficulty"] = by_difficulty(identity_SN.sum(0), routes["difficulty_N"])
+        found["identities_by_difficulty"] = by_difficulty(routes, identity_SN.sum(0))
     if "loops_N" in routes:
         loops = routes["loops_N"]
         found["loops"] = {int(count): float((loops == count).mean()) for count in sorted(set(loops.tolist()))}
-        if "difficulty_N" in routes:
-            found["loops_by_difficulty"] = by_difficulty(loops, routes["difficulty_N"])
+        found["loops_by_difficulty"] = by_difficulty(routes, loops)
     if "expert_LTK" in routes:
         found["load"] = [use_by_step(layer.reshape(1, -1), int(routes["experts"]))[:, 0].tolist() for layer in routes["expert_LTK"]]
         found["coactivation"] = [joint(layer.T, int(routes["experts"])).tolist() for layer in routes["expert_LTK"]]
+    if "right_N" in routes:
+        asked_N = routes["right_N"] >= 0
+        found |= {"accuracy": float(routes["right_N"][asked_N].mean()), "accuracy_by_difficulty": by_difficulty(routes, routes["right_N"], asked_N)}
     return found
 
 
@@ -689,14 +706,23 @@ def plot_layers(figure, routes, found):
 
 
 def plot_loops(figure, routes, found):
-    """How many loops tokens went through, and how many those of each difficulty."""
-    figure.set_size_inches(8, 3.6)
-    ax = figure.subplots(1, 1 + ("loops_by_difficulty" in found), squeeze=False)[0]
-    ax[0].bar(list(found["loops"]), list(found["loops"].values()), color=COLOURS[0])
-    ax[0].set(xlabel="loops", ylabel="share of tokens", xticks=list(found["loops"]))
-    for axis, (difficulty, loops) in zip(ax[1:], [zip(*found.get("loops_by_difficulty", {0: 0}).items())]):
-        axis.plot(difficulty, loops, "o-", color=COLOURS[1])
-        axis.set(xlabel="operations needed", ylabel="mean loops")
+    """How many loops tokens went through."""
+    figure.set_size_inches(5, 3.6)
+    ax = figure.subplots()
+    ax.bar(list(found["loops"]), list(found["loops"].values()), color=COLOURS[0])
+    ax.set(xlabel="loops", ylabel="share of tokens", xticks=list(found["loops"]))
+
+
+def plot_difficulty(figure, routes, found):
+    """By the operations that an answer needs: how often it is right, the loops that the token before it takes, the identities that it picks."""
+    measures = {"accuracy": "share of answers that are right", "loops": "mean loops", "identities": "mean identities"}
+    shown = [name for name in measures if f"{name}_by_difficulty" in found]
+    figure.set_size_inches(4 * len(shown), 3.6)
+    for ax, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        for (kind, values), colour in zip(found[f"{name}_by_difficulty"].items(), COLOURS):
+            ax.plot(list(values), list(values.values()), "o-", color=colour, label=kind)
+        ax.set(xlabel="operations needed", ylabel=measures[name])
+        ax.legend()
 
 
 def plot_experts(figure, routes, found):
@@ -708,22 +734,43 @@ def plot_experts(figure, routes, found):
         _matrix(figure, ax, matrix, f"MoE layer {layer}: tokens that meet both", "expert", "expert", vmin=0)
 
 
-def write_routes(run_folder, folder):
-    """Writes <run>_routes.json and the pictures it has numbers for into `folder`, and prints their paths. Raises RunError without a routes file."""
+def plot_saturation(figure, routes, found):
+    """How early tokens meet the experts that they meet at the end."""
+    figure.set_size_inches(6, 3.6)
+    ax, steps = figure.subplots(), list(found["saturation"])
+    for layer, (shares, colour) in enumerate(zip(zip(*found["saturation"].values()), itertools.cycle(COLOURS))):
+        ax.plot(steps, shares, "o-", color=colour, label=f"MoE layer {layer}")
+    ax.set(xlabel="step", ylabel="share of choices that stay", ylim=(0, 1.02))
+    ax.legend()
+
+
+def read_routes(path) -> dict:
     import numpy as np
 
-    path = run_folder / "routes.npz"
-    if not path.exists():
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove it and make it again") from None
+
+
+def write_routes(run_folder, folder):
+    """Writes <run>_routes.json and the pictures it has numbers for into `folder`, and prints their paths. They come from the run's routes.npz, or
+    else from the last evaluation that kept some. Raises RunError where there is neither."""
+    path, kept = run_folder / "routes.npz", sorted((run_folder / "routes").glob("step_*.npz"))
+    if not path.exists() and not kept:
         raise RunError(f"{path} is not there; make it with `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`")
-    with np.load(path) as file:
-        routes = dict(file)
-    found = analyse(routes)
+    earlier = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in kept]
+    routes = read_routes(path) if path.exists() else earlier[-1][1]
+    found = analyse(routes, earlier)
     with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / f"{run_folder.name}_routes.json", json.dumps(_map(_finite, found), indent=1) + "\n")
     print(folder / f"{run_folder.name}_routes.json")
-    for name, key, plot in (("layers", "use_by_step", plot_layers), ("loops", "loops", plot_loops), ("coactivation", "coactivation", plot_experts)):
-        if key in found:
+    pictures = (("layers", "use_by_step", plot_layers), ("loops", "loops", plot_loops), ("coactivation", "coactivation", plot_experts),
+                ("difficulty", "accuracy_by_difficulty", plot_difficulty), ("saturation", "saturation", plot_saturation))
+    for name, key, plot in pictures:
+        if found.get(key):
             with drawing(folder / f"{run_folder.name}_{name}.png") as figure:
                 plot(figure, routes, found)
             print(folder / f"{run_folder.name}_{name}.png")

@@ -119,6 +119,9 @@ class Config:
     value_embeds: int = 3  # tables added to the values of the first and of the last layers
     ngrams: str = ""  # each digit n adds a table to the embedding, looked up by a hash of the last n ids
     ngram_rows: int = 2**14  # of each of them
+    # what is asked
+    objective: str = "next"  # a key of OBJECTIVES; masked looks both ways and cannot continue a text, so it is for toys alone
+    mask_share: float = 0.15  # of the tokens, that objective masked hides
     # head and numbers
     softcap: float = 15.0  # logits lie in (0, 2 * softcap)
     head: str = "bf16"  # a key of HEADS: the precision of the head's matmuls while training
@@ -158,7 +161,7 @@ class Config:
                              ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS),
                              ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS),
                              ("controller", CONTROLLERS), ("route_by", ROUTE_BY), ("route_training", ROUTE_TRAINING),
-                             ("step_loss", STEP_LOSSES)):  # fmt: skip
+                             ("step_loss", STEP_LOSSES), ("objective", OBJECTIVES)):  # fmt: skip
             check(field, getattr(self, field) in table, "one of " + ", ".join(table))
         for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS),
                                ("looped", "o.")):  # fmt: skip
@@ -193,6 +196,11 @@ class Config:
         check("looped", re.fullmatch(r"\.*o+\.*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
               f"{self.n_layer} layers, {self.tiled('looped')}, they are not")  # fmt: skip
         check("ponder_prior", 0 < self.ponder_prior < 1, "between 0 and 1")
+        check("mask_share", 0 < self.mask_share < 1, "between 0 and 1")
+        masked = self.objective == "masked"
+        check("objective", not masked or self.vocab_size < self.padded_vocab_size, f"next with vocab_size = {self.vocab_size}, a multiple of 64: no "
+              "id is left for a hidden token")  # fmt: skip
+        check("attn_softmax", not masked or self.attn_softmax == "plain", "plain with objective masked: ssmax counts the keys before a token")
         check("attn_top_k", self.attn_top_k <= self.attn_experts, f"at most attn_experts = {self.attn_experts}")
         check("entropy_coef", self.entropy_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
         can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in self.tiled("pattern")
@@ -214,6 +222,11 @@ class Config:
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 64) * 64
+
+    @property
+    def mask_token(self) -> int:
+        """The id that stands for a hidden token: the first one past the vocabulary."""
+        return self.vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -440,14 +453,18 @@ def ngram_hash(id_BT: Tensor, doc_BT: Tensor, n: int) -> Tensor:
     return hash_BT
 
 
+def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -> Tensor:
+    """32 bits (T,), int32, that belong to these tokens in this step and layer."""
+    seed, step, layer, token_T = ((x & 0xFFFFFFFF).to(torch.int32) for x in (seed ^ (seed >> 32), step, layer, token_T))
+    return mix_bits(mix_bits(mix_bits(mix_bits(seed + 0x1E3779B9) + step) + layer) + token_T)
+
+
 def hashed_normal(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor, num: int) -> Tensor:
     """Standard normal noise (T, num): a pure function of its arguments, so any rank layout or resumed run draws the same.
 
     token_T holds token numbers within the global batch. Box-Muller: two counter-based hashes of 24 bits make two normals."""
-    seed, step, layer, token_T = ((x & 0xFFFFFFFF).to(torch.int32) for x in (seed ^ (seed >> 32), step, layer, token_T))
-    key = mix_bits(mix_bits(mix_bits(seed + 0x1E3779B9) + step) + layer)
     lane = torch.arange(-(-num // 2), dtype=torch.int32, device=token_T.device)
-    counter_T1 = mix_bits(key + token_T)[:, None]
+    counter_T1 = hashed_counter(seed, step, layer, token_T)[:, None]
     u, v = ((mix_bits(counter_T1 ^ mix_bits(2 * lane + i)) & 0xFFFFFF).float() for i in (1, 2))
     radius, angle = ((u + 1) / 2**24).log().mul(-2).sqrt(), v * (2 * math.pi / 2**24)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num]
@@ -461,6 +478,11 @@ def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tens
     """May this query see this key: not later, same document, fewer than `window` tokens back; or one of the row's first `meta` tokens."""
     distance = q_position - kv_position
     return (distance >= 0) & ((distance < window) & (q_doc == kv_doc) | (kv_position < meta))
+
+
+def visible_both_ways(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
+    """The same rule for objective masked: later tokens too."""
+    return ((q_position - kv_position).abs() < window) & (q_doc == kv_doc) | (kv_position < meta)
 
 
 def document_begins(q_doc_BT: Tensor, kv_doc_BS: Tensor) -> Tensor:
@@ -485,11 +507,17 @@ def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) 
 class DenseMask:
     """SDPA with the full mask: any device, any lengths. Decoding uses it, and tests take it as the reference."""
 
+    rule = staticmethod(visible)
+
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
-        self.mask = visible(q_position[:, None], kv_position, q_doc_BT[:, None, :, None], kv_doc_BT[:, None, None, :], window, meta)
+        self.mask = self.rule(q_position[:, None], kv_position, q_doc_BT[:, None, :, None], kv_doc_BT[:, None, None, :], window, meta)
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=self.mask, scale=scale)
+
+
+class TwoWayMask(DenseMask):
+    rule = staticmethod(visible_both_ways)
 
 
 class BlockedMask:
@@ -1406,6 +1434,7 @@ class Place(NamedTuple):
     doc_BS: Tensor
     windows: dict[str, Tensor]  # of each letter
     meta: int
+    visible: callable  # the rule of the objective's masks
 
 
 class Stack(nn.Module):
@@ -2076,7 +2105,7 @@ class PickedMask(DenseMask):
 
     def __init__(self, place: Place, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None):
         q_position, q_doc = place.position_T[index_BQ][:, None, :, None], place.doc_BT.gather(1, index_BQ)[:, None, :, None]
-        self.mask = visible(q_position, place.position_S, q_doc, place.doc_BS[:, None, None, :], place.windows[letter], place.meta)
+        self.mask = place.visible(q_position, place.position_S, q_doc, place.doc_BS[:, None, None, :], place.windows[letter], place.meta)
         if hidden_BS is not None:
             self.mask &= ~hidden_BS[:, None, None, :]
         self.mask |= q_position == place.position_S
@@ -2562,6 +2591,42 @@ def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
     return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
 
 
+class Objective(NamedTuple):
+    """What the loss asks of the model."""
+
+    pose: callable  # (model, id_BT, targets_BT) -> inputs and targets; a target below 0 asks nothing
+    asked: callable  # (config, T) -> by how many of a row's T tokens the loss is divided
+    mask: callable  # (device type, T) -> the kind of mask over a whole sequence
+    visible: callable  # its rule
+    keys: callable  # mean number of keys that a token sees up to its own -> all that it sees
+
+
+def hide(model: "GPT", id_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """BERT's question (1810.04805): which tokens are hidden? Of each row mask_share, none of them an end-of-text; of those 8 in 10 become
+    mask_token, one any id, one stays. Drawn from seed, step and token number; in evaluation not from the step. What a router or a table is
+    told is what is left of them."""
+    config, (seed, step, first_token, _) = model.config, model.clock.unbind()
+    token_T = token_numbers(first_token, *id_BT.shape, 0)
+    counter_BT = hashed_counter(seed, step if model.training else 0 * step - 1, 0 * step - 1, token_T).view(id_BT.shape)
+    draw = lambda lane: mix_bits(counter_BT ^ lane) & 0xFFFFFF
+    order_BT = draw(1).masked_fill(id_BT == config.eot_token, 2**24)
+    first_BN = order_BT.argsort(dim=1, stable=True)[:, : hidden_tokens(config, id_BT.size(1))]
+    asked_BT = torch.zeros_like(id_BT, dtype=torch.bool).scatter(1, first_BN, True) & (order_BT < 2**24) & (targets_BT >= 0)
+    fate_BT, any_BT = draw(2) / 2**24, draw(3) % config.vocab_size
+    hidden_BT = torch.where(fate_BT < 0.8, config.mask_token, torch.where(fate_BT < 0.9, any_BT, id_BT))
+    return torch.where(asked_BT, hidden_BT, id_BT), torch.where(asked_BT, id_BT, -1)
+
+
+def hidden_tokens(config: Config, T: int) -> int:
+    return max(1, round(config.mask_share * T))
+
+
+OBJECTIVES = {
+    "next": Objective(lambda model, id_BT, targets_BT: (id_BT, targets_BT), lambda config, T: T, mask_kind, visible, lambda keys: keys),
+    "masked": Objective(hide, hidden_tokens, lambda device_type, T: TwoWayMask, visible_both_ways, lambda keys: 2 * keys - 1),
+}
+
+
 class GPT(nn.Module):
     """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
 
@@ -2611,10 +2676,13 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
                 doc_ids_BT: Tensor | None = None) -> Output:
-        """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss.
+        """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss; with objective masked, ids and the loss of those
+        that it hides.
 
         Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
-        doc_BT, T = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1)
+        doc_BT, T, objective = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1), OBJECTIVES[self.config.objective]
+        if targets_BT is not None:
+            tokens_BT, targets_BT = objective.pose(self, tokens_BT, targets_BT)
         tokens_BT, doc_BT = self.with_meta_tokens(tokens_BT, doc_BT, cache)
         id_BT = self.ids(tokens_BT)
         id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
@@ -2629,7 +2697,7 @@ class GPT(nn.Module):
             return Output(self.logits(outputs[-1][0]), None, stats)
         head, target_T = HEADS[self.config.head if self.training else "bf16"], targets_BT.flatten()
         nats = sum(chunked_loss(x_BTD.flatten(0, 1), self.head, target_T, head, self.chunk_nll, weight_T) for x_BTD, weight_T in outputs)
-        ce = nats / targets_BT.numel()
+        ce = nats / (len(targets_BT) * objective.asked(self.config, T))
         loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
 
@@ -2682,7 +2750,7 @@ class GPT(nn.Module):
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
-        kind = mask_kind(device.type, T) if cache is None else DenseMask
+        kind = OBJECTIVES[config.objective].mask(device.type, T) if cache is None else DenseMask
         windows, meta = windows_in_use(config.window, window), config.num_meta_tokens
         masks = {letter: kind(position_T, position_S, doc_BT, doc_BS, tokens, meta) for letter, tokens in windows.items()}
         log_seen = dict.fromkeys(windows)
@@ -2702,7 +2770,7 @@ class GPT(nn.Module):
             contexts.append(Context(
                 id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv,
                 None, None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
-        return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta)
+        return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta, OBJECTIVES[config.objective].visible)
 
     def summary(self, deep: Deep, T: int) -> dict[str, Tensor]:
         """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
@@ -2738,8 +2806,10 @@ class GPT(nn.Module):
         """Continue (B, T >= 1) ids by sampling with a KV cache: (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all). A model in training mode is sampled
-        in evaluation mode and put back. Raises ValueError for an empty prompt."""
+        in evaluation mode and put back. Raises ValueError for an empty prompt, ConfigError for an objective that looks both ways."""
         B, T = tokens_BT.shape
+        if self.config.objective != "next" and max_new_tokens:
+            raise ConfigError(f"objective is {self.config.objective}, which looks both ways; to continue a text it must be next")
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")
         training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
@@ -2912,7 +2982,7 @@ def active_share(config: Config, name: str, rows: int) -> float:
 def mean_keys(config: Config, letter: str, seq_len: int) -> float:
     """Keys that a query sees on average in a layer of this letter of WINDOWS."""
     reach = min(config.window_size // WINDOWS[letter], seq_len)
-    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+    return OBJECTIVES[config.objective].keys((reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len)
 
 
 def flops_per_token(config: Config, seq_len: int) -> float:
@@ -3172,7 +3242,7 @@ def main():
     try:
         args = parse()
         if args["routes"]:
-            print(write_routes(args))
+            print(routes(args))
             return
         print(sample(args) if args["checkpoint"] else model_card(args["config"], args["seq_len"] or args["config"].window_size))
     except (ConfigError, CheckpointError, OSError) as error:
@@ -3193,9 +3263,11 @@ def sample(args: dict) -> str:
 @torch.no_grad()
 def collect_routes(model: GPT, batches) -> dict:
     """Arrays that say where tokens went, over batches of data.Batch: layer_SN (the layer of each step; with depth routed), loops_N (with depths
-    that have loops), expert_LTK (the experts of each routed layer; where a layer runs once), and token_N."""
+    that have loops), expert_LTK (the experts of each routed layer; where a layer runs once), token_N (what each place was asked for: the
+    token after it, or its own if that was hidden) and right_N (1 if the likeliest id was that, 0 if not, -1 if nothing was asked)."""
+    training = model.training
     model.eval()
-    seen, once = {"layer_SN": [], "loops_N": [], "token_N": []}, model.config.depth == "stack"
+    seen, once = {"layer_SN": [], "loops_N": [], "token_N": [], "right_N": []}, model.config.depth == "stack"
     experts = [[] for _ in range(model.config.routed_layers)]
 
     def of_depth(module, args, deep: Deep):
@@ -3208,10 +3280,13 @@ def collect_routes(model: GPT, batches) -> dict:
     for router, found in zip(routers, experts):
         hooks.append(router.register_forward_hook(lambda module, args, route, found=found: found.append(route.expert_TK)))
     for batch in batches:
-        model(batch.inputs_BT)
-        seen["token_N"].append(batch.inputs_BT.flatten())
+        ids_BT, targets_BT = OBJECTIVES[model.config.objective].pose(model, batch.inputs_BT, batch.targets_BT)
+        logits_BTV = model(ids_BT, doc_ids_BT=model.documents(batch.inputs_BT, None, None)).logits
+        seen["token_N"].append(torch.where(targets_BT < 0, batch.inputs_BT, targets_BT).flatten())
+        seen["right_N"].append(torch.where(targets_BT < 0, -1, logits_BTV.argmax(-1) == targets_BT).to(torch.int8).flatten())
     for hook in hooks:
         hook.remove()
+    model.train(training)
     arrays = {name: torch.cat(parts, -1).cpu().numpy() for name, parts in seen.items() if parts}
     if once and routers:
         arrays |= {"expert_LTK": torch.stack([torch.cat(parts) for parts in experts]).cpu().numpy(), "experts": model.config.num_experts}
@@ -3219,28 +3294,41 @@ def collect_routes(model: GPT, batches) -> dict:
     return arrays | {"layers": pool, "identities": model.config.identity_layers}
 
 
-def write_routes(args: dict) -> str:
-    """Raises CheckpointError without a checkpoint or data."""
+def validation_routes(model: GPT, encoding: str, folder, tokens: int) -> dict:
+    """collect_routes() of the first validation tokens of a folder of shards, a row at a time, and where they are problems how hard they are:
+    chain_N and sum_N, of data.difficulty. Raises data.DataError."""
     import numpy as np
 
+    import data
+
+    batches = data.validation_batches(folder, seq_len=min(tokens, model.config.window_size), rows=1, max_tokens=tokens,
+                                      vocab_size=model.config.vocab_size, device=model.head.device)  # fmt: skip
+    arrays = collect_routes(model, batches)
+    if encoding == "bytes":
+        text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
+        arrays |= {f"{kind}_N": label for kind, label in data.difficulty(text).items() if label.any()}
+    return arrays
+
+
+def write_routes(path: Path, arrays: dict):
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)
+
+
+def routes(args: dict) -> str:
+    """Raises CheckpointError without a checkpoint or data."""
     import data
 
     if not args["checkpoint"] or not args["data"]:
         raise CheckpointError("--routes needs --checkpoint, a run's folder, and --data, a folder of shards")
     model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        batches = data.validation_batches(args["data"], seq_len=min(args["tokens"], model.config.window_size), rows=1, max_tokens=args["tokens"],
-                                          vocab_size=model.config.vocab_size, device=model.head.device)  # fmt: skip
+        arrays = validation_routes(model, manifest["encoding"], args["data"], args["tokens"])
     except data.DataError as error:
         raise CheckpointError(str(error)) from None
-    arrays = collect_routes(model, batches)
-    if manifest["encoding"] == "bytes":
-        text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
-        difficulty = data.difficulty(text)
-        # the token before an answer is the one that has to know it
-        arrays |= {"difficulty_N": np.append(difficulty[1:], 0)} if difficulty.any() else {}
-    args["routes"].parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args["routes"], **arrays)
+    write_routes(args["routes"], arrays)
     return f"{args['routes']}: {len(arrays['token_N']):,} tokens; draw them with `python logger.py --routes`"
 
 

@@ -73,6 +73,7 @@ class Common:
     # evaluation and safety
     val_every: int = 125  # steps; 0 = at the end only
     val_tokens: int = 10_485_760  # 0 = all
+    routes_tokens: int = 0  # of them, whose ways through the model each evaluation keeps, for logger.py --routes
     checkpoint_every: int = 0  # steps; 0 = at the end only
     sample_tokens: int = 256  # generated at the end
     warmup_steps: int = 10  # untimed steps on random tokens, undone before the clock starts
@@ -103,7 +104,7 @@ class Common:
         check = self.check
         for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start", "expert_parallel"):
             check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps"):
+        for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps", "routes_tokens"):
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in dataclasses.fields(self):
             if field.name.endswith("_lr") or field.name.endswith("decay"):
@@ -869,7 +870,7 @@ def load_checkpoint(path: Path, exchange: Exchange, config: Config, hp: Common) 
     return manifest
 
 
-RESUME_FREE = set("""data out_dir device compile micro_batch_tokens val_every val_tokens checkpoint_every sample_tokens warmup_steps
+RESUME_FREE = set("""data out_dir device compile micro_batch_tokens val_every val_tokens routes_tokens checkpoint_every sample_tokens warmup_steps
                      expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
 
 
@@ -1184,6 +1185,8 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
         raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
     if parts > 1 and len(config.expert_counts) > 1:
         raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+    if config.objective != "next" and hp.sample_tokens:
+        raise ConfigError(f"sample_tokens is {hp.sample_tokens}; it must be 0 with objective {config.objective}, which cannot continue a text")
     if parts > 1 and (config.depth == "routed" or config.halt != "none"):
         raise ConfigError(f"expert_parallel is {parts}; it must be 1 where tokens go apart (depth {config.depth}, halt {config.halt}), "
                           "as ranks would not exchange rows equally often")  # fmt: skip
@@ -1289,6 +1292,10 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             if validate_now:
                 train_time += time.perf_counter() - clock
                 values = evaluate(model, step, hp, micro_rows, token_bytes, world, timer)
+                if hp.routes_tokens:
+                    arrays = model_file.validation_routes(model, meta["encoding"], hp.data, hp.routes_tokens)  # all ranks, as they may share experts
+                    if world.rank == 0:
+                        model_file.write_routes(folder / "routes" / f"step_{step:06d}.npz", arrays)
                 run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
                 run.flush()
                 line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"

@@ -41,8 +41,8 @@ import train_muon  # noqa: E402
 from logger import RunError  # noqa: E402
 
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
-OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every out_dir experiment_name seed resume enable_profiling
-          plan""".split()  # flags that are the track's
+OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
+          enable_profiling plan objective""".split()  # flags that are the track's
 TIMED_STEPS = 20  # of a run that only measures, and as many before, in which experts still meet new row counts, and after
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def test_the_options_table_holds_the_entries_of_the_tables():
               "rotary": model.ROTARIES, "norms": model.NORMS, "attn_softmax": model.SOFTMAXES, "qk_norm": model.QK_NORMS,
               "residual": model.RESIDUALS, "halt": model.HALTS, "loop_keys": model.LOOP_KEYS,
               "controller": model.CONTROLLERS, "route_by": model.ROUTE_BY, "route_training": model.ROUTE_TRAINING, "step_loss": model.STEP_LOSSES,
+              "objective": model.OBJECTIVES,
               "head": model.HEADS, "dtype": model.DTYPES}  # fmt: skip
     rows = README[README.index("| flag | value | what |") :].split("\n\n")[0].splitlines()[2:]
     seen, flag = {}, ""

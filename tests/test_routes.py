@@ -41,10 +41,10 @@ def test_problems_are_right_and_as_hard_as_they_say():
 
 def test_difficulty_labels_the_answers_alone():
     text = b"\n7sdne=5\n58+967=1025\n3ee=3\nno problem\n"
-    label = data.difficulty(text)
-    assert {text[i : i + 1]: label[i] for i in np.flatnonzero(label)} == {b"5": 3, b"1": 3, b"0": 3, b"2": 3}
-    assert label[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and label.sum() == 3 + 4 * 3
-    assert label.shape == (len(text),)
+    chain, total = data.difficulty(text)["chain"], data.difficulty(text)["sum"]
+    assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, "the answer of 3ee is known already"
+    assert total[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and total.sum() == 4 * 3
+    assert chain.shape == total.shape == (len(text),)
 
 
 def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
@@ -86,12 +86,21 @@ def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_
 
 
 def test_analyses_of_difficulty_and_load():
-    routes = {"layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]), "layers": 2, "identities": 1, "difficulty_N": np.array([1, 2, 1, 0]),
+    routes = {"layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]), "layers": 2, "identities": 1, "chain_N": np.array([1, 2, 1, 0]),
+              "right_N": np.array([1, 0, -1, 1], np.int8),
               "loops_N": np.array([1, 3, 2, 3]), "expert_LTK": np.array([[[0, 1], [0, 2], [1, 0], [0, 1]]]), "experts": 3}  # fmt: skip
     found = logger.analyse(routes)
-    assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"] == {1: 1.0, 2: 0.0}
-    assert found["loops"] == {1: 0.25, 2: 0.25, 3: 0.5} and found["loops_by_difficulty"] == {1: 1.5, 2: 3.0}
+    assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"]["chain"] == {1: 1.0, 2: 0.0}
+    assert found["loops"] == {1: 0.25, 2: 0.25, 3: 0.5} and found["loops_by_difficulty"] == {"chain": {1: 1.5, 2: 3.0}}
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["accuracy_by_difficulty"] == {"chain": {1: 1.0, 2: 0.0}}
     assert found["load"] == [[0.5, 0.375, 0.125]] and found["coactivation"][0][0][1] == 0.75
+
+
+def test_saturation_is_the_share_of_choices_that_stay():
+    first, last = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 1]]]), np.array([[[1, 0], [3, 1]], [[2, 3], [0, 1]]])
+    assert logger.saturation(first, last).tolist() == [0.75, 0.5]
+    then, now = ({"expert_LTK": choice, "experts": 4} for choice in (first, last))
+    assert logger.analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
 
 
 # -----------------------------------------------------------------------------
@@ -107,8 +116,9 @@ SMALL = "--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --
 
 
 @pytest.mark.parametrize("flags, pictures", (
-    (["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops"}),
-    (["--depth", "loop", "--halt", "act"], {"loops"}), ([], {"coactivation"})))  # fmt: skip
+    (["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops", "difficulty"}),
+    (["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
+    ([], {"coactivation", "difficulty"})))  # fmt: skip
 def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
     data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
     status, out, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
@@ -125,11 +135,26 @@ def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
     found = json.loads((tmp_path / "logs" / "plots" / "muon_routes.json").read_text())
     assert {path.stem for path in (tmp_path / "logs" / "plots").glob("*.png")} == {f"muon_{name}" for name in pictures}
     if "layers" in pictures:
-        assert np.allclose(np.sum(found["use_by_step"], 0), 1) and np.shape(found["use_by_step"]) == (3, 2) and found["identities_by_difficulty"]
+        assert np.allclose(np.sum(found["use_by_step"], 0), 1) and np.shape(found["use_by_step"]) == (3, 2) and found["identities_by_difficulty"]["sum"]
     if "loops" in pictures:
-        assert sum(found["loops"].values()) == pytest.approx(1) and found["loops_by_difficulty"]
+        assert sum(found["loops"].values()) == pytest.approx(1) and found["loops_by_difficulty"]["chain"]
     if "coactivation" in pictures:
         assert np.allclose(np.sum(found["load"], 1), 1) and len(found["load"]) == 4
+
+
+def test_a_run_keeps_the_routes_of_its_evaluations(tmp_path):
+    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
+    status, _, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
+                         "--val_tokens", 128, "--val_every", 1, "--routes_tokens", 200, "--device", "cpu", *SMALL)  # fmt: skip
+    assert status == 0, err
+    status, _, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+    assert status == 0, err
+    found = json.loads((tmp_path / "logs" / "plots" / "muon_routes.json").read_text())
+    assert list(found["saturation"]) == ["0", "1", "2"] and found["saturation"]["2"] == [1.0] * 4
+    assert (tmp_path / "logs" / "plots" / "muon_saturation.png").exists()
+    (tmp_path / "logs" / "muon" / "routes" / "step_000001.npz").write_bytes(b"half a file")
+    status, _, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+    assert status != 0 and err.count("\n") == 1 and "step_000001.npz cannot be read" in err
 
 
 def test_routes_without_data_is_one_sentence(tmp_path):

@@ -1230,6 +1230,8 @@ CHANGES = {
     "value_embeds": (0, {}),
     "ngrams": ("23", {}),
     "ngram_rows": (128, {}),
+    "objective": ("masked", {}),
+    "mask_share": (0.5, {"objective": "masked"}),
     "softcap": (30.0, {}),
     "head": ("fp8", {}),
     "dtype": ("bf16", {}),
@@ -1330,9 +1332,15 @@ def expert_parallel_acts(shards, tmp_path, monkeypatch):  # tests/test_distribut
     assert alone["held"] > shared["held"] and alone["rows_bytes"] == 0 < shared["rows_bytes"]
 
 
-CHECKS = {"stuck_after": stuck_after_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts, "expert_parallel": expert_parallel_acts,
-          "data": data_acts, "out_dir": out_dir_acts, "device": device_acts, "compile": compile_acts}  # fmt: skip
-ALIKE = {"stuck_after": 5.0, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
+def routes_tokens_acts(shards, tmp_path, monkeypatch):  # tests/test_routes.py looks into the files
+    for tokens in (0, 64):
+        train(tmp_path / str(tokens), data=shards, num_iterations=1, routes_tokens=tokens)
+    assert [path.name for path in tmp_path.rglob("step_*.npz")] == ["step_000001.npz"]
+
+
+CHECKS = {"stuck_after": stuck_after_acts, "routes_tokens": routes_tokens_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts,
+          "expert_parallel": expert_parallel_acts, "data": data_acts, "out_dir": out_dir_acts, "device": device_acts, "compile": compile_acts}  # fmt: skip
+ALIKE = {"stuck_after": 5.0, "routes_tokens": 64, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
          "data": "elsewhere", "out_dir": "elsewhere", "device": "cpu", "compile": True}  # fmt: skip  # legal values, for the test of the flags
 OBSERVED_RUN = dict(num_iterations=3, window_start=64)
 

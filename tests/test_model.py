@@ -1409,7 +1409,8 @@ def slow_forward(model, x):
                 k = torch.where(torch.arange(C) // quarter % 2 == 1, before, k)
             near = position[:, None] - position
             reach = near.abs() if config.objective == "masked" else near + 1e9 * (near < 0)
-            seen = (reach < config.window_size // divisor) | (position < M) & ((near >= 0) | (config.objective == "masked"))
+            near_enough = (reach < config.window_size // divisor) & ((position < M)[:, None] == (position < M))
+            seen = near_enough | (position < M) & ((near >= 0) | (config.objective == "masked"))
             if policy == "per_loop" and active is not None:
                 seen = seen & active[:, None, None, :] | (near == 0)
             score = turn_qk(qk_norm(q)) @ k.mT * config.attn_scale

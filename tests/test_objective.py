@@ -121,7 +121,8 @@ def test_it_learns_what_only_a_later_token_tells():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(objective="previous"), "next, masked"), (dict(mask_share=1.0), "between 0 and 1"),
-    (dict(objective="masked", vocab_size=64), "no id is left"), (dict(objective="masked", attn_softmax="ssmax"), "attn_softmax is 'ssmax'")])  # fmt: skip
+    (dict(objective="masked", vocab_size=64), "no id is left"),
+    (dict(objective="masked", attn_softmax="ssmax"), "attn_softmax is 'ssmax'")])  # fmt: skip
 def test_what_cannot_be_is_one_sentence(changes, words):
     with pytest.raises(ConfigError, match=words):
         tiny(**changes)

@@ -1339,7 +1339,8 @@ def routes_tokens_acts(shards, tmp_path, monkeypatch):  # tests/test_routes.py l
 
 
 CHECKS = {"stuck_after": stuck_after_acts, "routes_tokens": routes_tokens_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts,
-          "expert_parallel": expert_parallel_acts, "data": data_acts, "out_dir": out_dir_acts, "device": device_acts, "compile": compile_acts}  # fmt: skip
+          "expert_parallel": expert_parallel_acts, "data": data_acts, "out_dir": out_dir_acts, "device": device_acts,
+          "compile": compile_acts}  # fmt: skip
 ALIKE = {"stuck_after": 5.0, "routes_tokens": 64, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
          "data": "elsewhere", "out_dir": "elsewhere", "device": "cpu", "compile": True}  # fmt: skip  # legal values, for the test of the flags
 OBSERVED_RUN = dict(num_iterations=3, window_start=64)

@@ -6,15 +6,19 @@
     python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000
     python data.py --source hf --dataset NAME --tokens_field input_ids   # a data set that already holds GPT-2 ids
     python data.py --source arithmetic --encoding bytes         # a toy: problems of known difficulty, for models that choose their depth
+    python data.py --source domains                             # math, python, web, science, legal, chat: a folder of shards each (internet)
+    python data.py --source domains --path notes=notes/ code=src/ mail=mail.jsonl.gz   # domains of your own
 
 A folder of shards is the whole interface. `<name>_train_000001.bin` ... and `<name>_val_000000.bin` hold 256 int32 (magic, version,
 token count), then uint16 tokens: the format of llm.c and modded-nanogpt, whose FineWeb shards load unchanged. Each document starts
-with the end-of-text token. `meta.json` beside them says what the ids mean, and how many bits per byte gzip and xz need.
+with the end-of-text token. `meta.json` beside them says what the ids mean, and how many bits per byte gzip and xz need. A folder of such
+folders is a mixture of domains, whose shares training chooses.
 
-How this file reads: errors, shards, encodings, a folder of shards, the loader (all that training needs: numpy and torch), then
-preparation: documents, the four sources, encoding them on every core, the command line.
+How this file reads: errors, shards, encodings, a folder of shards, mixing, the loader (all that training needs: numpy and torch), then
+preparation: documents, the sources, encoding them on every core, the command line.
 """
 import argparse
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -168,15 +172,30 @@ def get_encoding(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder of shards
 
-def load_meta(folder):
-    """meta.json of a folder as a dict; for shards made elsewhere, which have none, what is true of FineWeb's GPT-2 shards.
-    Raises DataError when the folder is missing, holds no shards, or its meta.json is damaged."""
+def has_shards(folder):
+    return any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin"))
+
+
+def domains(folder):
+    """{name: folder of shards}: of a mixture its folders, in the order of its meta.json, or else of their names; of a plain folder {"": itself}.
+    Raises DataError when there are no shards."""
     folder = Path(folder)
-    if not any(folder.glob("*_train_*.bin")) and not any(folder.glob("*_val_*.bin")):
+    if has_shards(folder):
+        return {"": folder}
+    inside = {path.name: path for path in sorted(folder.glob("*/")) if path.suffix != ".partial" and has_shards(path)}
+    if not inside:
         raise DataError(f"{folder} holds no token shards: run `{PREPARE.format(folder)}`")
-    unknown = dict.fromkeys(("source", "token_bytes", "split_seed", "splits", "shards", "gzip_bpb", "xz_bpb", "compressed_bytes"))
+    listed = read_meta(folder).get("domains") or inside
+    missing = [name for name in listed if name not in inside]
+    if missing:
+        raise DataError(f"{folder}/{missing[0]}, a domain in meta.json, holds no token shards: remove {folder} and prepare it again")
+    return {name: inside[name] for name in listed}
+
+
+def read_meta(folder):
+    """What meta.json of a folder says; {} without one. Raises DataError when it is damaged."""
     if not (folder / "meta.json").exists():
-        return unknown | GPT2
+        return {}
     with explained(f"{folder}/meta.json is damaged ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`",
                    ValueError, KeyError, TypeError, AttributeError, OSError):
         meta = json.loads((folder / "meta.json").read_text())
@@ -184,7 +203,24 @@ def load_meta(folder):
             raise ValueError("it does not match its own sha256")
         if any(not {"file", "tokens"} <= shard.keys() for shard in meta.get("shards") or []):
             raise KeyError("a shard without name or number of tokens")
-        return unknown | {key: meta[key] for key in GPT2} | meta
+        return {key: meta[key] for key in GPT2} | meta
+
+
+def load_meta(folder):
+    """meta.json of a folder as a dict; for shards made elsewhere, which have none, what is true of FineWeb's GPT-2 shards. Of a mixture: what
+    its domains have in common. Raises DataError when the folder is missing, holds no shards, its meta.json is damaged, or its domains
+    have different encodings."""
+    folder, parts = Path(folder), domains(folder)
+    unknown = dict.fromkeys(("source", "token_bytes", "split_seed", "splits", "shards", "gzip_bpb", "xz_bpb", "compressed_bytes"))
+    metas = {name: unknown | (read_meta(part) or GPT2) for name, part in parts.items()}
+    first, *others = metas
+    for name in others:
+        if any(metas[name][key] != metas[first][key] for key in GPT2):
+            raise DataError(f"{folder}: domain {name} has encoding {metas[name]['encoding']}, {first} has {metas[first]['encoding']}: "
+                            "prepare both alike")
+    if "" in metas:
+        return metas[""]
+    return unknown | {key: metas[first][key] for key in (*GPT2, "token_bytes")} | read_meta(folder)
 
 
 def seal(meta):
@@ -212,27 +248,30 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def promised(folder):
+    """[(path, sha256 or None)] of the shards that the meta.json of a folder, or of each of its domains, lists."""
+    return [(part / shard["file"], shard.get("sha256")) for part in domains(folder).values() for shard in load_meta(part)["shards"] or []]
+
+
 def verify(folder, rank=0, world_size=1):
     """Raises DataError unless every shard (every world_size-th, if ranks share the work) has the sha256 that meta.json promises.
     Shards made elsewhere come without promises."""
-    promised = [shard for shard in load_meta(folder)["shards"] or [] if "sha256" in shard]
-    for shard in promised[rank::world_size]:
-        path = Path(folder) / shard["file"]
+    for path, digest in [(path, digest) for path, digest in promised(folder) if digest][rank::world_size]:
         with explained(f"{path} cannot be read ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`", OSError):
-            if sha256_of(path) != shard["sha256"]:
+            if sha256_of(path) != digest:
                 raise DataError(f"{path} does not match the sha256 in meta.json: remove {folder} and run `{PREPARE.format(folder)}`")
 
 
 def fingerprint(folder):
     """{shard: tokens and sha256}: meta.json's promise where there is one, else that of 16 pages spread over the shard."""
-    promised = {shard["file"]: shard.get("sha256") for shard in load_meta(folder)["shards"] or []}
+    digests = dict(promised(folder))
 
     def sampled(tokens):
         pages = np.linspace(0, max(0, len(tokens) - 2048), 16).astype(int)
         return hashlib.sha256(b"".join(tokens[page : page + 2048].tobytes() for page in pages)).hexdigest()
 
-    shards = open_split(folder, "train") + open_split(folder, "val")
-    return {path.name: f"{len(tokens)} tokens, sha256 {promised.get(path.name) or sampled(tokens)}" for path, tokens in shards}
+    shards = [shard for part in domains(folder).values() for split in ("train", "val") for shard in open_split(part, split)]
+    return {path.relative_to(folder).as_posix(): f"{len(tokens)} tokens, sha256 {digests.get(path) or sampled(tokens)}" for path, tokens in shards}
 
 
 class Rows:
@@ -290,31 +329,168 @@ def permute(index, n, seed, epoch):
     return out.astype(np.int64)
 
 
+class Mix(NamedTuple):
+    """How much of each domain training sees. Of a plain folder, which has one, all of it."""
+    weights: str = ""          # name=number,...; those that are not named get 0. "": the tokens that each domain has
+    temperature: float = 1.0   # shares are weights to the power of 1 / temperature: 1 = as they are, many = all alike
+    epochs: str = ""           # passes over a domain at most, a number for all or name=number,...; "": as many as it takes
+    round_robin_steps: int = 0  # at first, whose batches have one domain each, all in turn; then each batch has all
+
+
+def by_name(text, names, flag):
+    """{name: number} of "name=number,..."; a number alone is for all. Raises DataError."""
+    found = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, number = part.rpartition("=")
+        if name and name not in names:
+            raise DataError(f"--{flag} {text}: there is no domain {name!r}; choose among {', '.join(names)}")
+        with explained(f"--{flag} {text}: {part!r} is not a number at least 0, nor name=number", ValueError):
+            if not 0 <= (value := float(number)) < float("inf"):
+                raise ValueError
+        found |= dict.fromkeys(names, value) if not name else {name: value}
+    return found
+
+
+PERIOD = 4096  # rows after which a mixture's order of domains repeats; shares are exact to less than one row in it
+
+
+def spread(share_D):
+    """(PERIOD,): domains in these shares, each as evenly spaced as can be: always the one that is furthest behind its due."""
+    if len(share_D) == 1:
+        return np.zeros(1, np.int64)
+    table, count_D = np.empty(PERIOD, np.int64), np.zeros(len(share_D))
+    for slot in range(PERIOD):
+        table[slot] = np.argmax(np.round(share_D * (slot + 1) - count_D, 9))  # a tie is the first one's
+        count_D[table[slot]] += 1
+    return table
+
+
+class Stretch:
+    """Rows from `start` on, whose domains repeat those of a table; `before_D` rows of each domain come earlier."""
+
+    def __init__(self, start, table, before_D):
+        self.start, self.table, self.before_D = start, table, before_D
+        self.count_PD = np.cumsum(table[:, None] == np.arange(len(before_D)), axis=0)  # after each slot of the table
+        self.stop = None  # where the next stretch begins, None: never
+
+    def place(self, number_N):
+        """Domains of rows by their numbers, and how many rows of its domain come before each."""
+        rounds_N, slot_N = np.divmod(number_N - self.start, len(self.table))
+        domain_N = self.table[slot_N]
+        return domain_N, self.before_D[domain_N] + rounds_N * self.count_PD[-1, domain_N] + self.count_PD[slot_N, domain_N] - 1
+
+    def until(self, domain, rows):
+        """The number of the row that would be the domain's next one after `rows` more; None if it never comes."""
+        per_round = self.count_PD[-1, domain]
+        if per_round == 0:
+            return None
+        rounds, rest = divmod(rows, int(per_round))
+        return self.start + rounds * len(self.table) + int(np.searchsorted(self.count_PD[:, domain], rest + 1))
+
+    def counts(self, number):
+        """Rows of each domain before row `number`."""
+        rounds, slot = divmod(number - self.start, len(self.table))
+        return self.before_D + rounds * self.count_PD[-1] + (self.count_PD[slot - 1] if slot else 0)
+
+
+AS_IT_IS = Mix()
+
+
+class Mixture:
+    """Which domain each row of the training stream is of, and which of its rows: functions of the row's number alone, so that any number of ranks
+    and any restart sees the same. Domains that have reached their limit of epochs drop out, and the others share what is left.
+
+    rows_D: rows of each domain, tokens_D: what weights are by default. Raises DataError for a mix that is none."""
+
+    def __init__(self, mix, names, rows_D, tokens_D, batch_rows):
+        weights, self.batch_rows = by_name(mix.weights, names, "domain_weights"), batch_rows
+        weight_D = np.array([weights.get(name, 0.0) for name in names] if weights else tokens_D, float)
+        if not 0 < mix.temperature < float("inf"):
+            raise DataError(f"--domain_temperature is {mix.temperature}; it must be above 0")
+        if weight_D.max() == 0:
+            raise DataError(f"--domain_weights {mix.weights}: all are 0; give at least one domain some")
+        with np.errstate(divide="ignore"):
+            self.share_D = np.exp((np.log(weight_D) - np.log(weight_D.max())) / mix.temperature)
+        self.share_D /= self.share_D.sum()
+        epochs = by_name(mix.epochs, names, "domain_epochs")
+        self.limit_D = [int(epochs[name] * rows) if name in epochs else None for name, rows in zip(names, rows_D)]
+        self.round_robin_rows = mix.round_robin_steps * batch_rows
+        self.stretches = [self.stretch(0, np.zeros(len(names), np.int64))]
+
+    def stretch(self, start, before_D):
+        in_turn = start < self.round_robin_rows
+        needed = self.batch_rows if in_turn else 1
+        left = [d for d, limit in enumerate(self.limit_D) if self.share_D[d] > 0 and (limit is None or limit - before_D[d] >= needed)]
+        if not left and in_turn:  # no domain has a whole batch left
+            self.round_robin_rows = start
+            return self.stretch(start, before_D)
+        if not left:
+            raise DataError(f"all domains have reached their --domain_epochs after {start} rows: allow more, prepare more text, or train for "
+                            "fewer steps")
+        table = np.repeat(left, self.batch_rows) if in_turn else np.array(left)[spread(self.share_D[left] / self.share_D[left].sum())]
+        stretch = Stretch(start, table, before_D)
+        ends = [stretch.until(d, self.limit_D[d] - before_D[d]) for d in left if self.limit_D[d] is not None]
+        if in_turn:  # a domain leaves before a batch that it cannot fill
+            ends = [end // self.batch_rows * self.batch_rows for end in ends if end is not None] + [self.round_robin_rows]
+        stretch.stop = min((end for end in ends if end is not None), default=None)
+        return stretch
+
+    def upto(self, number):
+        """Stretches as far as row `number`."""
+        while self.stretches[-1].stop is not None and self.stretches[-1].stop <= number:
+            last = self.stretches[-1]
+            self.stretches.append(self.stretch(last.stop, last.counts(last.stop)))
+
+    def which(self, number):
+        """The stretch that a row is in, by number."""
+        return bisect.bisect_right(self.stretches, number, key=lambda stretch: stretch.start) - 1
+
+    def counts(self, number):
+        """Rows of each domain before row `number`."""
+        return self.stretches[self.which(number - 1)].counts(number) if number else np.zeros(len(self.share_D), np.int64)
+
+    def place(self, number_N):
+        """(domain_N, nth_N): domains of rows, and how many rows of its domain come before each. Raises DataError when all domains are used up."""
+        self.upto(int(number_N.max()))
+        domain_N, nth_N = np.empty((2, len(number_N)), np.int64)
+        which_N = np.array([self.which(number) for number in number_N.tolist()])
+        for i in np.unique(which_N):
+            domain_N[which_N == i], nth_N[which_N == i] = self.stretches[i].place(number_N[which_N == i])
+        return domain_N, nth_N
+
+
 class Batch(NamedTuple):
     inputs_BT: "torch.Tensor"  # int64  # noqa: F821
     targets_BT: "torch.Tensor"  # int64, inputs shifted by one; -1 is not to be predicted  # noqa: F821
-    first_row: int              # index of row 0 within the batch of all ranks (of the whole split, in validation)
+    first_row: int              # index of row 0 within the batch of all ranks (of its domain's split, in validation)
+    domain_B: "torch.Tensor"    # int64, number of each row's domain, in the order of domains()  # noqa: F821
 
 
 class Loader:
     """Rows of seq_len tokens in an order that depends on `seed` alone: not on ranks, micro-batches or restarts.
 
-    The position is one integer, the number of rows consumed by all ranks together. Epoch e (a pass over all rows) visits them in the
-    order of `permute(., rows, seed, e)`. Step s consumes `batch_rows` positions; in micro-step m, rank r has those from
-    (m*world_size + r)*micro_rows on. A thread reads one step ahead. Raises DataError for damaged, foreign or too few data, and
-    when batch_rows is not a multiple of world_size*micro_rows; what the thread meets is raised by `next_step`."""
+    The position is one integer, the number of rows consumed by all ranks together; `Mixture` says of which domain each is. Epoch e of a domain
+    (a pass over all its rows) visits them in the order of `permute(., rows, seed, e)`. Step s consumes `batch_rows` positions; in micro-step m,
+    rank r has those from (m*world_size + r)*micro_rows on. A thread reads one step ahead. Raises DataError for damaged, foreign or too few data,
+    when batch_rows is not a multiple of world_size*micro_rows, and when `mix` allows fewer than `steps` steps; what the thread meets is raised by
+    `next_step`."""
 
     def __init__(self, data_dir, split="train", *, seq_len, batch_rows, micro_rows, rank=0, world_size=1, seed=0, vocab_size=None,
-                 device="cpu"):
+                 device="cpu", mix=AS_IT_IS, steps=0):
         import torch
         if min(seq_len, batch_rows, micro_rows) < 1 or batch_rows % (world_size * micro_rows):
             raise DataError(f"batch_rows={batch_rows} is not a multiple of world_size={world_size} x micro_rows={micro_rows}: "
                             "change the batch, the micro-batch or the number of processes")
-        self.data = Rows(data_dir, split, seq_len, vocab_size, tails=False)
-        self.rows, self.seed, self.position = self.data.total, seed, 0
-        if self.rows < batch_rows:
-            raise DataError(f"{data_dir} has {self.rows} {split} rows of {seq_len} tokens, fewer than the {batch_rows} of one batch: "
-                            f"prepare more tokens (`{PREPARE.format('<another folder>')}`) or train with a smaller batch")
+        parts = domains(data_dir)
+        self.data = [Rows(part, split, seq_len, vocab_size, tails=False) for part in parts.values()]
+        self.rows, self.seed, self.position = [part.total for part in self.data], seed, 0
+        for name, rows in zip(parts, self.rows):
+            if rows < (batch_rows if len(parts) == 1 else 1):
+                raise DataError(f"{Path(data_dir) / name} has {rows} {split} rows of {seq_len} tokens, fewer than the {batch_rows} of one batch: "
+                                f"prepare more tokens (`{PREPARE.format('<another folder>')}`) or train with a smaller batch")
+        tokens = [sum(len(shard) for _, shard in part.shards) for part in self.data]
+        self.mixture = Mixture(mix, list(parts), self.rows, tokens, batch_rows)
+        self.mixture.upto(max(0, steps * batch_rows - 1))
         self.seq_len, self.batch_rows, self.micro_rows, self.device = seq_len, batch_rows, micro_rows, torch.device(device)
         self.first_rows = range(rank * micro_rows, batch_rows, world_size * micro_rows)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -324,12 +500,19 @@ class Loader:
         import torch
         batches = []
         for first_row in self.first_rows:
-            epoch, index = np.divmod(position + first_row + np.arange(self.micro_rows), self.rows)
-            numbers = np.concatenate([permute(index[epoch == e], self.rows, self.seed, int(e)) for e in np.unique(epoch)])
-            tensors = map(torch.from_numpy, self.data.read(numbers))
+            domain_B, nth_B = self.mixture.place(position + first_row + np.arange(self.micro_rows))
+            inputs, targets = np.empty((2, self.micro_rows, self.seq_len), np.int64)
+            for d in np.unique(domain_B):
+                here, rows = domain_B == d, self.rows[d]
+                epoch, index = np.divmod(nth_B[here], rows)
+                seed = (self.seed + int(d) * 0x9E3779B97F4A7C15) % 2**64  # each domain has an order of its own
+                numbers = np.concatenate([permute(index[epoch == e], rows, seed, int(e)) for e in np.unique(epoch)])
+                inputs[here], targets[here] = self.data[d].read(numbers)
+            tensors = map(torch.from_numpy, (inputs, targets, domain_B))
             if self.device.type == "cuda":
                 tensors = [tensor.pin_memory() for tensor in tensors]  # only pinned memory copies without blocking
-            batches.append(Batch(*tensors, first_row))
+            inputs, targets, domain_B = tensors
+            batches.append(Batch(inputs, targets, first_row, domain_B))
         return batches
 
     def next_step(self):
@@ -337,13 +520,13 @@ class Loader:
         batches = self._ahead.result()
         self.position += self.batch_rows
         self._ahead = self._thread.submit(self._read, self.position)
-        return [Batch(inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), first_row)
-                for inputs, targets, first_row in batches]
+        there = lambda tensor: tensor.to(self.device, non_blocking=True)
+        return [Batch(there(inputs), there(targets), first_row, there(domain_B)) for inputs, targets, first_row, domain_B in batches]
 
     @property
-    def epoch(self):
-        """Full passes over the data before the next row."""
-        return self.position // self.rows
+    def epochs(self):
+        """Of each domain, the passes over its rows before the next row."""
+        return (self.mixture.counts(self.position) / np.array(self.rows)).tolist()
 
     def state_dict(self):
         """The position of what `next_step` has returned, whatever was read ahead; the rest tells whether the data are the same."""
@@ -363,22 +546,24 @@ class Loader:
 
 
 def validation_batches(data_dir, *, seq_len, rows, max_tokens=None, rank=0, world_size=1, vocab_size=None, device="cpu"):
-    """A generator of Batch (rows, seq_len) over the validation split, in order: batch j of rank r starts at row (j*world_size + r)*rows.
-    With max_tokens only the first max_tokens // seq_len rows count. Every token but the first of each shard is a target once; every
-    rank gets equally many batches, filled up with inputs 0 and targets -1. Raises DataError at the call if there is nothing."""
+    """A generator of Batch (rows, seq_len) over the validation split, in order, domain after domain: batch j of rank r starts at row
+    (j*world_size + r)*rows of its domain. With max_tokens only the first rows of each domain count, as many as fit into its part of them. Every
+    token but the first of each shard is a target once; every rank gets equally many batches, filled up with inputs 0 and targets -1.
+    Raises DataError at the call if there is nothing."""
     import torch
-    data = Rows(data_dir, "val", seq_len, vocab_size, tails=True)
-    if max_tokens is not None:
-        data.total = min(data.total, max_tokens // seq_len)
-    if data.total == 0:
-        raise DataError(f"{data_dir} gives no validation row: it needs at least 2 tokens, and max_tokens={max_tokens} at least seq_len={seq_len}")
+    splits = [Rows(part, "val", seq_len, vocab_size, tails=True) for part in domains(data_dir).values()]
+    for data in splits:
+        if max_tokens is not None:
+            data.total = min(data.total, max_tokens // len(splits) // seq_len)
+        if data.total == 0:
+            raise DataError(f"{data_dir} gives no validation row: it needs at least 2 tokens, and max_tokens={max_tokens} at least "
+                            f"seq_len={seq_len}" + (f" for each of {len(splits)} domains" if len(splits) > 1 else ""))
 
-    def batch(first_row):
-        inputs, targets = map(torch.from_numpy, data.read(first_row + np.arange(rows)))
-        return Batch(inputs.to(device), targets.to(device), first_row)
+    def batch(d, first_row):
+        inputs, targets = map(torch.from_numpy, splits[d].read(first_row + np.arange(rows)))
+        return Batch(inputs.to(device), targets.to(device), first_row, torch.full((rows,), d, device=device))
 
-    steps = -(-data.total // (rows * world_size))
-    return (batch((j * world_size + rank) * rows) for j in range(steps))
+    return (batch(d, (j * world_size + rank) * rows) for d, data in enumerate(splits) for j in range(-(-data.total // (rows * world_size))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,6 +750,102 @@ def arithmetic_documents(args, encoding):
                 yield problem.encode(), problem.encode()
 
     return documents(), {}
+
+
+class Part(NamedTuple):
+    """A data set on the Hugging Face hub that streams without code of its own."""
+    dataset: str
+    subset: "str | None"
+    fields: tuple  # whose texts make a document, one below the other
+
+
+# Six domains. Where the notes that they come from name what is no data set on the hub, or one that needs code or permission, the nearest:
+# deepmind's math_dataset (code) -> OpenWebMath, the-stack-v2 (ids without files) -> CodeParrot, case_law (on request) -> the Common Pile's copy of
+# the same cases, google/flan (none) -> the collection as Muennighoff keeps it. GSM8K, Dolly and OASST are short and come first.
+DOMAINS = {
+    "math": (Part("openai/gsm8k", "main", ("question", "answer")), Part("open-web-math/open-web-math", None, ("text",))),
+    "python": (Part("codeparrot/codeparrot-clean", None, ("content",)),),
+    "web": (Part("HuggingFaceFW/fineweb", "sample-10BT", ("text",)),),
+    "science": (Part("ccdv/arxiv-summarization", "document", ("article",)),),
+    "legal": (Part("common-pile/caselaw_access_project", None, ("text",)), Part("NortheasternUniversity/big_patent", "all", ("description",))),
+    "chat": (Part("databricks/databricks-dolly-15k", None, ("instruction", "context", "response")), Part("OpenAssistant/oasst1", None, ("text",)),
+             Part("Muennighoff/flan", None, ("inputs", "targets"))),
+}
+DOMAIN_TOKENS = 20_000_000  # of each, from the hub, without --max_tokens
+
+
+def hub_documents(parts):
+    """Documents of some data sets, one after another."""
+    def source(args, encoding):
+        import datasets
+
+        def documents():
+            for part in parts:
+                with explained(f"data set {part.dataset} cannot be read ({{error}}): check the network, or bring text of your own with "
+                               f"--path {args.source}=FILE", Exception):  # hub, network and parser errors share no base class
+                    for number, row in enumerate(datasets.load_dataset(part.dataset, part.subset, split="train", streaming=True), 1):
+                        fields = [argparse.Namespace(text_field=field, tokens_field=None) for field in part.fields]
+                        bodies = [field_document(row, f"{part.dataset}, row {number}", field, encoding)[1] for field in fields]
+                        body = b"\n".join(body for body in bodies if body)
+                        if has_text((body, body)):
+                            yield body, body
+
+        return documents(), {"datasets": [part.dataset for part in parts]}
+    return source
+
+
+def tagged(source, tag):
+    """The same documents with a line in front of each. Their split stays as it was."""
+    def with_tag(args, encoding):
+        documents, facts = source(args, encoding)
+        line = f"{tag}\n"
+        front = {bytes: line.encode(), np.ndarray: encoding.encode(line)}
+        join = lambda body: front[bytes] + body if isinstance(body, bytes) else np.concatenate((front[np.ndarray], body))
+        return ((key, join(body)) for key, body in documents), facts | {"source_tag": line}
+    return with_tag
+
+
+def prepare_domains(args, folder):
+    """A folder of shards for each domain. Those that are finished are kept when a run was cut off. Returns meta.json's entries."""
+    paths = {}
+    for word in args.path or []:
+        name, equals, path = word.partition("=")
+        if not equals or not re.fullmatch(r"\w+", name) or not path:
+            raise DataError(f"--path {word}: with --source domains it is name=FILE, and a name has letters, digits and _ only")
+        paths.setdefault(name, []).append(path)
+    names = args.domains or list(paths or DOMAINS)
+    for name in names:
+        if name not in (paths or DOMAINS):
+            raise DataError(f"--domains {name}: choose among {', '.join(paths or DOMAINS)}" + ("" if paths else ", or say where it is with --path"))
+    encoding, metas = get_encoding(args.encoding), {}
+    for name in names:
+        there = argparse.Namespace(**vars(args) | {"source": name, "path": paths.get(name), "max_tokens": args.max_tokens or
+                                                   (None if paths else DOMAIN_TOKENS)})  # fmt: skip
+        request = {flag: getattr(there, flag) for flag in ("source", "path", *TOKENISED, "source_tag") if flag != "num_proc"}
+        done, part = folder / name, folder / f"{name}.partial"
+        if not done.exists() or load_meta(done).get("request") != request:
+            for old in (done, part):
+                shutil.rmtree(old, ignore_errors=True)
+            source = files_documents if paths else hub_documents(DOMAINS[name])
+            meta = {"source": name, "split_seed": args.split_seed, "request": request}
+            write_meta(part, meta | tokenise(tagged(source, name) if args.source_tag else source, there, part))
+            os.replace(part, done)
+        metas[name] = read_meta(done)
+    for stale in (path for path in folder.iterdir() if path.name not in names):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    total = {split: {key: sum(meta["splits"][split][key] for meta in metas.values()) for key in ("documents", "tokens", "bytes")}
+             for split in ("train", "val")}  # fmt: skip
+    facts = ("splits", "gzip_bpb", "xz_bpb", "request", "datasets", "sha256")
+    known = {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    return {**known, "splits": total, "compressed_bytes": None, "token_bytes": encoding.token_bytes().tolist(),
+            "domains": {name: {key: meta[key] for key in facts if key in meta} for name, meta in metas.items()}}
+
+
+def write_meta(folder, meta):
+    """meta.json, one entry to a line, with its own sha256."""
+    meta = meta | {"sha256": seal(meta)}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())  # token_bytes on one line too
+    (folder / "meta.json").write_text("{\n" + lines + "\n}\n")
 
 
 def hf_documents(args, encoding):
@@ -784,6 +1065,7 @@ SOURCES = {  # name: (function of the flags and a folder, the flags it uses)
     "files": (lambda *a: tokenise(files_documents, *a), TOKENISED + ("path", "text_field", "tokens_field")),
     "python": (lambda *a: tokenise(python_documents, *a), TOKENISED),
     "arithmetic": (lambda *a: tokenise(arithmetic_documents, *a), TOKENISED),
+    "domains": (prepare_domains, TOKENISED + ("domains", "path", "text_field", "tokens_field", "source_tag")),
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": CORES, "split_seed": 0, "split_name": "train",
@@ -802,8 +1084,10 @@ def parse(argv):
     parser.add_argument("--source", choices=list(SOURCES), default="fineweb")
     parser.add_argument("--out", metavar="DIR", help="default data/<source>")
     parser.add_argument("--encoding", help=f"{', '.join(ENCODINGS)} (default gpt2)")
-    parser.add_argument("--max_tokens", type=at_least(2), metavar="N", help="of train and val together (default all)")
-    parser.add_argument("--path", nargs="+", metavar="P", help="files: files and folders")
+    parser.add_argument("--max_tokens", type=at_least(2), metavar="N", help="of train and val together, of each domain (default all)")
+    parser.add_argument("--path", nargs="+", metavar="P", help="files: files and folders; domains: name=FILE, instead of the hub")
+    parser.add_argument("--domains", nargs="+", metavar="NAME", help=f"domains: some of them (default {' '.join(DOMAINS)}, or those of --path)")
+    parser.add_argument("--source_tag", action="store_true", default=None, help="domains: put the domain's name before each document")
     parser.add_argument("--dataset", metavar="NAME", help="hf: name on the hub, or a local folder")
     parser.add_argument("--subset", metavar="S", help="hf: its configuration")
     parser.add_argument("--split_name", metavar="S", help="hf: its split to read (default train)")
@@ -821,7 +1105,7 @@ def parse(argv):
         if value is not None and flag not in ("source", "out", *uses):
             parser.error(f"--{flag} does not apply to --source {args.source}, which takes --{', --'.join(uses)}")
     for flag in {"path", "dataset"} & set(uses):
-        if not getattr(args, flag):
+        if not getattr(args, flag) and args.source != "domains":
             parser.error(f"--source {args.source} needs --{flag}")
     for flag, value in DEFAULTS.items():
         if getattr(args, flag) is None:
@@ -837,18 +1121,16 @@ def prepare(args):
         request["torch"] = torch_version()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if (out / "meta.json").exists() and load_meta(out).get("request") == request:
-            tokens = sum(len(tokens) for split in ("train", "val") for _, tokens in open_split(out, split))
+            tokens = sum(len(tokens) for part in domains(out).values() for split in ("train", "val") for _, tokens in open_split(part, split))
             return f"{out} is ready: {tokens:,} tokens, made by this same command"
         raise DataError(f"{out} already exists and was made by another command: remove it or choose another --out")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it warns at each retry
     partial = out.with_name(out.name + ".partial")
-    if args.source != "fineweb" and partial.exists():  # downloads go on, tokenising starts over
+    if args.source not in ("fineweb", "domains") and partial.exists():  # downloads and domains go on, tokenising starts over
         shutil.rmtree(partial)
     meta = {"source": args.source, "split_seed": args.split_seed if args.source != "fineweb" else None, "request": request}
     meta |= SOURCES[args.source][0](args, partial)
-    meta["sha256"] = seal(meta)
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())  # one line each, token_bytes too
-    (partial / "meta.json").write_text("{\n" + lines + "\n}\n")
+    write_meta(partial, meta)
     os.replace(partial, out)
     total = {key: sum(split[key] or 0 for split in meta["splits"].values()) for key in ("documents", "tokens", "bytes")}
     seconds = time.perf_counter() - start

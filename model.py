@@ -63,6 +63,7 @@ class Config:
     top_k: int = 2
     num_shared_experts: int = 0  # that every token meets, of the same width each, beside its top_k
     shared: str = "mlp"  # a key of SHARED
+    shared_dim: int = 0  # hidden width of the shared experts together; 0 = each is as wide as a routed one
     shared_kernel: int = 3  # tokens that shared conv looks at
     routed_scale: str = "1.0"  # multiplies what the routed experts add up to; auto: estimated so that it is as large as the shared ones
     router: str = "linear"  # a key of ROUTERS
@@ -116,6 +117,7 @@ class Config:
     attn_top_k: int = 2  # of them, that a token meets
     num_meta_tokens: int = 0  # learned vectors in front of each row that every token sees
     # tables
+    tie_embeddings: bool = False  # the embedding is the head too
     value_embeds: int = 3  # tables added to the values of the first and of the last layers
     ngrams: str = ""  # each digit n adds a table to the embedding, looked up by a hash of the last n ids
     ngram_rows: int = 2**14  # of each of them
@@ -135,7 +137,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
-            check(field.name, fits and type(value) is not bool, f"of type {field.type.__name__}")
+            check(field.name, fits and (type(value) is bool) == (field.type is bool), f"of type {field.type.__name__}")
         listed = self.listed_experts
         legal = f"names out of {', '.join(EXPERTS)}, each with *n for n of them, separated by commas"
         check("experts", listed and all(name in EXPERTS for name in listed), legal)
@@ -147,7 +149,7 @@ class Config:
                       "controller_dim", "anneal_steps"):  # fmt: skip
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
-                      "z_coef", "bias_update_factor", "num_shared_experts", "num_meta_tokens",
+                      "z_coef", "bias_update_factor", "num_shared_experts", "shared_dim", "num_meta_tokens",
                       "eval_loops", "reinject", "halt_threshold", "ponder_coef", "entropy_coef",
                       "identity_layers", "layer_balance_coef"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
@@ -179,8 +181,10 @@ class Config:
         check("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
-              f"such that mlp_ratio * n_embd / {self.active_experts} = {self.mlp_ratio * self.n_embd / self.active_experts}, the width of one of a "
-              "token's top_k + num_shared_experts, is a multiple of 8")
+              f"such that mlp_ratio * n_embd / {self.equal_experts} = {self.mlp_ratio * self.n_embd / self.equal_experts}, the width of one of a "
+              "token's top_k + num_shared_experts (without those that have a shared_dim), is a multiple of 8")
+        check("shared_dim", self.shared_dim % 8 == 0 and (self.shared_dim == 0 or self.num_shared_experts > 0),
+              "0 without num_shared_experts, and a multiple of 8")
         check("routed_scale", re.fullmatch(r"auto|\d+\.?\d*|\d*\.\d+", self.routed_scale) is not None, "auto or a number, at least 0")
         for name in (name for name in self.expert_counts if EXPERTS[name].has_matmuls):
             width, flops = EXPERTS[name].width(self.hidden_size)
@@ -230,8 +234,9 @@ class Config:
 
     @property
     def hidden_size(self) -> int:
-        """Hidden width of one expert: a token's experts together cost what the dense MLP of width mlp_ratio * n_embd costs."""
-        hidden = self.mlp_ratio * self.n_embd / self.active_experts
+        """Hidden width of one expert: a token's experts together (without shared ones that have a shared_dim) cost what the dense MLP of width
+        mlp_ratio * n_embd costs."""
+        hidden = self.mlp_ratio * self.n_embd / self.equal_experts
         return int(hidden) if hidden == int(hidden) else -1
 
     def tiled(self, field: str) -> str:
@@ -252,9 +257,13 @@ class Config:
         return letter, ROTARIES[letter].speed(WINDOWS[self.tiled("window")[layer]])
 
     @property
-    def active_experts(self) -> int:
-        """That one token meets."""
-        return self.top_k + self.num_shared_experts
+    def equal_experts(self) -> int:
+        """That one token meets, of the same width."""
+        return self.top_k + self.num_shared_experts * (self.shared_dim == 0)
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared_dim or self.hidden_size * self.num_shared_experts
 
     @property
     def listed_experts(self) -> list[str]:
@@ -665,6 +674,7 @@ class Context(NamedTuple):
     terms: Tensor | None = None  # how many the stream is made of, where a residual asks
     valid_BT: Tensor | None = None  # tokens that count, where some rows are only there to fill up
     log_seen_BT: Tensor | None = None  # log of the number of keys that each token sees; None where no softmax asks for it
+    expert_BT: Tensor | None = None  # that each token should choose, -1: no matter; None where nobody is told
 
 
 SOFTMAXES = {"plain": lambda attention, q_BTHC, ctx: q_BTHC}  # name -> what becomes of queries
@@ -1230,6 +1240,7 @@ class RouteStats(NamedTuple):
     row_tokens_B: Tensor | None = None  # and their number
     exits_T: Tensor | None = None  # who chose to leave, where some expert is an exit
     exit_prob_T: Tensor | None = None  # and how probable that was
+    domain_loss: Tensor | float = 0.0  # cross-entropy of the router to the experts of Context.expert_BT
 
 
 def unnormed(x_BTD: Tensor, ctx: Context) -> Tensor:
@@ -1299,6 +1310,7 @@ class MoE(nn.Module):
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
         stats = self.about_rows(self.about_exits(route_stats(route, parts[0][1], valid_T), route), route, x_BTD, ctx)
+        stats = self.about_domains(stats, route, ctx)
         return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [stats]
 
     def about_exits(self, stats: RouteStats, route: Route) -> RouteStats:
@@ -1306,6 +1318,13 @@ class MoE(nn.Module):
             return stats
         exits_T = torch.isin(route.expert_TK, torch.arange(*self.exits, device=route.expert_TK.device)).any(1)
         return stats._replace(exits_T=exits_T, exit_prob_T=route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1))
+
+    def about_domains(self, stats: RouteStats, route: Route, ctx: Context) -> RouteStats:
+        if ctx.expert_BT is None:
+            return stats
+        prob_TE, expert_T = softmax(route.logits_TE) if route.prob_TE is None else route.prob_TE, ctx.expert_BT.flatten()
+        nats_T = -prob_TE.gather(1, expert_T.clamp(min=0)[:, None]).clamp(min=1e-9).log().squeeze(1)
+        return stats._replace(domain_loss=mean_over(nats_T * (expert_T >= 0), flat(ctx.valid_BT)))
 
     def about_rows(self, stats: RouteStats, route: Route, x_BTD: Tensor, ctx: Context) -> RouteStats:
         if not self.wants_rows:
@@ -1320,7 +1339,7 @@ class SharedMLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width = config.hidden_size * config.num_shared_experts
+        width = config.shared_width
         self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
@@ -1350,7 +1369,7 @@ class DenseMLP(nn.Module):
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        width = config.hidden_size * config.active_experts
+        width = config.hidden_size * config.top_k + config.shared_width
         self.up = nn.Parameter(torch.empty(width, config.n_embd))
         self.down = nn.Parameter(torch.empty(config.n_embd, width))
 
@@ -1954,7 +1973,7 @@ class SharedConv(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.kernel = config.shared_kernel
-        width = 8 * max(1, round(config.hidden_size * config.num_shared_experts * 2 / (self.kernel + 2) / 8))
+        width = 8 * max(1, round(config.shared_width * 2 / (self.kernel + 2) / 8))
         self.gate = nn.Parameter(torch.empty(width, self.kernel * config.n_embd))
         self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
 
@@ -2007,7 +2026,8 @@ def merged_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
     mean = lambda values: sum(value * run.tokens for value, run in zip(values, runs)) / max(tokens, 1)
     return RouteStats(sum(run.counts_E for run in runs), mean([run.prob_E for run in runs]), mean([run.z_loss for run in runs]),
                       mean([run.entropy for run in runs]), None, sum(run.local_loss for run in runs), tokens,
-                      *(None if runs[0].chosen_BE is None else sum(parts) for parts in zip(*(run[7:9] for run in runs))))  # fmt: skip
+                      *(None if runs[0].chosen_BE is None else sum(parts) for parts in zip(*(run[7:9] for run in runs))),
+                      domain_loss=mean([run.domain_loss for run in runs]))  # fmt: skip
 
 
 def how_many(mask: Tensor) -> int:
@@ -2126,6 +2146,7 @@ def picked(ctx: Context, letter: str, rows: Rows, place: Place, hidden_BS: Tenso
         noise_key=(seed, step, layer, rows.take(token_T.view(B, T)).flatten()),
         logits_before_TE=None if ctx.logits_before_TE is None else rows.take(ctx.logits_before_TE.view(B, T, -1)).flatten(0, 1),
         valid_BT=rows.valid_BQ,
+        expert_BT=None if ctx.expert_BT is None else rows.take(ctx.expert_BT),
         log_seen_BT=None if ctx.log_seen_BT is None else mask.mask[:, 0].sum(-1).log(),
     )
 
@@ -2574,7 +2595,7 @@ HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": 
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
-    stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy (0-d), counts_LE (int64)
+    stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
 
 
 def less_entropy(stats: RouteStats) -> Tensor | float:
@@ -2640,7 +2661,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
         self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
         self.depth = DEPTHS[config.depth](config)
-        self.head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
         self.chunk_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
         # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
         self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
@@ -2675,10 +2696,11 @@ class GPT(nn.Module):
     # ---- forward
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
-                doc_ids_BT: Tensor | None = None) -> Output:
+                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None) -> Output:
         """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss; with objective masked, ids and the loss of those
         that it hides.
 
+        expert_B: the expert that each row's tokens should choose (-1: no matter), for stats["domain_loss"], which is not in the loss.
         Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
         doc_BT, T, objective = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1), OBJECTIVES[self.config.objective]
         if targets_BT is not None:
@@ -2688,6 +2710,8 @@ class GPT(nn.Module):
         id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
         embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
         contexts, place = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
+        if expert_B is not None:
+            contexts = [ctx._replace(expert_BT=expert_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
         deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
         if cache is not None:
             cache.length += doc_BT.size(1)
@@ -2786,6 +2810,7 @@ class GPT(nn.Module):
             "z_loss": mean([s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
             "counts_LE": counts_LE,
+            "domain_loss": sum(s.domain_loss for s in stats) / max(len(stats), 1) + empty.sum(),
             "local_loss": sum(s.local_loss for s in stats) + deep.loss + self.config.entropy_coef * sum(map(less_entropy, stats)),
             "loops": empty.new_ones(()) if deep.loops_BT is None else deep.loops_BT[:, -T:].float().mean(),
         }
@@ -2845,7 +2870,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue
-            rule, shape = parameter_rule(name), self.whole_shape(name)
+            rule, shape = parameter_rule("tied" if parameter is self.head and self.config.tie_embeddings else name), self.whole_shape(name)
             first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
             parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
         return self
@@ -2854,6 +2879,11 @@ class GPT(nn.Module):
         """A parameter's shape with the experts of all ranks."""
         shape = tuple(self.get_parameter(name).shape)
         return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
+
+
+def small(p: Tensor, generator: torch.Generator) -> Tensor:
+    """GPT-2's: as the embedding is normed, the length matters to the head alone, whose logits then have a standard deviation of 0.02 sqrt(n_embd)."""
+    return p.normal_(std=0.02, generator=generator)
 
 
 def constant(*values):
@@ -2877,6 +2907,7 @@ class ParameterRule(NamedTuple):
 
 PARAMETER_RULES = {  # the end of a parameter's name -> its rule
     "embed": ParameterRule("embed", normal),
+    "tied": ParameterRule("embed", small),  # the embedding, if it is the head too
     "meta_tokens": ParameterRule("embed", normal),
     "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
     "value_embeds.*": ParameterRule("value_embed", normal),
@@ -2948,6 +2979,13 @@ PRESETS = {
                   window_size=2048, value_embeds=2, ngrams="234"),
     # one 24 GB GPU, FP8 not needed
     "small": Config(n_layer=8, n_embd=512, n_head=4, window="LSSS", window_size=1024, value_embeds=2),
+    # a trunk of 50M parameters that all tokens meet, and 5 experts of 10M for domains; top-1, whose gate must be the router's own probability
+    "100m": Config(n_layer=8, n_embd=512, n_head=4, mlp_ratio=1224 / 512, num_experts=5, top_k=1, norm_topk_prob=0.0, num_shared_experts=1,
+                   shared_dim=1952, balance_window=6, attention="K", window="LSSS", window_size=1024, tie_embeddings=True, value_embeds=0),
+    # the same on a laptop: bytes, all experts kept
+    "100m-cpu": Config(vocab_size=257, eot_token=256, n_layer=4, n_embd=128, n_head=2, head_dim=64, mlp_ratio=304 / 128, num_experts=5, top_k=1,
+                       norm_topk_prob=0.0, num_shared_experts=1, shared_dim=488, balance_window=6, attention="K", window="L", window_size=512,
+                       tie_embeddings=True, value_embeds=0),
     # 8 GPUs: modded-nanogpt record 21 with experts
     "speedrun": Config(attention="AAAAAAA-AAAA", window="LSSSLSSLSSSL", head="fp8"),
 }
@@ -2975,8 +3013,8 @@ def active_share(config: Config, name: str, rows: int) -> float:
     """Of a parameter, what one token meets."""
     if name.endswith(("attention.values", "attention.outputs")):
         return config.attn_top_k / config.attn_experts
-    kind = parameter_rule(name).kind
-    return {"expert": config.expert_share}.get(kind, 1 / rows if kind in ("embed", "ngram_embed", "value_embed") else 1)
+    kind, tied = parameter_rule(name).kind, name == "embed" and config.tie_embeddings
+    return {"expert": config.expert_share}.get(kind, 1 / rows if kind in ("embed", "ngram_embed", "value_embed") and not tied else 1)
 
 
 def mean_keys(config: Config, letter: str, seq_len: int) -> float:
@@ -2994,7 +3032,7 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     with torch.device("meta"):
         model = GPT(config)
     for name, parameter in model.named_parameters():
-        in_matmuls = parameter_rule(name).kind in ("matrix", "head", "router", "expert")
+        in_matmuls = parameter_rule(name).kind in ("matrix", "head", "router", "expert") or (name == "embed" and config.tie_embeddings)
         share = active_share(config, name, len(parameter)) if in_matmuls else 0.0
         block = re.match(r"blocks\.(\d+)\.(?:attention\.(\w+))?", name)
         times = runs[int(block[1])] if block else 1
@@ -3073,7 +3111,8 @@ def model_card(config: Config, seq_len: int) -> str:
         ("width", f"n_embd {config.n_embd}, {config.n_head} heads x {config.head_dim}, vocabulary {config.vocab_size} -> {config.padded_vocab_size}"),
         ("experts", f"{experts}, top-{config.top_k}, router {config.router}"),
         *((f"  {kind}", f"{counts[kind]:,}") for kind in counts if kind not in ("total", "active")),
-        ("parameters", f"{counts['total']:,} total, {counts['active']:,} active per token"),
+        ("parameters", f"{counts['total']:,} total, {counts['active']:,} active per token; {counts['total'] - counts['expert']:,} outside experts"
+                       + (f", {counts['expert'] // config.num_experts:,} for each of {config.num_experts} experts" if counts["expert"] else "")),
         ("FLOPs per token", f"{training / 3:,.0f} forward, {training:,.0f} training, at {seq_len} tokens per row"),
         ("weights + gradients", f"{8 * counts['total'] / 2**20:,.1f} MiB in fp32"),
         ("KV cache", f"{cache_bytes_per_token(config):,} bytes per token"),

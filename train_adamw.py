@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import train_muon
-from train_muon import CPU_RUN, SMALL_RUN, Common, Recipe, adamw, adamw_groups, lr_scale
+from train_muon import CPU_RUN, DOMAINS_CPU_RUN, DOMAINS_RUN, SMALL_RUN, Common, Recipe, adamw, adamw_groups, lr_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Hyperparameters(Common):
 PRESETS = {
     "cpu": Hyperparameters(**CPU_RUN, matrix_lr=0.003, lr_warmup=50, embed_lr=0.1, value_embed_lr=0.1, head_lr=0.012, scalar_lr=0.01),
     "small": Hyperparameters(**SMALL_RUN),
+    "100m": Hyperparameters(**DOMAINS_RUN),
+    "100m-cpu": Hyperparameters(**DOMAINS_CPU_RUN, matrix_lr=0.003, lr_warmup=50, scalar_lr=0.01),
     "speedrun": Hyperparameters(),
 }
 

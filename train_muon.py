@@ -82,6 +82,14 @@ class Common:
     expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
     bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
     overlap: bool = True  # gradients leave during backward; false: after it, one bucket at a time, with the same result
+    # domains, where the data folder is a mixture
+    domain_weights: str = ""  # name=number,...; "" = the tokens that each domain has
+    domain_temperature: float = 1.0  # shares are weights to the power of 1 / this
+    domain_epochs: str = ""  # passes over a domain at most: a number for all, or name=number,...; "" = as many as it takes
+    round_robin_steps: int = 0  # at first, whose batches have one domain each, all in turn
+    domain_coef: float = 0.0  # price in these steps of sending a domain's tokens to other experts than its own ...
+    domain_anneal_steps: int = 0  # ... which falls to 0 in so many more
+    trunk_domain: str = "web"  # has no expert of its own; the others have the first ones, in order
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
     final_lr_scale: float = 0.1  # ... to this share
@@ -104,13 +112,16 @@ class Common:
         check = self.check
         for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start", "expert_parallel"):
             check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps", "routes_tokens"):
+        for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps", "routes_tokens",
+                      "round_robin_steps", "domain_anneal_steps"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in dataclasses.fields(self):
             if field.name.endswith("_lr") or field.name.endswith("decay"):
                 check(field.name, 0 <= getattr(self, field.name) < 1e30, "at least 0 and below 1e30")
         for field in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
             check(field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
+        check("domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
+        check("domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
         check("bucket_mb", 0 <= self.bucket_mb < math.inf, "at least 0")
         check("stuck_after", 1 <= self.stuck_after < math.inf, "at least 1 second")
         check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
@@ -142,9 +153,16 @@ CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_le
                warmup_steps=1, window_start=512, bucket_mb=1.0, ngram_embed_lr=0.1)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
+DOMAINS_RUN = dict(data="data/domains", num_iterations=6000, batch_tokens=131_072, seq_len=4096, micro_batch_tokens=16_384, round_robin_steps=2000,
+                   domain_coef=0.1, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
+DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=600, seq_len=512, val_tokens=6 * 2**15, window_start=256, round_robin_steps=150,
+                                 domain_coef=0.1, domain_anneal_steps=75, embed_lr=0.012)  # fmt: skip
+
 PRESETS = {
     "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.03, momentum_warmup=100),
     "small": Hyperparameters(**SMALL_RUN),
+    "100m": Hyperparameters(**DOMAINS_RUN),
+    "100m-cpu": Hyperparameters(**DOMAINS_CPU_RUN, muon_lr=0.03, momentum_warmup=100),
     "speedrun": Hyperparameters(),
 }
 
@@ -263,6 +281,12 @@ def window(step: int, hp: Common, config: Config) -> int:
     """Tokens that a long layer sees, in whole blocks of 128, growing linearly over the run (modded-nanogpt record 13)."""
     now = hp.window_start + (config.window_size - hp.window_start) * step / hp.num_iterations
     return min(config.window_size, -(-int(now) // 128) * 128)
+
+
+def domain_price(step: int, hp: Common) -> float:
+    """domain_coef while batches have one domain each, then linear to 0 over domain_anneal_steps."""
+    gone = (step - hp.round_robin_steps + 1) / max(1, hp.domain_anneal_steps + 1)
+    return hp.domain_coef * min(1.0, max(0.0, 1 - gone))
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters):
@@ -1072,25 +1096,46 @@ class Watchdog:
 @torch.no_grad()
 def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World,
              timer: PhaseTimer) -> dict[str, float]:  # fmt: skip
-    """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known."""
+    """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known; of a mixture
+    the same for each domain, val/<domain>/..., which experts its tokens meet, and how many bits of the domain a choice of expert tells."""
     model.eval()
     model.set_step(hp.seed, step, window=window(step, hp, model.config))
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
+    names, L, E = list(data.domains(hp.data)), *model.bias_LE.shape
+    totals_DX = torch.zeros(len(names), 3 + L * E, dtype=torch.float64, device=world.device)  # nats, tokens, bytes, choices of experts
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
     for batch in batches:
         timer.begin("validation")
-        counts = batch.targets_BT >= 0
-        totals[0] += model(batch.inputs_BT, batch.targets_BT).loss.double() * counts.numel()
-        totals[1] += counts.sum()
+        counts, (_, loss, stats) = batch.targets_BT >= 0, model(batch.inputs_BT, batch.targets_BT)
+        totals_X = totals_DX[int(batch.domain_B[0])]
+        totals_X[0] += loss.double() * counts.numel()
+        totals_X[1] += counts.sum()
         if token_bytes is not None:
-            totals[2] += token_bytes[batch.targets_BT[counts]].sum()
+            totals_X[2] += token_bytes[batch.targets_BT[counts]].sum()
+        totals_X[3:] += stats["counts_LE"].flatten()
     timer.begin("communication")
     if world.size > 1:
-        dist.all_reduce(totals)
+        dist.all_reduce(totals_DX)
     model.train()
-    nats, tokens, nbytes = totals.tolist()
-    return {"val/loss": nats / tokens} | ({"val/bpb": nats / nbytes / math.log(2)} if nbytes else {})
+
+    def losses(prefix: str, totals_X: Tensor) -> dict[str, float]:
+        nats, tokens, nbytes = totals_X[:3].tolist()
+        return {f"{prefix}/loss": nats / tokens} | ({f"{prefix}/bpb": nats / nbytes / math.log(2)} if nbytes else {})
+
+    values = losses("val", totals_DX.sum(0))
+    for name, totals_X in zip(names, totals_DX) if len(names) > 1 else ():
+        values |= losses(f"val/{name}", totals_X)
+    if len(names) > 1 and L:
+        share_DLE = totals_DX[:, 3:].view(-1, L, E) / totals_DX[:, 3:].view(-1, L, E).sum(-1, keepdim=True)
+        values |= {"moe/domain_load": share_DLE, "moe/domain_information": domain_information(share_DLE).mean()}
+    return values
+
+
+def domain_information(share_DLE: Tensor) -> Tensor:
+    """Mutual information (L,) of domain and chosen expert in bits, all domains being equally likely: 0 = the choice tells nothing."""
+    joint_DLE = share_DLE / len(share_DLE)
+    apart_DLE = joint_DLE.sum(0) * joint_DLE.sum(-1, keepdim=True)
+    return torch.where(joint_DLE > 0, joint_DLE * (joint_DLE / apart_DLE.clamp(min=1e-30)).log2(), 0.0).sum((0, 2))
 
 
 # -----------------------------------------------------------------------------
@@ -1106,17 +1151,18 @@ def phase(timer: PhaseTimer, name: str):
     timer.mark(name)
 
 
-TOTALS = ("ce", "balance_loss", "z_loss", "entropy", "loops")  # sums over the global batch, beside the counts
+TOTALS = ("ce", "balance_loss", "z_loss", "entropy", "loops", "domain_loss")  # sums over the global batch, beside the counts
 Alarms = NamedTuple("Alarms", [("signal", bool), ("disk", bool)])  # of one rank; where their sum is not zero, all ranks act
 QUIET = Alarms(False, False)
 
 
 def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
-               timer: PhaseTimer, alarms: Alarms = QUIET) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+               timer: PhaseTimer, alarms: Alarms = QUIET, expert_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """One optimizer step over the global batch; returns its statistics, and [loss, *alarms] summed over ranks, on the device.
 
-    next_step() gives this rank's micro-batches. While the last backward goes on, its gradients leave bucket by bucket, and the
-    losses, counts and alarms beside them; while a bucket is updated, those before it go back and those behind it arrive.
+    next_step() gives this rank's micro-batches; expert_D each domain's own expert, -1 for none, or is None where nobody is told. While the last
+    backward goes on, its gradients leave bucket by bucket, and the losses, counts and alarms beside them; while a bucket is updated, those
+    before it go back and those behind it arrive.
     The phase "communication" is what nothing hid: the time spent waiting."""
     device, world = exchange.world.device, exchange.world
     timer.start(step)
@@ -1129,7 +1175,8 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
     for batch in batches:
         with phase(timer, "forward"):
             model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))
-            _, loss, stats = model(batch.inputs_BT, batch.targets_BT)
+            _, loss, stats = model(batch.inputs_BT, batch.targets_BT, expert_B=None if expert_D is None else expert_D[batch.domain_B])
+            loss = loss + domain_price(step, hp) * stats["domain_loss"]
             sums += share * torch.stack([stats[key].detach() for key in TOTALS])
             counts_LE += stats["counts_LE"]
         with phase(timer, "backward"):
@@ -1153,8 +1200,10 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
     sums, alarm, counts = totals.split([len(sums), len(alarm), counts_LE.numel()])
     counts_LE = counts.view_as(counts_LE).long()
     model.balance(counts_LE)
-    ce, balance_loss, z_loss, entropy, loops = sums.unbind()
+    ce, balance_loss, z_loss, entropy, loops, domain_loss = sums.unbind()
     row = {"train/loss": ce} | ({} if model.config.depth == "stack" else {"depth/loops": loops})
+    if expert_D is not None:
+        row |= {"train/domain_loss": domain_loss, "train/domain_price": domain_price(step, hp)}
     if len(counts_LE):
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         row |= {"train/balance_loss": balance_loss, "train/z_loss": z_loss, "moe/router_entropy": entropy, "moe/load": load_LE,
@@ -1172,6 +1221,7 @@ class Prepared(NamedTuple):
     meta: dict  # of the data
     loader: data.Loader
     micro_rows: int  # of one forward pass
+    expert_D: Tensor | None  # each domain's own expert
 
 
 def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool, world: World) -> Prepared:
@@ -1197,8 +1247,28 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,
-                         seed=hp.seed, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
-    return Prepared(data.load_meta(hp.data), loader, micro_rows)
+                         seed=hp.seed, vocab_size=config.vocab_size, device=world.device, mix=mix(hp), steps=hp.num_iterations)  # fmt: skip
+    return Prepared(data.load_meta(hp.data), loader, micro_rows, domain_experts(config, hp, world.device))
+
+
+def mix(hp: Common) -> data.Mix:
+    return data.Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
+
+
+def domain_experts(config: Config, hp: Common, device: torch.device) -> Tensor | None:
+    """The expert that each domain's tokens should choose: the first ones in the order of the domains, -1 for the trunk's; None where domain_coef
+    is 0. Raises ConfigError where there are too few, or where nothing can learn to choose."""
+    if hp.domain_coef == 0:
+        return None
+    names = list(data.domains(hp.data))
+    own = [name for name in names if name != hp.trunk_domain]
+    most = sum(count for kind, count in config.expert_counts.items() if model_file.EXPERTS[kind].has_matmuls)
+    learns = config.routed_layers > 0 and issubclass(model_file.ROUTERS[config.router], model_file.Router)
+    if len(names) == 1 or len(own) > most or not learns:
+        raise ConfigError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {most} domains (and that of "
+                          f"trunk_domain), one for each expert that a learned router can choose; it has "
+                          f"{', '.join(names) if len(names) > 1 else 'none'}")
+    return torch.tensor([own.index(name) if name in own else -1 for name in names], device=device)
 
 
 SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py")]
@@ -1217,7 +1287,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
     device, folder, timer = world.device, Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
     fresh = not (resume or enable_profiling)
-    meta, loader, micro_rows = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
+    meta, loader, micro_rows, expert_D = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
     agree_on(shared_facts(config, hp, experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling), world)
     world = world._replace(expert_parallel=hp.expert_parallel).with_groups()
     rows = hp.batch_tokens // hp.seq_len
@@ -1237,12 +1307,12 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
         random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
         for _ in range(hp.warmup_steps):
-            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer)
+            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer, QUIET, expert_D)
         model.load_state_dict(before)
         for optimizer in optimizers:
             optimizer.state.clear()
         if enable_profiling:
-            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer)
+            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer, QUIET, expert_D)
             return profile(folder / "profile", one_step, config, hp, world)
 
         # ---- where a resumed run goes on
@@ -1300,7 +1370,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 run.flush()
                 line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
                 line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
-                run.print(line + (f" val_bpb:{values['val/bpb']:.4f}" if "val/bpb" in values else ""))
+                run.print(line + "".join(f" {key.replace('/', '_')}:{value:.4f}" for key, value in values.items() if key.endswith("/bpb")))
                 synchronize(device)
                 clock = time.perf_counter()
             if save_now:
@@ -1312,7 +1382,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 break
             began = time.perf_counter()
             row, signs = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer,
-                                    Alarms(signals.received > 0, saver.failed))  # fmt: skip
+                                    Alarms(signals.received > 0, saver.failed), expert_D)  # fmt: skip
             now = time.perf_counter()
             speed = hp.batch_tokens / (now - began)
             row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
@@ -1406,7 +1476,7 @@ def random_batches(config: Config, hp: Common, count: int, micro_rows: int, devi
 
     def next_step() -> list[data.Batch]:
         ids = torch.randint(config.vocab_size, (count, micro_rows, hp.seq_len + 1), generator=generator).to(device)
-        return [data.Batch(micro[:, :-1], micro[:, 1:], i * micro_rows) for i, micro in enumerate(ids)]
+        return [data.Batch(micro[:, :-1], micro[:, 1:], i * micro_rows, micro.new_zeros(len(micro))) for i, micro in enumerate(ids)]
 
     return next_step
 

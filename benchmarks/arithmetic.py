@@ -41,7 +41,8 @@ def loop(layers: int, loops: int, *more: str) -> list[str]:
 
 
 def pool(layers: int, steps: int, *more: str) -> list[str]:
-    return [*stack(layers), "--depth", "routed", "--loops", str(steps), *more]
+    """Half of the run goes from a soft mixture to one layer per step, which is what evaluation takes."""
+    return [*stack(layers), "--depth", "routed", "--loops", str(steps), "--route_training", "anneal", "--anneal_steps", str(STEPS // 2), *more]
 
 
 MODELS = {  # name -> flags; the first is what the others are compared with
@@ -54,9 +55,9 @@ MODELS = {  # name -> flags; the first is what the others are compared with
     "loop4x2": loop(4, 2),
     **{f"loop2x4_{halt}": loop(2, 4, "--halt", halt) for halt in ("act", "ponder")},
     **{f"pool{n}x{steps}": pool(n, steps) for n in (1, 2, 4) for steps in (2, 4)},
+    **{f"pool{n}x{steps}_soft": pool(n, steps, "--route_training", "soft") for n, steps in ((2, 2), (2, 4), (4, 2))},
     "pool2x4_identity": pool(2, 4, "--identity_layers", "1"),
     "pool2x4_learned": pool(2, 4, "--controller", "learned"),
-    "pool2x4_anneal": pool(2, 4, "--route_training", "anneal", "--anneal_steps", str(STEPS // 2)),
     "stack4_masked": [*stack(4), "--objective", "masked"],
     "loop2x4_masked": loop(2, 4, "--objective", "masked"),
     "pool2x4_masked": pool(2, 4, "--objective", "masked"),

@@ -60,7 +60,8 @@ def ours(optimizer: str, shape):
         exchange = train_muon.Exchange(model, world, hp.bucket_mb)
         exchange.equip(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
-        batches = [[Batch(part[:, :-1], part[:, 1:], i * rows) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
+        batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows, ids.new_zeros(len(ids)))
+        batches = [[batch(i, part) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
 
         def step(i: int):
             train_muon.train_step(model, exchange, exchange.optimizers, lambda: batches[i % len(batches)], i, hp, recipe, timer)

@@ -87,8 +87,9 @@ class Common:
     domain_temperature: float = 1.0  # shares are weights to the power of 1 / this
     domain_epochs: str = ""  # passes over a domain at most: a number for all, or name=number,...; "" = as many as it takes
     round_robin_steps: int = 0  # at first, whose batches have one domain each, all in turn
-    domain_coef: float = 0.0  # price in these steps of sending a domain's tokens to other experts than its own ...
-    domain_anneal_steps: int = 0  # ... which falls to 0 in so many more
+    domain_coef: float = 0.0  # price of sending a domain's tokens to other experts than its own ...
+    domain_steps: int = 0  # ... which is whole at first ...
+    domain_anneal_steps: int = 0  # ... and falls to 0 in so many more
     trunk_domain: str = "web"  # has no expert of its own; the others have the first ones, in order
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
@@ -113,7 +114,7 @@ class Common:
         for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start", "expert_parallel"):
             check(field, getattr(self, field) >= 1, "at least 1")
         for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps", "routes_tokens",
-                      "round_robin_steps", "domain_anneal_steps"):  # fmt: skip
+                      "round_robin_steps", "domain_steps", "domain_anneal_steps"):  # fmt: skip
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in dataclasses.fields(self):
             if field.name.endswith("_lr") or field.name.endswith("decay"):
@@ -154,9 +155,9 @@ CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_le
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
 DOMAINS_RUN = dict(data="data/domains", num_iterations=6000, batch_tokens=131_072, seq_len=4096, micro_batch_tokens=16_384, round_robin_steps=2000,
-                   domain_coef=0.1, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
+                   domain_coef=0.1, domain_steps=2000, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
 DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=600, seq_len=512, val_tokens=6 * 2**15, window_start=256, round_robin_steps=150,
-                                 domain_coef=0.1, domain_anneal_steps=75, embed_lr=0.012)  # fmt: skip
+                                 domain_coef=0.1, domain_steps=150, domain_anneal_steps=75, embed_lr=0.012)  # fmt: skip
 
 PRESETS = {
     "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.03, momentum_warmup=100),
@@ -284,8 +285,8 @@ def window(step: int, hp: Common, config: Config) -> int:
 
 
 def domain_price(step: int, hp: Common) -> float:
-    """domain_coef while batches have one domain each, then linear to 0 over domain_anneal_steps."""
-    gone = (step - hp.round_robin_steps + 1) / max(1, hp.domain_anneal_steps + 1)
+    """domain_coef for domain_steps, then linear to 0 over domain_anneal_steps."""
+    gone = (step - hp.domain_steps + 1) / max(1, hp.domain_anneal_steps + 1)
     return hp.domain_coef * min(1.0, max(0.0, 1 - gone))
 
 

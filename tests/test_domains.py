@@ -360,11 +360,11 @@ def test_information_of_known_matrices():
     assert [train_muon.domain_information(x).item() for x in (own, even, half)] == [2, 0, 1]
 
 
-def test_the_price_is_whole_in_the_round_robin_and_falls_to_nothing():
-    hp = train_muon.Hyperparameters(domain_coef=0.5, round_robin_steps=10, domain_anneal_steps=4)
+def test_the_price_is_whole_at_first_and_falls_to_nothing():
+    hp = train_muon.Hyperparameters(domain_coef=0.5, domain_steps=10, domain_anneal_steps=4)
     assert [train_muon.domain_price(step, hp) for step in (0, 9)] == [0.5, 0.5]
     assert [train_muon.domain_price(step, hp) for step in range(10, 16)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0])
-    assert train_muon.domain_price(10, train_muon.Hyperparameters(domain_coef=0.5, round_robin_steps=10)) == 0
+    assert train_muon.domain_price(10, train_muon.Hyperparameters(domain_coef=0.5, domain_steps=10)) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -409,7 +409,7 @@ ROUND_ROBIN = ["--round_robin_steps", 40, "--router_lr", 0.05]
 
 
 def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
-    rows = trained(walks, tmp_path, "supervised", 80, *ROUND_ROBIN, "--domain_coef", 2, "--domain_anneal_steps", 10)
+    rows = trained(walks, tmp_path, "supervised", 80, *ROUND_ROBIN, "--domain_coef", 2, "--domain_steps", 40, "--domain_anneal_steps", 10)
     assert {f"val/{name}/bpb" for name in STRIDES} <= rows[-1].keys()
     load = np.array(rows[1]["moe/domain_load"])  # domains x layers x experts, after the round robin
     assert load.shape == (4, 2, 5) and np.allclose(load.sum(-1), 1)

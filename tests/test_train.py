@@ -1351,9 +1351,10 @@ DOMAIN_FIELDS = {  # field -> (another legal value, the settings under which it 
     "domain_temperature": (5.0, {"domain_weights": "greek=9,birds=1"}),
     "domain_epochs": ("birds=0.01", {}),
     "round_robin_steps": (2, {}),
-    "domain_coef": (0.5, {"round_robin_steps": 2}),
-    "domain_anneal_steps": (5, {"round_robin_steps": 1, "domain_coef": 0.5}),
-    "trunk_domain": ("greek", {"round_robin_steps": 2, "domain_coef": 0.5}),
+    "domain_coef": (0.5, {"domain_steps": 2}),
+    "domain_steps": (2, {"domain_coef": 0.5}),
+    "domain_anneal_steps": (5, {"domain_steps": 1, "domain_coef": 0.5}),
+    "trunk_domain": ("greek", {"domain_steps": 2, "domain_coef": 0.5}),
 }
 
 

@@ -39,21 +39,34 @@ VARIANTS = {  # flags on top of the preset's, and steps over STEPS
 VARIANTS["round_robin_naive"] = ([*VARIANTS["round_robin"][0], "--balance_coef", "0", "--importance_coef", "1"], 1.0)  # balance within each batch
 
 
+def begun(folder: Path) -> bool:
+    """Take a run for this process; False if another has it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.with_suffix(".begun").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def run(args):
     corpus = {name: track.shards_sha256(data.load_meta(folder)) for name, folder in data.domains(args.data).items()}
     for seed in args.seeds:
         for name in args.variants:
             flags, pace = VARIANTS[name]
             folder, steps = Path(args.out_dir) / f"{name}_{seed}", round(args.steps * pace)
-            if folder.exists() or any((line["variant"], line["seed"]) == (name, seed) for line in read_lines(args.results) if "steps" in line):
+            done = any((line["variant"], line["seed"]) == (name, seed) for line in read_lines(args.results) if "steps" in line)
+            if done or not begun(folder):
                 continue
             base = ["--preset", args.preset, "--sample_tokens", "0", "--val_every", str(max(1, steps // 8)), f"--val_tokens={args.val_tokens}"]
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
             if track.launch(["train_muon.py", *base, *flags, *args.flags, *ours.split()], args.threads):
+                folder.with_suffix(".begun").unlink()
                 raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
-                    "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus, "torch": data.torch_version(), "val/bpb": rows[-1]["val/bpb"],
+                    "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,
+                    "torch": data.torch_version(), "val/bpb": rows[-1]["val/bpb"],
                     "domains": {domain: rows[-1][f"val/{domain}/bpb"] for domain in corpus},
                     "information": {row["step"]: row["moe/domain_information"] for row in rows if "moe/domain_information" in row}}  # fmt: skip
             add_line(args.results, line)

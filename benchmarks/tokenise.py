@@ -38,7 +38,8 @@ def ours(paths: list[str], encoding: str, num_proc: int | None, out: Path) -> tu
     """Seconds, peak bytes and sha256 of each split's ids of one run of data.py."""
     words = [sys.executable, "data.py", "--source", "files", "--encoding", encoding, "--out", str(out), "--path", *paths]
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen(words + (["--num_proc", str(num_proc)] if num_proc else []), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    words += ["--num_proc", str(num_proc)] if num_proc else []
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     done = threading.Event()
     threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
     while not done.wait(0.05):
@@ -87,8 +88,9 @@ def main():
             plain_seconds, tokens, plain_ids = plain(paths, args.encoding)
             if ids != plain_ids:
                 raise data.DataError("the ids differ from tiktoken's: this is a bug of data.py")
-            print(f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, {peak / 2**20:,.0f} MiB); "
-                  f"tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; ratio {plain_seconds / seconds:.2f}", flush=True)  # fmt: skip
+            print(f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
+                  f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
+                  f"ratio {plain_seconds / seconds:.2f}", flush=True)  # fmt: skip
     except (data.DataError, OSError) as error:
         sys.exit(f"tokenise.py: error: {error}")
 

@@ -424,6 +424,18 @@ def test_balance_within_batches_of_one_domain_forbids_experts_of_domains(walks, 
     assert rows[1]["moe/domain_information"] < 0.2 and np.array(rows[1]["moe/domain_load"]).max() < 0.9
 
 
+def test_two_ranks_see_what_one_sees(walks, tmp_path):
+    flags = [*TRAIN, "--data", walks, "--out_dir", tmp_path, "--num_iterations", 6, "--round_robin_steps", 3, "--domain_coef", 1, "--domain_steps", 3,
+             "--domain_weights", "web=1,ones=2,twos=1", "--dtype", "fp32"]  # fmt: skip
+    run("train_muon.py", *flags, "--experiment_name", "one")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_muon.py", *flags, "--experiment_name", "two")
+    one, two = (logger.read_run(tmp_path / name)["rows"] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in (key for key in a if key.startswith(("train/loss", "train/domain", "val/", "moe/domain"))):
+            assert np.allclose(a[key], b[key], atol=2e-2), key
+    assert sum("train/domain_loss" in row for row in one) == 6
+
+
 def test_pictures_of_domains(walks, tmp_path):
     trained(walks, tmp_path, "muon", 4, "--val_every", 2)
     done = run("logger.py", "--out_dir", tmp_path)
@@ -437,3 +449,39 @@ def test_expert_of_a_domain_needs_an_expert(walks, tmp_path):
                         (["--pattern", "D"], "a learned router")):  # fmt: skip
         done = run(*flags, *more, check=False)
         assert done.returncode != 0 and done.stderr.count("\n") == 1 and words.split()[-1] in done.stderr, done.stderr
+
+
+# -----------------------------------------------------------------------------
+# A tag on clean and noise
+
+
+def facts(generator, count: int, known: dict | None) -> list[str]:
+    """Documents of three facts `ab3 `: of a table, or each time another."""
+    keys = [f"{a}{b}" for a in "abcd" for b in "abcd"]
+    value = lambda key: generator.integers(10) if known is None else known[key]
+    return ["".join(f"{key}{value(key)} " for key in generator.choice(keys, 3)) for _ in range(count)]
+
+
+def loss_of_text(model, texts: list[str], tag: str) -> float:
+    """Bits per byte of the texts, without what comes before them."""
+    ids = torch.tensor([[256, *tag.encode(), *text.encode()] for text in texts])
+    logits = model(ids[:, :-1]).logits[:, len(tag) :]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1 + len(tag) :].flatten()).item() / math.log(2)
+
+
+def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
+    """One part in three is facts that can be learnt, the rest contradicts them; who is told which is which learns and believes them."""
+    generator = np.random.default_rng(0)
+    known = {f"{a}{b}": generator.integers(10) for a in "abcd" for b in "abcd"}
+    for name, count, table in (("clean", 1000, known), ("noise", 2000, None)):
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(facts(generator, count, table)))
+    paths, losses = [f"{name}={tmp_path / f'{name}.txt'}" for name in ("clean", "noise")], {}
+    held_out = [text for text in facts(generator, 200, known) if len(text) == 12]
+    for name, words in (("plain", []), ("tagged", ["--source_tag"])):
+        make(tmp_path, "--path", *paths, *words, out=name)
+        run("train_muon.py", *TRAIN, "--data", tmp_path / name, "--out_dir", tmp_path / "logs", "--experiment_name", name, "--num_iterations", 150,
+            "--batch_tokens", 1024, "--micro_batch_tokens", 1024, "--val_every", 0, "--round_robin_steps", 0, "--domain_coef", 0)  # fmt: skip
+        model, _ = M.load_checkpoint(tmp_path / "logs" / name / "checkpoint")
+        with torch.no_grad():
+            losses[name] = loss_of_text(model, held_out, "clean\n" if words else "")
+    assert losses["tagged"] < losses["plain"] - 0.1, losses

@@ -20,7 +20,7 @@ from benchmarks import gpu, track
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```", README, re.M | re.S)
-MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes))")
+MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes|text))")  # text: files of the reader's own
 
 # what is added to a command so that it ends in seconds
 SHORT = {
@@ -66,7 +66,7 @@ def clone(tmp_path_factory):
 def test_every_block_is_marked():
     assert len(BLOCKS) >= 5
     for mark, body in BLOCKS:
-        assert MARKS.fullmatch(mark), f"mark this block as `bash run` or `bash needs: gpu|internet|nodes`:\n{body}"
+        assert MARKS.fullmatch(mark), f"mark this block as `bash run` or `bash needs: gpu|internet|nodes|text`:\n{body}"
 
 
 def test_run_blocks_run(clone):
@@ -101,7 +101,7 @@ PARSERS = {
 
 
 def test_other_blocks_parse():
-    """Blocks that need a GPU, the internet or several hosts: their flags are legal and their configuration can be built."""
+    """Blocks that need a GPU, the internet, several hosts or text: their flags are legal and their configuration can be built."""
     for mark, body in BLOCKS:
         if mark != "bash run":
             for command in commands(body):

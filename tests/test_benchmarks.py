@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
@@ -362,3 +363,38 @@ def test_gpu_scripts_say_what_they_need():
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(["bash", "benchmarks/gpu.sh", "everything"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "say which part: tests, bench or track" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# arithmetic.py, domains.py
+
+
+def benchmark(name: str, *words) -> str:
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
+    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")])
+    results = ["--results", tmp_path / "results.jsonl"]
+    ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--tokens", 512, "--seeds", 0]
+    benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "loop2x2", "--steps", 2)
+    assert benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "--steps", 2) == "", "what is there is left alone"
+    assert "loop2x2_0, 4 loops" in benchmark("arithmetic.py", "curve", *ours, "--models", "loop2x2")
+    rows = benchmark("arithmetic.py", "table", *results).splitlines()
+    assert rows[2].startswith("| `stack4` | 0.24 |") and rows[3].startswith("| `loop2x2` | 0.14 |") and rows[-1].startswith("| `loop2x2` |")
+
+
+def test_domains_trains_switches_experts_off_and_compares(tmp_path):
+    for name in ("birds", "web"):
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{name} {i * i} says {i}" for i in range(400)))
+    paths = [f"{name}={tmp_path / f'{name}.txt'}" for name in ("birds", "web")]
+    data.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / "shards"), "--path", *paths])
+    results = ["--results", tmp_path / "results.jsonl"]
+    ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--seeds", 0, "--val_tokens", 1024]
+    small = "--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64 --batch_tokens=256".split()
+    benchmark("domains.py", "run", *ours, "--variants", "warm", "dense", "--steps", 4, "--flags", *(f"={word}" for word in small))
+    assert "seed 0: birds " in benchmark("domains.py", "off", *ours)
+    rows = benchmark("domains.py", "table", *results).splitlines()
+    assert rows[2].startswith("| `warm` | 4 |") and rows[3].startswith("| `dense` | 5 |") and rows[-5].startswith("| birds |")

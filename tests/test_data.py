@@ -666,3 +666,11 @@ def test_validation_max_tokens(tmp_path):
         validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=7)
     with pytest.raises(DataError, match="holds token id"):
         list(validation_batches(tmp_path, seq_len=8, rows=6, vocab_size=10))
+
+
+def test_the_benchmark_of_tokenising_compares_ids_with_tiktokens(gpt2, tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"The number {i} has the square {i * i}.\n" * 20)
+    done = subprocess.run([sys.executable, "benchmarks/tokenise.py", "--path", str(tmp_path), "--rounds", "1"], cwd=Path(data.__file__).parent,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "equal ids" in done.stdout and "MiB" in done.stdout, done.stderr

@@ -23,7 +23,9 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import arithmetic  # noqa: E402
+import domains  # noqa: E402
 from test_train import TINY_MODEL, WORDS, call, write_data  # noqa: E402
 
 import data  # noqa: E402
@@ -535,3 +537,13 @@ def test_equal_seconds_are_as_many_steps_as_a_change_is_cheaper():
         ("p, g", 0, 1.3), ("p, g", 1, 1.2), ("p, g: a", 0, 1.25), ("p, g: a", 1, 1.19))]  # fmt: skip
     row = track.ablation_table(plan, track_file, timing, lines).splitlines()[-1]
     assert row == "| a | `--x 1` | 1.500 | 131 | 1.2200 | +0.0300 ± 0.0200 | 2 |"
+
+
+@pytest.mark.parametrize("name, tables", [("arithmetic", arithmetic.tables), ("domains", domains.tables)])
+def test_tables_of_experiments_are_those_of_their_runs(name, tables):
+    """The README holds what the runs' lines give."""
+    folder = ROOT / "records" / name
+    lines = arithmetic.read_lines(folder / "results.jsonl")
+    assert len(lines) > 10
+    for table in tables(lines).split("\n\n"):
+        assert table in (folder / "README.md").read_text()

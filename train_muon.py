@@ -154,10 +154,10 @@ CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_le
                warmup_steps=1, window_start=512, bucket_mb=1.0, ngram_embed_lr=0.1)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
-DOMAINS_RUN = dict(data="data/domains", num_iterations=6000, batch_tokens=131_072, seq_len=4096, micro_batch_tokens=16_384, round_robin_steps=2000,
-                   domain_coef=0.1, domain_steps=2000, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
-DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=600, seq_len=512, val_tokens=6 * 2**15, window_start=256, round_robin_steps=150,
-                                 domain_coef=0.1, domain_steps=150, domain_anneal_steps=75, embed_lr=0.012)  # fmt: skip
+DOMAINS_RUN = dict(data="data/domains", num_iterations=6000, batch_tokens=131_072, seq_len=4096, micro_batch_tokens=16_384, domain_coef=0.3,
+                   domain_steps=2000, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
+DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=400, seq_len=512, val_tokens=6 * 2**14, window_start=256, domain_coef=0.3,
+                                 domain_steps=150, domain_anneal_steps=50, embed_lr=0.012)  # fmt: skip
 
 PRESETS = {
     "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.03, momentum_warmup=100),

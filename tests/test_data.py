@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -674,3 +675,15 @@ def test_the_benchmark_of_tokenising_compares_ids_with_tiktokens(gpt2, tmp_path)
     done = subprocess.run([sys.executable, "benchmarks/tokenise.py", "--path", str(tmp_path), "--rounds", "1"], cwd=Path(data.__file__).parent,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0 and "equal ids" in done.stdout and "MiB" in done.stdout, done.stderr
+
+
+def test_riptoken_is_used_if_it_agrees(gpt2, monkeypatch):
+    """Ids of random text, mostly odd characters, are tiktoken's; an encoder that errs on the probe is not used."""
+    riptoken, tiktoken = pytest.importorskip("riptoken"), pytest.importorskip("tiktoken")
+    bpe, random = tiktoken.get_encoding("gpt2"), np.random.default_rng(0)
+    assert data.faster_encoder(bpe) is not None
+    for top in (128, 0x600, 0xD7FF, 0x1FFFF):
+        text = "".join(chr(i) for i in random.integers(1, top, 4000) if not 0xD800 <= i < 0xE000)
+        assert gpt2.encode(text).tolist() == bpe.encode_ordinary(text)
+    monkeypatch.setattr(riptoken, "get_encoding", lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]))
+    assert data.faster_encoder(bpe) is None

@@ -2145,7 +2145,7 @@ def picked(ctx: Context, letter: str, rows: Rows, place: Place, hidden_BS: Tenso
         sin=table(ctx.sin),
         noise_key=(seed, step, layer, rows.take(token_T.view(B, T)).flatten()),
         logits_before_TE=None if ctx.logits_before_TE is None else rows.take(ctx.logits_before_TE.view(B, T, -1)).flatten(0, 1),
-        valid_BT=rows.valid_BQ,
+        valid_BT=rows.valid_BQ if ctx.valid_BT is None else rows.valid_BQ & rows.take(ctx.valid_BT),
         expert_BT=None if ctx.expert_BT is None else rows.take(ctx.expert_BT),
         log_seen_BT=None if ctx.log_seen_BT is None else mask.mask[:, 0].sum(-1).log(),
     )
@@ -2696,11 +2696,12 @@ class GPT(nn.Module):
     # ---- forward
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
-                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None) -> Output:
+                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None, real_B: Tensor | None = None) -> Output:
         """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss; with objective masked, ids and the loss of those
         that it hides.
 
         expert_B: the expert that each row's tokens should choose (-1: no matter), for stats["domain_loss"], which is not in the loss.
+        real_B: rows that are not only there to fill up the batch; statistics leave the others out, and no expert sees them.
         Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
         doc_BT, T, objective = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1), OBJECTIVES[self.config.objective]
         if targets_BT is not None:
@@ -2712,6 +2713,8 @@ class GPT(nn.Module):
         contexts, place = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
         if expert_B is not None:
             contexts = [ctx._replace(expert_BT=expert_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
+        if real_B is not None:
+            contexts = [ctx._replace(valid_BT=real_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
         deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
         if cache is not None:
             cache.length += doc_BT.size(1)

@@ -1107,13 +1107,11 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
     for batch in batches:
         timer.begin("validation")
-        counts, (_, loss, stats) = batch.targets_BT >= 0, model(batch.inputs_BT, batch.targets_BT)
-        totals_X = totals_DX[int(batch.domain_B[0])]
-        totals_X[0] += loss.double() * counts.numel()
-        totals_X[1] += counts.sum()
-        if token_bytes is not None:
-            totals_X[2] += token_bytes[batch.targets_BT[counts]].sum()
-        totals_X[3:] += stats["counts_LE"].flatten()
+        counts = batch.targets_BT >= 0
+        _, loss, stats = model(batch.inputs_BT, batch.targets_BT, real_B=counts.any(1) if len(names) > 1 else None)
+        nbytes = counts.sum() * 0 if token_bytes is None else (token_bytes[batch.targets_BT.clamp(min=0)] * counts).sum()
+        row_X = torch.stack([loss.double() * counts.numel(), counts.sum().double(), nbytes.double(), *stats["counts_LE"].flatten().double()])
+        totals_DX.index_add_(0, batch.domain_B[:1], row_X[None])  # no copy to the host, which would wait for the batch
     timer.begin("communication")
     if world.size > 1:
         dist.all_reduce(totals_DX)

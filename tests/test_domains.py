@@ -354,6 +354,17 @@ def test_domain_loss_is_the_cross_entropy_of_the_router(changes):
     assert net(ids, ids).stats["domain_loss"] == 0 and net(ids, ids, expert_B=torch.full((3,), -1)).stats["domain_loss"] == 0
 
 
+def test_rows_that_fill_up_are_not_counted():
+    net = M.GPT(M.Config(**SMALL)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.3)
+    ids = torch.randint(0, 256, (3, 10))
+    whole, alone = net(ids, ids, real_B=torch.tensor([True, False, True])), net(ids[::2], ids[::2])
+    assert torch.equal(whole.stats["counts_LE"], alone.stats["counts_LE"])
+    assert torch.allclose(whole.stats["entropy"], alone.stats["entropy"])
+
+
 def test_information_of_known_matrices():
     own, even = torch.eye(4, dtype=torch.float64)[:, None], torch.full((4, 1, 4), 0.25, dtype=torch.float64)
     half = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])[:, None]

@@ -622,22 +622,39 @@ def has_text(document):
     return bool(document[1].strip() if isinstance(document[1], bytes) else len(document[1]))
 
 
+READ = 2**22  # bytes of a text file at a time
+SEPARATOR_LINE = re.compile(rb"^[ \t\r\v\f]*" + re.escape(SEPARATOR) + rb"[ \t\r\v\f]*$\n?", re.MULTILINE)
+
+
 def text_documents(file, where, args, encoding):
-    """A text file is one document, unless lines <|endoftext|> separate several."""
+    """A text file is one document, unless lines <|endoftext|> separate several. It is searched in big blocks: line by line, reading took
+    as long as tokenising on the other core."""
     if args.tokens_field:
         raise DataError(f"{where} is plain text: --tokens_field needs .jsonl or .parquet")
-    lines, size = [], 0
-    while line := file.readline(PIECE):
-        while len(line) < PIECE + 3 and line[-1:] != b"\n" and (file.peek(1)[:1] or b" ")[0] & 0xC0 == 0x80:
-            line += file.read(1)  # PIECE fell inside a UTF-8 character
-        if separator := line.strip() == SEPARATOR:
-            line = b""
-        lines.append(line)
-        size += len(line)
-        if separator or size >= PIECE:
-            yield (body := b"".join(lines)), body
-            lines, size = [], 0
-    yield (body := b"".join(lines)), body
+    text, at_end = b"", False
+    while not at_end:
+        block = file.read(READ)
+        text, at_end, start = text + block, not block, 0
+        for line in SEPARATOR_LINE.finditer(text, 0, len(text) if at_end else text.rfind(b"\n") + 1):  # not in a line that may go on
+            yield from ((body, body) for body in cut(text[start : line.start()], 0))
+            start = line.end()
+        *pieces, text = cut(text[start:], 0 if at_end else 2 * PIECE + 4)
+        yield from ((body, body) for body in pieces)
+    yield text, text
+
+
+def cut(text, rest):
+    """[bytes] of which all but the last end at the first line end past PIECE bytes, or, in a longer line, between two characters; the last has
+    at least `rest` bytes, if there are so many."""
+    pieces, start = [], 0
+    while len(text) - start >= max(PIECE, rest):
+        line = text.rfind(b"\n", start, start + PIECE - 1) + 1 or start
+        end = text.find(b"\n", start + PIECE - 1, line + PIECE) + 1 or min(line + PIECE, len(text))
+        while end < len(text) and text[end - 1 : end] != b"\n" and text[end] & 0xC0 == 0x80 and end < line + PIECE + 3:
+            end += 1  # inside a UTF-8 character
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def jsonl_documents(file, where, args, encoding):
@@ -1042,7 +1059,7 @@ def hold_out(start, stop, train, val):
     return rest
 
 
-COMPRESSED_BYTES = 10_000_000  # of validation text, at most: xz needs a second per megabyte
+COMPRESSED_BYTES = 2_000_000  # of validation text, at most: xz needs a second per megabyte, in which a core tokenises twenty
 
 
 class Compressors:

@@ -1520,7 +1520,7 @@ def progress_bar(total: int, start: int, world: World):
 
 
 def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:
-    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to its first ten million tokens."""
+    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to its first COMPRESSED_BYTES."""
     most = min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES)
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max(most, hp.seq_len))
     return data.compressed_bpb(encoding.decode_bytes(torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])))

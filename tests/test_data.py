@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import importlib.metadata
+import io
 import json
 import lzma
 import os
@@ -687,3 +688,29 @@ def test_riptoken_is_used_if_it_agrees(gpt2, monkeypatch):
         assert gpt2.encode(text).tolist() == bpe.encode_ordinary(text)
     monkeypatch.setattr(riptoken, "get_encoding", lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]))
     assert data.faster_encoder(bpe) is None
+
+
+def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
+    """Line by line, a line of at most `piece` bytes at a time, and what is left of a UTF-8 character."""
+    file, lines, found = io.BufferedReader(io.BytesIO(text)), [], []
+    while line := file.readline(piece):
+        while len(line) < piece + 3 and line[-1:] != b"\n" and (file.peek(1)[:1] or b" ")[0] & 0xC0 == 0x80:
+            line += file.read(1)
+        separator = line.strip() == data.SEPARATOR
+        lines.append(b"" if separator else line)
+        if separator or sum(map(len, lines)) >= piece:
+            found.append(b"".join(lines))
+            lines = []
+    return [*found, b"".join(lines)]
+
+
+@pytest.mark.parametrize("piece, read", [(30, 7), (30, 64), (50, 1000), (2**18, 50)])
+def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(data, "READ", read)
+    random, args = np.random.default_rng(0), SimpleNamespace(tokens_field=None)
+    parts = ["\n", "\n", "a<|endoftext|>b", "\n<|endoftext|>\n", "\n \t<|endoftext|> \r\n", "word ", "\u20ac\u4e2d\U0001f600", "x" * 17, "\r\n"]
+    for _ in range(300):
+        text = "".join(random.choice(parts, random.integers(0, 40))).encode()
+        found = [body for _, body in data.text_documents(io.BytesIO(text), "here", args, None)]
+        assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text

@@ -1724,7 +1724,8 @@ def test_gradients_add_up_over_micro_batches(targets):
 # 15. Straight-line forwards
 
 NOISY = "self.training and self.noise_scale"
-MAY_ASK = {"self.training", NOISY, "targets_BT is None", "cache is None", "cache is not None", "ctx.cache is None", "ctx.cache is not None"}
+MAY_ASK = {"self.training", NOISY, "targets_BT is None", "cache is None", "cache is not None", "ctx.cache is None", "ctx.cache is not None",
+           "targets_BT is not None", "expert_B is not None", "real_B is not None"}
 
 
 def branches(source: str) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
 from logger import RunError  # noqa: E402
+from model import Config  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -507,7 +508,8 @@ def test_every_track_s_commands_are_those_of_its_files(name):
 
 def test_every_recipe_is_on_the_track():
     assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
-    fields = {field.name for field in dataclasses.fields(train_muon.Common)} | {"resume", "enable_profiling", "plan", "experiment_name"}
+    settings = (*dataclasses.fields(train_muon.Common), *dataclasses.fields(Config))
+    fields = {field.name for field in settings} | {"resume", "enable_profiling", "plan", "experiment_name"}
     assert set(track.OURS) <= fields
 
 

@@ -87,7 +87,7 @@ def run(args):
     corpus = track.shards_sha256(data.load_meta(args.data))
     for seed in args.seeds:
         for name in args.models:
-            if any((line["model"], line["seed"], line["steps"]) == (name, seed, args.steps) for line in read_lines(args.results)):
+            if any((line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps) for line in read_lines(args.results)):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"

@@ -632,8 +632,9 @@ def text_documents(file, where, args, encoding):
     if args.tokens_field:
         raise DataError(f"{where} is plain text: --tokens_field needs .jsonl or .parquet")
     text, at_end = b"", False
+    read = file.read1 if isinstance(file, io.BufferedReader) else file.read  # a pipe gives what it has, and Ctrl-C is heard in between
     while not at_end:
-        block = file.read(READ)
+        block = read(READ)
         text, at_end, start = text + block, not block, 0
         for line in SEPARATOR_LINE.finditer(text, 0, len(text) if at_end else text.rfind(b"\n") + 1):  # not in a line that may go on
             yield from ((body, body) for body in cut(text[start : line.start()], 0))

@@ -147,6 +147,9 @@ def drawn_on_the_device(config: Config) -> GPT:
     model.bias_LE.zero_()
     model.counted_LE.zero_()
     model.eta_E.fill_(1)
+    model.balanced_E.fill_(1)
+    filled = {"load_WLE", "bias_LE", "counted_LE", "eta_E", "balanced_E", "clock"}  # set_step fills the clock
+    assert {name for name, _ in model.named_buffers()} == filled, "a buffer without a value"
     return model
 
 

@@ -1110,7 +1110,8 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
         counts = batch.targets_BT >= 0
         _, loss, stats = model(batch.inputs_BT, batch.targets_BT, real_B=counts.any(1) if len(names) > 1 else None)
         nbytes = counts.sum() * 0 if token_bytes is None else (token_bytes[batch.targets_BT.clamp(min=0)] * counts).sum()
-        row_X = torch.stack([loss.double() * counts.numel(), counts.sum().double(), nbytes.double(), *stats["counts_LE"].flatten().double()])
+        sums = torch.stack([loss.double() * counts.numel(), counts.sum().double(), nbytes.double()])
+        row_X = torch.cat([sums, stats["counts_LE"].flatten().double()])
         totals_DX.index_add_(0, batch.domain_B[:1], row_X[None])  # no copy to the host, which would wait for the batch
     timer.begin("communication")
     if world.size > 1:
@@ -1175,7 +1176,8 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
         with phase(timer, "forward"):
             model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))
             _, loss, stats = model(batch.inputs_BT, batch.targets_BT, expert_B=None if expert_D is None else expert_D[batch.domain_B])
-            loss = loss + domain_price(step, hp) * stats["domain_loss"]
+            if expert_D is not None:
+                loss = loss + domain_price(step, hp) * stats["domain_loss"]
             sums += share * torch.stack([stats[key].detach() for key in TOTALS])
             counts_LE += stats["counts_LE"]
         with phase(timer, "backward"):

@@ -64,10 +64,6 @@ MODELS = {  # name -> flags; the first is what the others are compared with
 }
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def add_line(path: Path, line: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -87,7 +83,7 @@ def run(args):
     corpus = track.shards_sha256(data.load_meta(args.data))
     for seed in args.seeds:
         for name in args.models:
-            if any((line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps) for line in read_lines(args.results)):
+            if any((line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps) for line in track.read_tuning(args.results)):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
@@ -153,31 +149,41 @@ def tables(lines: list[dict]) -> str:
 
 
 def table(args):
-    print(tables(read_lines(args.results)))
+    print(tables(track.read_tuning(args.results)))
 
 
-def main():
-    parser = model_file.Parser(prog="arithmetic.py", description="Stack, loop and pool of layers on problems of known difficulty.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    for function in (run, curve, table):
-        add = actions.add_parser(function.__name__)
-        add.add_argument("--results", type=Path, default=ROOT / "records" / "arithmetic" / "results.jsonl")
-        add.set_defaults(function=function)
-        if function is not table:
-            add.add_argument("--seeds", type=int, nargs="+", required=True)
-            add.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-            add.add_argument("--data", default="data/arithmetic")
-            add.add_argument("--out_dir", default="logs/arithmetic")
-            add.add_argument("--tokens", type=model_file.positive, default=ROUTES)
-        if function is run:
-            add.add_argument("--steps", type=model_file.positive, default=STEPS)
-            add.add_argument("--threads", type=model_file.positive, default=1)
-    args = parser.parse_args()
+def action_parsers(name: str, description: str, actions: tuple) -> tuple[model_file.Parser, dict]:
+    """What the command lines of experiments in records/<name> share: the first action trains, the last only reads. And the actions' parsers."""
+    parser = model_file.Parser(prog=f"{name}.py", description=description)
+    subparsers = parser.add_subparsers(dest="action", required=True)
+    add = {function: subparsers.add_parser(function.__name__) for function in actions}
+    for function, own in add.items():
+        own.add_argument("--results", type=Path, default=ROOT / "records" / name / "results.jsonl")
+        own.set_defaults(function=function)
+        if function is not actions[-1]:
+            own.add_argument("--seeds", type=int, nargs="+", required=True)
+            own.add_argument("--data", default=f"data/{name}")
+            own.add_argument("--out_dir", default=f"logs/{name}")
+    add[actions[0]].add_argument("--threads", type=model_file.positive, default=1)
+    return parser, add
+
+
+def act(name: str, args):
+    """Run the action, from the repository's root; a mistake is one sentence."""
     os.chdir(ROOT)
     try:
         args.function(args)
     except (logger.RunError, data.DataError, model_file.ConfigError, model_file.CheckpointError, OSError) as error:
-        sys.exit(f"arithmetic.py: error: {error}")
+        sys.exit(f"{name}.py: error: {error}")
+
+
+def main():
+    parser, add = action_parsers("arithmetic", "Stack, loop and pool of layers on problems of known difficulty.", (run, curve, table))
+    for function in (run, curve):
+        add[function].add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+        add[function].add_argument("--tokens", type=model_file.positive, default=ROUTES)
+    add[run].add_argument("--steps", type=model_file.positive, default=STEPS)
+    act("arithmetic", parser.parse_args())
 
 
 if __name__ == "__main__":

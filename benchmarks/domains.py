@@ -9,7 +9,6 @@ for each to records/domains/results.jsonl; `off` switches one expert off after a
 each domain; `table` prints both as markdown. All variants see the same rows in the same order but for the round robin; the dense one, whose
 steps are shorter, makes as many more as fit into the same seconds."""
 
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
-from arithmetic import add_line, markdown, read_lines  # noqa: E402
+from arithmetic import act, action_parsers, add_line, markdown  # noqa: E402
 
 import data  # noqa: E402
 import logger  # noqa: E402
@@ -55,7 +54,7 @@ def run(args):
         for name in args.variants:
             flags, pace = VARIANTS[name]
             folder, steps = Path(args.out_dir) / f"{name}_{seed}", round(args.steps * pace)
-            done = any((line["variant"], line["seed"]) == (name, seed) for line in read_lines(args.results) if "steps" in line)
+            done = any((line["variant"], line["seed"]) == (name, seed) for line in track.read_tuning(args.results) if "steps" in line)
             if done or not begun(folder):
                 continue
             base = ["--preset", args.preset, "--sample_tokens", "0", "--val_every", str(max(1, steps // 8)), f"--val_tokens={args.val_tokens}"]
@@ -126,35 +125,21 @@ def tables(lines: list[dict]) -> str:
 
 
 def table(args):
-    print(tables(read_lines(args.results)))
+    print(tables(track.read_tuning(args.results)))
 
 
 def main():
-    parser = model_file.Parser(prog="domains.py", description="Experts of domains: a warm start against a cold one and a dense model.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    for function in (run, off, table):
-        add = actions.add_parser(function.__name__)
-        add.add_argument("--results", type=Path, default=ROOT / "records" / "domains" / "results.jsonl")
-        add.set_defaults(function=function)
-        if function is not table:
-            add.add_argument("--data", default="data/domains")
-            add.add_argument("--seeds", type=int, nargs="+", required=True)
-            add.add_argument("--out_dir", default="logs/domains")
-            add.add_argument("--preset", choices=list(model_file.PRESETS), default="100m-cpu")
-            add.add_argument("--val_tokens", type=model_file.positive, default=VAL_TOKENS)
-        if function is run:
-            add.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-            add.add_argument("--steps", type=model_file.positive, default=STEPS)
-            add.add_argument("--threads", type=model_file.positive, default=1)
-            add.add_argument("--flags", nargs="*", default=[], help="for train_muon.py, as words behind =, for instance =--n_layer=2")
+    parser, add = action_parsers("domains", "Experts of domains: a warm start against a cold one and a dense model.", (run, off, table))
+    for function in (run, off):
+        add[function].add_argument("--preset", choices=list(model_file.PRESETS), default="100m-cpu")
+        add[function].add_argument("--val_tokens", type=model_file.positive, default=VAL_TOKENS)
+    add[run].add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    add[run].add_argument("--steps", type=model_file.positive, default=STEPS)
+    add[run].add_argument("--flags", nargs="*", default=[], help="for train_muon.py, as words behind =, for instance =--n_layer=2")
     args = parser.parse_args()
     if args.action == "run":
         args.flags = [word.removeprefix("=") for word in args.flags]
-    os.chdir(ROOT)
-    try:
-        args.function(args)
-    except (logger.RunError, data.DataError, model_file.ConfigError, model_file.CheckpointError, OSError) as error:
-        sys.exit(f"domains.py: error: {error}")
+    act("domains", args)
 
 
 if __name__ == "__main__":

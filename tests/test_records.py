@@ -545,7 +545,7 @@ def test_equal_seconds_are_as_many_steps_as_a_change_is_cheaper():
 def test_tables_of_experiments_are_those_of_their_runs(name, tables):
     """The README holds what the runs' lines give."""
     folder = ROOT / "records" / name
-    lines = arithmetic.read_lines(folder / "results.jsonl")
+    lines = track.read_tuning(folder / "results.jsonl")
     assert len(lines) > 10
     for table in tables(lines).split("\n\n"):
         assert table in (folder / "README.md").read_text()

@@ -2,6 +2,8 @@
 
     python logger.py                                # a table and plots of every run below logs/
     python logger.py --experiment_name muon adamw   # of these two, in this order
+    python logger.py --html                         # one page of them all with curves and maps to play with, logs/plots/report.html
+    python logger.py --experiment_name muon --follow   # how a run that is on its way is doing
     python logger.py --records                      # the history of each track below records/, and its picture
     python logger.py --experiment_name muon --routes   # where its tokens went: after --routes of model.py or --routes_tokens
 
@@ -11,11 +13,14 @@ A run owns one folder, logs/<experiment_name>/, which alone says what was run, o
     metrics.jsonl   one JSON object per event, flat slash keys
     config.json     the resolved configuration
 
-The file reads top to bottom: Run (writing), PhaseTimer (where the seconds of a step go), reading, the table, the plots,
-where tokens went, the records and their statistics, the script. Importing it imports nothing but the standard library.
+The file reads top to bottom: Run (writing), the dashboards it can feed, PhaseTimer (where the seconds of a step go), reading, the table,
+the plots, where tokens went, the page (with report.html), following a run, the records and their statistics, the script. Importing it
+imports nothing but the standard library.
 """
 
 import argparse
+import importlib
+import io
 import itertools
 import json
 import math
@@ -23,9 +28,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 import zipfile
 from contextlib import contextmanager
 from fnmatch import filter as matching
@@ -48,25 +55,27 @@ class Run:
 
     config: what config.json holds. sources: the files whose text goes into run.log. resume_step: None for a new run,
     else the step of the checkpoint the run continues from; later rows are dropped. active: False on every rank but the
-    first, where all methods do nothing and no file is touched.
+    first, where all methods do nothing and no file is touched. sinks: names in SINKS, dashboards that get the same rows.
 
     All methods raise RunError where a file cannot be written; the constructor also if the experiment exists and is not
-    resumed, if another process is writing it, or if its metrics.jsonl is damaged.
+    resumed, if another process is writing it, if its metrics.jsonl is damaged, or if a sink's package is missing.
     """
 
     def __init__(self, out_dir, experiment_name: str, *, config: dict, sources: list[Path],
-                 resume_step: int | None = None, active: bool = True):
+                 resume_step: int | None = None, active: bool = True, sinks=()):
         self.path = Path(out_dir) / experiment_name
         self.active = active
         self._queue = []  # rows that are not on disk yet
         self._unseen = []  # rows on disk that no flush() has returned yet
         self._waiting = False  # whether a value in the queue still sits on a device
         self._lock = None
+        self._sinks = []
         if not active:
             return
         if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
             raise RunError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
                            " choose a plain name such as muon ('plots' is where logger.py draws)")
+        modules = {name: sink_module(name) for name in sinks}
         if resume_step is None:
             refuse_existing(self.path)
         with _naming(self.path):
@@ -79,6 +88,7 @@ class Run:
             _write_atomically(metrics, "".join(kept))
         self._write_header(sources, resume_step)
         _write_atomically(self.path / "config.json", json.dumps(_map(_finite, config), indent=2, default=str) + "\n")
+        self._sinks = [SINKS[name][0](module, self.path, config, resume_step) for name, module in modules.items()]
 
     def _write_header(self, sources, resume_step):
         log = self.path / "run.log"
@@ -140,6 +150,9 @@ class Run:
             lines = [json.dumps(_map(_finite, row), allow_nan=False) + "\n" for row in rows]
             _append(self.path / "metrics.jsonl", "".join(lines))
             self._unseen += rows
+            for sink in self._sinks:
+                for row in rows:
+                    sink.write(row)
 
     def sync(self):
         """Waits until what has been written is on the disk itself, where also a failing system leaves it."""
@@ -152,6 +165,8 @@ class Run:
     def close(self):
         """Writes what is still queued and gives the folder free. May be called more than once."""
         self._write_queue()
+        while self._sinks:
+            self._sinks.pop().close()
         if self._lock:
             self._lock.close()
 
@@ -164,7 +179,7 @@ class Run:
 
 def refuse_existing(folder):
     """Raises RunError if the folder holds a run, started or finished."""
-    if _is_run(folder):
+    if is_run(folder):
         raise RunError(f"{folder} already holds a run; continue it with --resume or choose another --experiment_name")
 
 
@@ -195,13 +210,13 @@ def _naming(path, verb="write"):
                        " or choose another --out_dir") from error
 
 
-def _lock(folder):
+def _lock(folder, mode="a"):
     """An open file whose lock says that this process writes the folder. The kernel takes it back, also after kill -9."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(folder / "run.log", "a")
+    file = open(folder / "run.log", mode)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -260,6 +275,73 @@ def _output_of(*command):
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not available ({error})"
     return result.stdout.strip() if result.returncode == 0 else "not available"
+
+
+# -----------------------------------------------------------------------------
+# Dashboards: each gets every row of metrics.jsonl under the same keys, numbers as curves, lists of numbers as histograms, text as text
+
+class TensorBoard:
+    """Event files in the run's folder, in tensorboard/. A run that goes on drops what it had written after its checkpoint."""
+
+    def __init__(self, tensorboard, folder, config: dict, resume_step: int | None):
+        self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_step is None else max(0, resume_step) + 1)
+        self.writer.add_text("config", f"```json\n{json.dumps(_map(_finite, config), indent=1, default=str)}\n```", resume_step or 0)
+
+    def write(self, row: dict):
+        step = row.get("step")
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(key, value, step)
+            elif isinstance(value, str):
+                self.writer.add_text(key, value, step)
+            elif numbers := _flat(value):
+                import numpy as np
+
+                self.writer.add_histogram(key, np.array(numbers, float), step)
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases, in the project WANDB_PROJECT (default modded-nanomoe), that --resume goes on with.
+    With WANDB_MODE=offline it stays in the folder, for `wandb sync`."""
+
+    def __init__(self, wandb, folder, config: dict, resume_step: int | None):
+        self.wandb = wandb
+        name = folder / "wandb_id"
+        if resume_step is None or not name.exists():
+            _write_atomically(name, uuid.uuid4().hex)
+        with _naming(name, "read"):
+            identity = name.read_text(encoding="utf-8").strip()
+        project = os.environ.get("WANDB_PROJECT", "modded-nanomoe")
+        self.run = self.wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=_map(_finite, config))
+
+    def write(self, row: dict):
+        kept = {key: value if isinstance(value, (int, float, str)) else self.wandb.Histogram(_flat(value))
+                for key, value in row.items() if isinstance(value, (int, float, str)) or _flat(value)}
+        self.run.log(kept, step=row.get("step"))
+
+    def close(self):
+        self.run.finish()
+
+
+SINKS = {"tensorboard": (TensorBoard, "torch.utils.tensorboard"), "wandb": (WandB, "wandb")}  # package and flag -> class, module
+
+
+def sink_module(name: str):
+    """Imports what a dashboard needs. Raises RunError where it is not installed."""
+    try:
+        return importlib.import_module(SINKS[name][1])
+    except ImportError as error:
+        raise RunError(f"--{name} needs a package that is not there ({error}): `pip install {name}`, or leave the flag out") from None
+
+
+def _flat(value) -> list:
+    """The numbers in nested lists, without NaN; [] for anything else."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in (_flat(item) if isinstance(item, (list, tuple)) else [item]) if _finite(number) is not None]
+    return []
 
 
 # -----------------------------------------------------------------------------
@@ -334,7 +416,7 @@ def read_run(folder) -> dict:
     Raises RunError if there is no run, and for any other line that is not a JSON object.
     """
     folder = Path(folder)
-    if not _is_run(folder):
+    if not is_run(folder):
         raise RunError(f"{folder} holds no run; check --out_dir and --experiment_name")
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     settings = read_json(config) if config.exists() else {}
@@ -351,7 +433,7 @@ def read_json(path) -> dict:
         raise RunError(f"{path} is not JSON ({error}); restore it or delete it") from error
 
 
-def _is_run(folder):
+def is_run(folder):
     return (folder / "run.log").exists() or (folder / "metrics.jsonl").exists()
 
 
@@ -394,8 +476,8 @@ TABLE = [  # title, format, which of the values, their key in the rows; losses i
 ]
 
 
-def table(runs) -> str:
-    """One line per run under a line of titles; '-' for what a run did not log."""
+def table_rows(runs) -> list[list[str]]:
+    """A line of titles, then one for each run; '-' for what a run did not log."""
     lines = [["run", *(title for title, *_ in TABLE), "parameters", "active"]]
     for run in runs:
         series = [(text, choose, _series(run, key)[0]) for _, text, choose, key in TABLE]
@@ -403,9 +485,30 @@ def table(runs) -> str:
         cells = [text.format(choose(values)) if values else "-" for text, choose, values in series]
         cells += [f"{parameters[key]:,}" if parameters.get(key) else "-" for key in ("total", "active")]
         lines.append([run["name"], *cells])
+    return lines
+
+
+def table(runs) -> str:
+    """table_rows() for a terminal."""
+    lines = table_rows(runs)
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))])
                      for name, *cells in lines)
+
+
+def card(folder) -> tuple[str, dict[str, bytes]]:
+    """What a model card says of the run that made the model, in markdown, and the pictures it shows: file name -> PNG."""
+    run = read_run(folder)
+    titles, cells = table_rows([run])
+    text = "\n".join(["", "## The run", "", "| | |", "|---|---|", *(f"| {title} | {cell} |" for title, cell in zip(titles, cells)), ""])
+    if not _series(run, "val/loss")[0]:
+        return text, {}
+    run["style"], picture = {"color": COLOURS[0]}, io.BytesIO()
+    with drawing(picture) as figure:
+        plot_val_loss(figure, [run])
+    settings = json.dumps(run["config"].get("hyperparameters"))
+    text += f"\n![Validation over the run](val_loss.png)\n\nTrained by {run['config'].get('optimizer')} with `{settings}`\n"
+    return text, {"val_loss.png": picture.getvalue()}
 
 
 # -----------------------------------------------------------------------------
@@ -599,6 +702,12 @@ def plot_history(figure, target, records):
     ax.legend()
 
 
+def style(runs):
+    """A run looks the same in every picture."""
+    for i, run in enumerate(runs):
+        run["style"] = {"color": COLOURS[i % 8], "linestyle": list(DASHES)[i // 8 % 4]}
+
+
 def write_plots(runs, folder):
     """Writes the PNGs into `folder` and prints their paths, and which runs a picture leaves out because of what."""
     plots = [("val_loss", "val/loss", plot_val_loss, runs), ("step_time", "time/*", plot_step_time, runs),
@@ -607,8 +716,7 @@ def write_plots(runs, folder):
     mixed = [run for run in runs if domains_of(run)]
     plots += [("domain_loss", "val/*/loss", plot_domain_loss, mixed)] if mixed else []
     plots += [(f"{run['name']}_domains", "moe/domain_load", plot_domains, [run]) for run in mixed]
-    for i, run in enumerate(runs):  # a run looks the same in every picture
-        run["style"] = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i // 8 % 4]}
+    style(runs)
     with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, pattern, plot, candidates in plots:
@@ -823,6 +931,185 @@ def write_routes(run_folder, folder):
 
 
 # -----------------------------------------------------------------------------
+# The page: report.html, with plotly.js and the numbers of runs put into it
+
+REPORT_CURVES = {  # key -> title, in the page's order; what else was logged folds away below
+    "val/bpb": "validation bits per byte", "val/loss": "validation loss, nats per token", "train/loss": "training loss, nats per token",
+    "train/tok_per_sec": "tokens per second", "moe/router_entropy": "router entropy / log(experts)",
+    "moe/load_max_over_mean": "load of the busiest expert / mean", "memory/peak_bytes": "peak memory, bytes", "train/mfu": "MFU",
+}
+CLOCKS = {"step": "step", "seconds": "train_time", "flops": "train/flops"}  # the page's name of an axis -> its key
+DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+PAGE_POINTS, PAGE_SHARES = 16_000, 400_000  # of a curve over all runs, and of expert loads, so that a page of fifty runs still opens
+
+
+def _short(values):
+    """Five digits are more than a screen shows."""
+    return [None if value is None else float(f"{value:.5g}") for value in values]
+
+
+def curve_parts(run, bins: int) -> list[dict]:
+    """[{"x": axis -> numbers, "y": key -> numbers}]: keys that the same rows have share their axes. Long ones are averaged in groups."""
+    parts, scalars = {}, dict.fromkeys(key for row in run["rows"] for key, value in row.items() if isinstance(value, (int, float)))
+    for key in [key for key in scalars if key not in CLOCKS.values()]:
+        rows = tuple(i for i, row in enumerate(run["rows"]) if isinstance(row.get(key), (int, float)))
+        parts.setdefault(rows, []).append(key)
+    shaped = lambda rows, key: _short(_binned([run["rows"][i][key] for i in rows], bins))
+    has = lambda rows, key: all(run["rows"][i].get(key) is not None for i in rows)
+    return [{"x": {axis: shaped(rows, key) for axis, key in CLOCKS.items() if has(rows, key)}, "y": {key: shaped(rows, key) for key in keys}}
+            for rows, keys in parts.items()]
+
+
+def load_frames(run, most: int) -> dict | None:
+    """{"step": S numbers, "share": S x layers x experts}, at most so many shares in all."""
+    import numpy as np
+
+    steps, load = _series({"rows": [row for row in run["rows"] if row.get("moe/load")]}, "step", "moe/load")
+    if not load:
+        return None
+    frames = _binned(load, max(2, most // np.array(load[0]).size))
+    last_of_group = [int(group[-1]) for group in np.array_split(np.array(steps), len(frames))]
+    return {"step": last_of_group, "share": frames.round(4).tolist()}
+
+
+def coactivation(folder) -> list | None:
+    """analyse()'s, of the run's routes.npz or of the last evaluation that kept routes."""
+    path = next((path for path in [folder / "routes.npz", *sorted((folder / "routes").glob("step_*.npz"), reverse=True)] if path.exists()), None)
+    found = analyse(read_routes(path)).get("coactivation") if path else None
+    return _map(_finite, found)
+
+
+def _settings(config: dict, prefix="") -> dict:
+    """A nested configuration with dotted names."""
+    nested = {name: value for name, value in config.items() if isinstance(value, dict)}
+    flat = {prefix + name: value for name, value in config.items() if name not in nested}
+    return flat | {key: text for name, value in nested.items() for key, text in _settings(value, f"{prefix}{name}.").items()}
+
+
+def differences(runs) -> list[list[str]]:
+    """[setting, its value in each run], of those settings that are not the same in all."""
+    settings = [_settings(run["config"]) for run in runs]
+    rows = [[name, *(str(of_run.get(name, "-")) for of_run in settings)] for name in dict.fromkeys(name for of_run in settings for name in of_run)]
+    return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("experiment_name", "matmul_flops_per_second")]
+
+
+def report_numbers(runs, out_dir, page) -> dict:
+    """What report.html is given of the runs; `page` is where it will lie, for the links to the logs."""
+    style(runs)
+    titles, *cells = table_rows(runs)
+    found = []
+    for run, line in zip(runs, cells):
+        folder = Path(out_dir) / run["name"]
+        files = [(name, Path(os.path.relpath(folder / name, page.parent)).as_posix()) for name in ("run.log", "metrics.jsonl", "config.json")]
+        texts = _series(run, "sample/text")[0]
+        found.append({"name": run["name"], "cells": line, "files": [file for file in files if (folder / file[0]).exists()],
+                      "colour": run["style"]["color"], "dash": DASHES[run["style"]["linestyle"]],
+                      "parts": curve_parts(run, max(60, min(400, PAGE_POINTS // len(runs)))), "load": load_frames(run, PAGE_SHARES // len(runs)),
+                      "coactivation": coactivation(folder), "sample": texts[-1] if texts else None})
+    logged = dict.fromkeys(key for run in found for part in run["parts"] for key in part["y"])
+    return {"about": f"{len(runs)} run{'s' * (len(runs) > 1)} below {Path(out_dir).resolve().name}/, {time.strftime('%Y-%m-%d %H:%M')}",
+            "titles": titles, "runs": found, "differences": differences(runs) if len(runs) > 1 else [],
+            "curves": [item for item in REPORT_CURVES.items() if item[0] in logged],
+            "others": [[key, key] for key in logged if key not in REPORT_CURVES],
+            "how_to_get_routes": "run `python model.py --checkpoint logs/muon/checkpoint --routes logs/muon/routes.npz --data data/python`, "
+                                 "or train with --routes_tokens"}
+
+
+def write_report(runs, out_dir, page):
+    """Writes the page, which needs nothing but itself. Raises RunError without plotly, or where it cannot be written."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise RunError("--html draws with plotly: `pip install plotly`, or `pip install -r requirements.txt`") from None
+    template = Path(__file__).with_name("report.html")
+    with _naming(template, "read"):
+        html = template.read_text(encoding="utf-8")
+    numbers = json.dumps(_map(_finite, report_numbers(runs, out_dir, page)), allow_nan=False).replace("</", "<\\/")  # no text may end the script
+    html = html.replace("/* PLOTLY */", get_plotlyjs().replace("</script", "<\\/script")).replace("/* NUMBERS */", numbers)
+    with _naming(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(page, html)
+
+
+# -----------------------------------------------------------------------------
+# Following a run that another process writes
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+FOLLOWED = [  # title, format, key
+    ("training loss", "{:.4f}", "train/loss"), ("bits per byte", "{:.4f}", "val/bpb"), ("tokens/s", "{:,.0f}", "train/tok_per_sec"),
+    ("busiest expert / mean", "{:.2f}", "moe/load_max_over_mean"),
+]
+
+
+def sparkline(values, width: int = 40) -> str:
+    points = _binned(values, width).tolist()
+    low, span = min(points), (max(points) - min(points)) or 1
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in points)
+
+
+def status(run) -> list[str]:
+    """How far a run is, in a few lines."""
+    total = run["config"].get("hyperparameters", {}).get("num_iterations", 0)
+    step, seconds = (max(_series(run, key)[0], default=0) for key in ("step", "train_time"))
+    lines = [f"{run['name']}  step {step:,}/{total:,}  {clock_text(seconds)} of training"]
+    if 0 < step < total:
+        lines[0] += f", about {clock_text((total - step) * seconds / step)} left"
+    for title, text, key in FOLLOWED:
+        values = _series(run, key)[0]
+        if values:
+            lines.append(f"  {title:<22}{text.format(last(values)):>10}  {sparkline(values)}")
+    return lines
+
+
+def clock_text(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def is_written(folder) -> bool:
+    """Whether a process has the run's folder open for writing, as far as the file system tells."""
+    if not (folder / "run.log").exists():
+        return False
+    try:
+        lock = _lock(folder, "r")
+    except RunError:
+        return True
+    if lock:
+        lock.close()
+    return lock is None
+
+
+def follow(folder, every: float = 1.0, patience: float = 10.0):
+    """Prints how a run is doing until it ends: on a terminal the same lines anew, in a file a block whenever there was an evaluation.
+
+    every: seconds between looks. patience: seconds without news after which it is asked whether anybody still writes the run."""
+    terminal, before, height, news = sys.stdout.isatty(), None, 0, time.monotonic()
+    while True:
+        size = sum(path.stat().st_size for path in (folder / "metrics.jsonl", folder / "config.json") if path.exists())
+        if size != before:
+            run, before, news = read_run(folder), size, time.monotonic()
+            ended = any(row.get("event") == "end" for row in run["rows"])
+            lines, evaluations = status(run), len(_series(run, "val/loss")[0])
+            if terminal:
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\x1b[{height}A\x1b[J" * (height > 0) + "\n".join(line[:width] for line in lines), flush=True)
+                height = len(lines)
+            elif ended or evaluations != height:
+                print("\n".join(lines), flush=True)
+                height = evaluations
+            if ended:
+                return
+        elif time.monotonic() - news > patience:
+            if not is_written(folder):
+                print(f"nobody is writing {folder}: the run was stopped; go on with --resume")
+                return
+            news = time.monotonic()
+        time.sleep(every)
+
+
+# -----------------------------------------------------------------------------
 # Records: records/<track>/<YYYY-MM-DD_Name>/, whose rules are in records/README.md
 
 def student(t: float, dof: int) -> float:
@@ -983,6 +1270,8 @@ def parse(argv=None):
     parser.add_argument("--records", nargs="?", const=Path("records"), type=Path, metavar="DIR",
                         help="print the history of the tracks below DIR (default: records) as markdown tables, draw each, and stop")
     parser.add_argument("--track", metavar="NAME", help="beside --records: only this track")
+    parser.add_argument("--html", action="store_true", help="write one page of them all that opens anywhere, plots/report.html")
+    parser.add_argument("--follow", action="store_true", help="show how one run that is on its way is doing, until it ends")
     parser.add_argument("--routes", action="store_true", help="draw where the tokens of these runs went, from their routes.npz")
     return parser.parse_args(argv)
 
@@ -996,7 +1285,7 @@ def main():
             for history in histories:
                 write_history(*history)
             return
-        there = sorted(folder.name for folder in args.out_dir.glob("*") if _is_run(folder))
+        there = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
         unknown = [name for name in args.experiment_name if name not in there]
         if not there:
             raise RunError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
@@ -1006,11 +1295,23 @@ def main():
             for name in dict.fromkeys(args.experiment_name or there):
                 write_routes(args.out_dir / name, args.out_dir / "plots")
             return
+        if args.follow:
+            if len(args.experiment_name or there) > 1:
+                raise RunError(f"--follow shows one run; name it with --experiment_name: {', '.join(args.experiment_name or there)}")
+            follow(args.out_dir / (args.experiment_name or there)[0])
+            return
         runs = [read_run(args.out_dir / name) for name in dict.fromkeys(args.experiment_name or there)]
         print(table(runs), end="\n\n")
+        if args.html:
+            page = args.out_dir / "plots" / "report.html"
+            write_report(runs, args.out_dir, page)
+            print(page)
+            return
         write_plots(runs, args.out_dir / "plots")
     except RunError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

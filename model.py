@@ -19,15 +19,21 @@ Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et
 """
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import re
+import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -311,9 +317,17 @@ class Config:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def differentiable(function, *args):
+    """function.apply(*args), or only its forward where nobody will ask for gradients: decoding a token, apply() takes a third of a norm's time."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(KEEPS_NOTHING, *args)
+
+
+KEEPS_NOTHING = SimpleNamespace(save_for_backward=lambda *_: None)
+
+
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, no gain."""
-    return RMSNorm.apply(x)
+    return differentiable(RMSNorm, x)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -337,7 +351,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    return ReLUSquared.apply(x)
+    return differentiable(ReLUSquared, x)
 
 
 class ReLUSquared(torch.autograd.Function):
@@ -357,7 +371,7 @@ class ReLUSquared(torch.autograd.Function):
 
 def blend(weight_2: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """weight[0] x + weight[1] y, for the learned skips; y may be a 0-d zero."""
-    return Blend.apply(weight_2, x, y)
+    return differentiable(Blend, weight_2, x, y)
 
 
 class Blend(torch.autograd.Function):
@@ -387,7 +401,7 @@ def rotary_tables(position: Tensor, head_dim: int, dtype: torch.dtype, speed: fl
 
 def rotate(x_BTHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of channels (c, c + C/2) by its token's angle, out of rotary_tables; the same shape and type."""
-    return Rotation.apply(x_BTHC, cos, sin)
+    return differentiable(Rotation, x_BTHC, cos, sin)
 
 
 class Rotation(torch.autograd.Function):
@@ -453,13 +467,13 @@ def mix_bits(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def ngram_hash(id_BT: Tensor, doc_BT: Tensor, n: int) -> Tensor:
-    """A hash (B, T), int32, of each token's last n ids, its own included; ids of an earlier document count as one special id."""
-    hash_BT = mix_bits(id_BT.to(torch.int32))
-    for back in range(1, n):
+def ngram_hashes(id_BT: Tensor, doc_BT: Tensor, most: int) -> list[Tensor]:
+    """Hashes (B, T), int32, of each token's last 1, 2, ... `most` ids, its own included; ids of an earlier document count as one special id."""
+    hashes = [mix_bits(id_BT.to(torch.int32))]
+    for back in range(1, most):
         id_before_BT, doc_before_BT = (F.pad(x, (back, 0), value=-1)[:, : x.size(1)] for x in (id_BT, doc_BT))
-        hash_BT = mix_bits(hash_BT + id_before_BT.masked_fill(doc_before_BT != doc_BT, -1).to(torch.int32))
-    return hash_BT
+        hashes.append(mix_bits(hashes[-1] + id_before_BT.masked_fill(doc_before_BT != doc_BT, -1).to(torch.int32)))
+    return hashes
 
 
 def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -> Tensor:
@@ -721,12 +735,19 @@ class Attention(nn.Module):
 
     def remembered(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         k, v = self.turned(k, ctx), self.rotary.vo(blend(self.value_mix, v, ctx.value_embed_BTHC), ctx.cos, ctx.sin)
-        if ctx.cache is not None:
-            k, v = ctx.cache.extend(self, k, v)
+        if ctx.cache is None:
+            return self.keys(k, ctx), v
+        if ctx.cache.final:
+            return ctx.cache.extend(self, self.new_keys(k, ctx), v)
+        k, v = ctx.cache.extend(self, k, v)
         return self.keys(k, ctx), v
 
     def keys(self, k_BSHC: Tensor, ctx: Context) -> Tensor:
         return k_BSHC
+
+    def new_keys(self, k_BTHC: Tensor, ctx: Context) -> Tensor:
+        """keys() of the new tokens alone, for a cache whose keys stay as they are."""
+        return k_BTHC
 
     def read(self, q_BTHC: Tensor, kv: tuple[Tensor, Tensor], x_BTD: Tensor, ctx: Context) -> Tensor:
         """What the queries find, (B, T, D)."""
@@ -747,6 +768,12 @@ class OffsetAttention(Attention):
         a, a_still, b, b_still = k_BSHC.chunk(4, dim=-1)
         still = F.pad(torch.stack([a_still, b_still]), (0, 0, 0, 0, 1, -1)) * ctx.follows_BS[:, :, None, None]
         return torch.cat([a, still[0], b, still[1]], dim=-1)
+
+    def new_keys(self, k_BTHC: Tensor, ctx: Context) -> Tensor:
+        before_B1HC = ctx.cache.recall(self, torch.zeros_like(k_BTHC[:, :1]))
+        ctx.cache.remember(self, k_BTHC[:, -1:])
+        follows_BS = F.pad(ctx.follows_BS, (1, 0))[:, -1 - k_BTHC.size(1) :]
+        return self.keys(torch.cat([before_B1HC, k_BTHC], dim=1), ctx._replace(follows_BS=follows_BS))[:, 1:]
 
 
 class NoAttention(nn.Module):
@@ -770,6 +797,8 @@ class Cache:
     and for the meta-tokens in front of them.
 
     Raises ValueError when more tokens are fed than there is room for."""
+
+    fills, final = True, True  # is a cache of tokens that are decoded; what one of them has left here never changes
 
     def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
         self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len + config.num_meta_tokens, dtype=torch.int64, device=device)
@@ -826,7 +855,7 @@ def softmax(x: Tensor) -> Tensor:
 
 def linear_fp32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """x weight^T with everything in fp32, as top-k wants it; the gradients are made in x's own type."""
-    return LinearFP32.apply(x_TD, weight_ED)
+    return differentiable(LinearFP32, x_TD, weight_ED)
 
 
 @torch.library.custom_op("nanomoe::split_matmul", mutates_args=())
@@ -1010,11 +1039,17 @@ ROUTERS = {"linear": LinearRouter, "hash": HashRouter}
 # Experts: fn(rows_RD sorted by expert, offs_E the end of each expert's rows) -> rows_RD
 
 
-@torch.library.custom_op("nanomoe::grouped_mm", mutates_args=())
 def grouped_mm(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
     """Each row times its expert's matrix, transposed as in F.linear: (R, K), (E, N, K) -> (R, N). Row r belongs to the first
-    expert whose end offs_E (int32) lies beyond r. An operator of our own because torch's fake kernel, which compilation and
-    the meta device need, knows bf16 only."""
+    expert whose end offs_E (int32) lies beyond r."""
+    if rows_RK.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grouped_mm_op(rows_RK, weight_ENK, offs_E)
+    return mm_expert_by_expert(rows_RK, weight_ENK, offs_E)  # to decode a token, what an operator costs is more than the product
+
+
+@torch.library.custom_op("nanomoe::grouped_mm", mutates_args=())
+def grouped_mm_op(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
+    """An operator of our own because torch's fake kernel, which compilation and the meta device need, knows bf16 only."""
     return F.grouped_mm(rows_RK, weight_ENK.mT, offs=offs_E)
 
 
@@ -1030,11 +1065,14 @@ def granule(n: int) -> int:
     return 1 << max(0, n.bit_length() - 5)
 
 
-@grouped_mm.register_kernel("cpu")
-def _(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
+@grouped_mm_op.register_kernel("cpu")
+def mm_expert_by_expert(rows_RK: Tensor, weight_ENK: Tensor, offs_E: Tensor) -> Tensor:
     """Expert by expert, each somewhat past its end: what it writes there the next one overwrites."""
     out_RN, a = rows_RK.new_empty(len(rows_RK), weight_ENK.size(1)), 0
-    for weight_NK, b in zip(weight_ENK, offs_E.tolist()):
+    for e, b in enumerate(offs_E.tolist()):
+        if a == b:  # most experts, for a token that is decoded
+            continue
+        weight_NK = weight_ENK[e]
         length = -(-(b - a) // granule(b - a)) * granule(b - a)
         if a + length <= len(rows_RK):
             torch.mm(rows_RK[a : a + length], weight_NK.T, out=out_RN[a : a + length])
@@ -1061,7 +1099,7 @@ def _(dy_RN: Tensor, rows_RK: Tensor, offs_E: Tensor) -> Tensor:
     return out_ENK
 
 
-grouped_mm.register_fake(lambda rows, weight, offs: rows.new_empty(len(rows), weight.size(1)))
+grouped_mm_op.register_fake(lambda rows, weight, offs: rows.new_empty(len(rows), weight.size(1)))
 grouped_outer.register_fake(lambda dy, rows, offs: rows.new_empty(len(offs), dy.size(1), rows.size(1)))
 
 
@@ -1071,7 +1109,7 @@ def grouped_mm_backward(ctx, dy_RN: Tensor):
     return grouped_mm(dy_RN, weight_ENK.mT, offs_E), grouped_outer(dy_RN, rows_RK, offs_E), None
 
 
-grouped_mm.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+grouped_mm_op.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class MLPExperts(nn.Module):
@@ -1115,13 +1153,13 @@ def dispatch(x_TD: Tensor, route: Route, fn, first: int = 0, count: int | None =
     row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
     expert_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
     offs_E = torch.searchsorted(expert_R, expert_E, right=True, out_int32=True)  # no counting: a GPU's atomics would queue up for E numbers
-    rows_RD = Gather.apply(x_TD, choice_R // K, row_TK)
+    rows_RD = differentiable(Gather, x_TD, choice_R // K, row_TK)
     if count is None:
         rows_RD = fn(rows_RD, offs_E)
     else:  # what grouped GEMMs leave behind the last end is uninitialised, in both directions
         own_R1 = (expert_R < count)[:, None]
         rows_RD = torch.where(own_R1, fn(torch.where(own_R1, rows_RD, 0), offs_E[:count].clone()), 0)
-    return Combine.apply(rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK), offs_E.diff(prepend=offs_E.new_zeros(1)).long()
+    return differentiable(Combine, rows_RD, route.weight_TK.type_as(x_TD), choice_R, row_TK), offs_E.diff(prepend=offs_E.new_zeros(1)).long()
 
 
 def bag_sum(rows_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
@@ -1309,9 +1347,14 @@ class MoE(nn.Module):
         for name, first, count in self.free_pools:
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
-        stats = self.about_rows(self.about_exits(route_stats(route, parts[0][1], valid_T), route), route, x_BTD, ctx)
-        stats = self.about_domains(stats, route, ctx)
+        stats = self.statistics(route, parts[0][1], x_BTD, ctx)
         return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [stats]
+
+    def statistics(self, route: Route, counts_E: Tensor, x_BTD: Tensor, ctx: Context) -> RouteStats:
+        if ctx.cache is not None and ctx.cache.fills:  # decoding: nobody asks for means, which would be a tenth of the operators
+            return self.about_exits(RouteStats(counts_E, 0.0, 0.0, 0.0, route.logits_TE, tokens=len(route.logits_TE)), route)
+        stats = self.about_exits(route_stats(route, counts_E, flat(ctx.valid_BT)), route)
+        return self.about_domains(self.about_rows(stats, route, x_BTD, ctx), route, ctx)
 
     def about_exits(self, stats: RouteStats, route: Route) -> RouteStats:
         if self.exits is None:
@@ -2040,8 +2083,10 @@ class LoopKeys:
     a cache with one place per token, which each loop overwrites, would show a later token the end of an earlier one's loops, where
     training shows it the same loop (a test shows how far off that is)."""
 
+    final = False
+
     def __init__(self, cache: Cache | None):
-        self.cache, self.loop, self.rows, self.full = cache, 0, None, {}
+        self.cache, self.fills, self.loop, self.rows, self.full = cache, cache is not None, 0, None, {}
 
     def turn(self, loop: int, active_BT: Tensor) -> Tensor | None:
         """Now comes this loop, of these tokens; returns keys (B, S) that nobody sees in it."""
@@ -2595,7 +2640,7 @@ HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": 
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
-    stats: dict  # of this forward pass: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
+    stats: dict  # of this forward pass, without a cache: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
 
 
 def less_entropy(stats: RouteStats) -> Tensor | float:
@@ -2719,13 +2764,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += doc_BT.size(1)
         outputs = [(norm(x_BTD[:, -T:]), flat(weight_BT, T)) for x_BTD, weight_BT in deep.outputs]
-        stats = self.summary(deep, T)
+        stats = self.summary(deep, T) if cache is None else {}
         if targets_BT is None:
             return Output(self.logits(outputs[-1][0]), None, stats)
         head, target_T = HEADS[self.config.head if self.training else "bf16"], targets_BT.flatten()
         nats = sum(chunked_loss(x_BTD.flatten(0, 1), self.head, target_T, head, self.chunk_nll, weight_T) for x_BTD, weight_T in outputs)
         ce = nats / (len(targets_BT) * objective.asked(self.config, T))
-        loss = ce + self.auxiliary_loss(stats) if self.training else ce
+        loss = ce + self.auxiliary_loss(stats) if self.training and cache is None else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
 
     def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
@@ -2748,9 +2793,11 @@ class GPT(nn.Module):
         tables = [F.embedding(tokens_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
         value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
         embedding_BTD, T = F.embedding(tokens_BT, self.embed), tokens_BT.size(1)
-        for n, table in zip(map(int, self.config.ngrams), self.ngram_embeds):
-            row_BT = ngram_hash(id_BS[:, 1 - n - T :], doc_BS[:, 1 - n - T :], n)[:, -T:] % len(table)
-            embedding_BTD = embedding_BTD + F.embedding(row_BT, table)
+        lengths = list(map(int, self.config.ngrams))
+        recent = slice(1 - max(lengths, default=1) - T, None)
+        hashes = lengths and ngram_hashes(id_BS[:, recent], doc_BS[:, recent], max(lengths))
+        for n, table in zip(lengths, self.ngram_embeds):
+            embedding_BTD = embedding_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table)
         return embedding_BTD.to(dtype), value_embeds
 
     def with_meta_vectors(self, embedding_BTD: Tensor, doc_BT: Tensor) -> Tensor:
@@ -2830,33 +2877,73 @@ class GPT(nn.Module):
         return logits_BTV
 
     @torch.no_grad()
-    def generate(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0) -> Tensor:
-        """Continue (B, T >= 1) ids by sampling with a KV cache: (B, T + max_new_tokens).
+    def stream(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+               stop_at: int | None = None):  # fmt: skip
+        """Yields the ids (B,) that follow (B, T >= 1) ids, one position at a time, sampled with a KV cache.
 
-        temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all). A model in training mode is sampled
-        in evaluation mode and put back. Raises ValueError for an empty prompt, ConfigError for an objective that looks both ways."""
+        temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all), top_p of those the likeliest that together have this
+        probability (2019's nucleus, 1904.09751). Row b draws from seed + b alone, whatever the other rows are. A row that has said `stop_at` repeats
+        it, and when all have, that is the end. A model in training mode is sampled in evaluation mode and put back.
+        Raises ValueError for an empty prompt, ConfigError for an objective that looks both ways and for a number out of range."""
         B, T = tokens_BT.shape
         if self.config.objective != "next" and max_new_tokens:
             raise ConfigError(f"objective is {self.config.objective}, which looks both ways; to continue a text it must be next")
+        limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"), "top_k": (top_k, top_k >= 0, "at least 0"),
+                  "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1")}  # fmt: skip
+        for name, (value, fine, legal) in limits.items():
+            if not fine:
+                raise ConfigError(f"{name} is {value}; it must be {legal}")
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")
-        training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
+        training, generators = self.training, [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
         cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
+        ended_B = torch.zeros_like(tokens_BT[:, 0], dtype=torch.bool)
         self.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):  # or each new length of the cache would be compiled for itself
-                for _ in range(max_new_tokens):
-                    logits_BV = self(new_BT, cache=cache).logits[:, -1]
-                    kept_BK, id_BK = logits_BV.topk(min(top_k, self.config.vocab_size) or self.config.vocab_size)
-                    if temperature > 0:
-                        pick_B1 = torch.multinomial((kept_BK / temperature).softmax(-1), 1, generator=generator)
-                    else:
-                        pick_B1 = torch.zeros_like(id_BK[:, :1])
-                    new_BT = id_BK.gather(1, pick_B1)
-                    tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
+            for _ in range(max_new_tokens):
+                with torch.compiler.set_stance("force_eager"):  # or each new length of the cache would be compiled for itself
+                    logits_BV = self(new_BT, cache=cache).logits[:, -1, : self.config.vocab_size]
+                id_B = picked_tokens(logits_BV, temperature, top_k, top_p, generators)
+                if stop_at is not None:
+                    id_B = id_B.masked_fill(ended_B, stop_at)
+                    ended_B = id_B == stop_at
+                yield id_B
+                if stop_at is not None and ended_B.all():
+                    break
+                new_BT = id_B[:, None]
         finally:
             self.train(training)
-        return tokens_BT
+
+    def generate(self, tokens_BT: Tensor, max_new_tokens: int, **how) -> Tensor:
+        """The prompt (B, T) and what stream() yields after it: (B, T + max_new_tokens), less where all rows stopped before."""
+        return torch.cat([tokens_BT, *(id_B[:, None] for id_B in self.stream(tokens_BT, max_new_tokens, **how))], dim=1)
+
+    def for_inference(self) -> "GPT":
+        """The model with its matrices in the type of the activations: cast once, not in every forward, to the same bits, in half the memory.
+        What it loses is what training would need: do not train or save it."""
+        for name, parameter in self.named_parameters():
+            if parameter_rule(name).kind in ("matrix", "expert", "head"):
+                parameter.data = parameter.data.to(DTYPES[self.config.dtype])
+        return self
+
+    # ---- the Hugging Face Hub, see on_the_hub()
+
+    encoding: str | None = None  # data.py's name of the encoding that the ids are of, where it is known
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs) -> "GPT":
+        """The model of a folder that save_pretrained() wrote or of a repository on the Hub, in evaluation mode. kwargs are those of
+        huggingface_hub's PyTorchModelHubMixin: revision, token, cache_dir, map_location, ..."""
+        return on_the_hub().from_pretrained(name_or_folder, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, card: str = "", files: dict[str, bytes] | None = None, where: str = "", **kwargs):
+        """Write config.json, model.safetensors, a model card (README.md) that goes on with `card`, and `files`. The card tells to load the model
+        from `where`, by default the folder."""
+        return on_the_hub().of(self, card, files or {}).save_pretrained(folder, model_card_kwargs={"where": where or str(folder)}, **kwargs)
+
+    def push_to_hub(self, repo_id: str, card: str = "", files: dict[str, bytes] | None = None, **kwargs) -> str:
+        """The same into a repository on the Hub, which is made if it is not there. Returns the commit's address."""
+        return on_the_hub().of(self, card, files or {}).push_to_hub(repo_id, model_card_kwargs={"where": HUB + repo_id}, **kwargs)
 
     # ---- parameters
 
@@ -2882,6 +2969,17 @@ class GPT(nn.Module):
         """A parameter's shape with the experts of all ranks."""
         shape = tuple(self.get_parameter(name).shape)
         return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
+
+
+def picked_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """(B,): an id for each row, drawn with the row's own generator; see GPT.stream for the rules."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    kept_BK, id_BK = logits_BV.topk(min(top_k, logits_BV.size(1)) or logits_BV.size(1))  # likeliest first
+    prob_BK = (kept_BK / temperature).softmax(-1)
+    prob_BK = prob_BK.masked_fill(prob_BK.cumsum(-1) - prob_BK >= top_p, 0)  # what is likelier has the mass already
+    pick_B1 = torch.stack([torch.multinomial(prob_K, 1, generator=generator) for prob_K, generator in zip(prob_BK, generators)])
+    return id_BK.gather(1, pick_B1)[:, 0]
 
 
 def small(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -3212,7 +3310,99 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
     with torch.no_grad():
         for name, slab in slabs.items():
             slab_view(tensors, name).copy_(slab["value"])
+    model.encoding = manifest["encoding"]
     return model.to(device).eval(), manifest
+
+
+# -----------------------------------------------------------------------------
+# The Hugging Face Hub: huggingface_hub comes with datasets, and is imported only by who asks for it
+
+HUB = "hf://"  # before the name of a repository, where a folder could stand as well
+HUB_CARD = """---
+{metadata}
+---
+
+# {title}
+
+A language model of modded-nanomoe: {kind}, {total:,} parameters, {active:,} of them active per token.
+Tokens: encoding `{encoding}`, {vocab_size:,} ids. Trained with windows of up to {window_size:,} tokens.
+
+```python
+from model import GPT
+from data import get_encoding
+
+model = GPT.from_pretrained("{name}")
+encoding = get_encoding(model.encoding)
+```
+
+`python model.py --checkpoint {where} --prompt "..."` continues a text. This is a small model of a speedrun: it imitates its corpus, and nothing that
+it says need be true.
+{more}"""
+
+
+@functools.cache
+def on_the_hub() -> type:
+    """GPT with huggingface_hub's PyTorchModelHubMixin, which reads, writes, downloads and uploads. Raises CheckpointError where that is missing."""
+    try:
+        from huggingface_hub import ModelCard, PyTorchModelHubMixin
+    except ImportError:
+        raise CheckpointError("the Hub's folders need huggingface_hub and safetensors: `pip install huggingface_hub safetensors`") from None
+
+    class HubGPT(PyTorchModelHubMixin, GPT, library_name="modded-nanomoe", pipeline_tag="text-generation", license="mit", tags=["moe"]):
+        def __init__(self, config: Config, encoding: str | None = None):
+            super().__init__(config)
+            self.encoding, self.card, self.files = encoding, "", {}
+
+        @classmethod
+        def of(cls, model: GPT, card: str, files: dict[str, bytes]) -> "HubGPT":
+            """The same tensors under this class, to be written."""
+            with torch.device("meta"):
+                shared = cls(model.config, model.encoding)
+            shared.load_state_dict(model.state_dict(), assign=True)
+            shared.card, shared.files = card, files
+            return shared
+
+        def _save_pretrained(self, folder: Path):
+            super()._save_pretrained(folder)
+            settings = dataclasses.asdict(self.config) | {"encoding": self.encoding, "model_type": "modded-nanomoe"}
+            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "README.md").unlink(missing_ok=True)  # or the mixin would keep the card of what was there before
+            for name, content in self.files.items():
+                (folder / name).write_bytes(content)
+
+        @classmethod
+        def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+            with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+                return super()._from_pretrained(strict=strict, **kwargs)
+
+        def generate_model_card(self, where: str = "...") -> ModelCard:
+            config, counts = self.config, count_parameters(self.config)
+            experts = f"{config.num_experts} experts, top-{config.top_k}, in {config.routed_layers} of {config.n_layer} layers"
+            return ModelCard(HUB_CARD.format(
+                metadata=self._hub_mixin_info.model_card_data.to_yaml(), title=where.rpartition("/")[2], name=where.removeprefix(HUB), where=where,
+                kind=experts if config.routed_layers else f"{config.n_layer} dense layers", **counts, encoding=self.encoding,
+                vocab_size=config.vocab_size, window_size=config.window_size, more=self.card))  # fmt: skip
+
+    return HubGPT
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def load_model(where: str | Path, device: str = "cpu") -> GPT:
+    """The trained model in evaluation mode, with its `encoding`, from a run's checkpoint folder, from a folder of save_pretrained(), or from the Hub
+    (hf://user/name). Raises CheckpointError."""
+    name = str(where)
+    if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
+        return load_checkpoint(Path(where), device)[0]
+    mend = "check its name, your connection, and `hf auth login` if it is private" if name.startswith(HUB) else "write it again"
+    try:
+        return GPT.from_pretrained(name.removeprefix(HUB)).to(device)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the network's, the Hub's, safetensors', or of a configuration that is none of ours
+        raise CheckpointError(f"{where} cannot be loaded ({first_line(error)}); {mend}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -3263,14 +3453,19 @@ def positive(text: str) -> int:
 
 def parse(argv: list[str] | None = None) -> dict:
     """Flags -> their values; under `config`, the preset with the given fields changed. Raises ConfigError."""
-    parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint.")
+    parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it.")
     parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
     parser.add_argument("--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)")
-    parser.add_argument("--checkpoint", type=Path, help="a run's checkpoint folder: sample from it")
+    parser.add_argument("--checkpoint", metavar="WHERE", help="a run's checkpoint folder, one of --save_pretrained, or hf://user/name: sample")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
+    parser.add_argument("--num_samples", "--num-samples", type=positive, default=1, help="continuations of the prompt, made at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore_eot", "--ignore-eot", action="store_true", help="go on after the end of a text")
+    parser.add_argument("--save_pretrained", "--save-pretrained", type=Path, metavar="DIR", help="write the checkpoint as a folder for the Hub")
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="USER/NAME", help="upload it to the Hub (log in with `hf auth login`)")
     parser.add_argument("--routes", type=Path, metavar="FILE", help="write where the tokens of --data's validation text go, as .npz for logger.py")
     parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
     parser.add_argument("--tokens", type=positive, default=2**15, help="of them, for --routes")
@@ -3283,23 +3478,78 @@ def parse(argv: list[str] | None = None) -> dict:
 def main():
     try:
         args = parse()
-        if args["routes"]:
+        if args["save_pretrained"] or args["push_to_hub"]:
+            share(args)
+        elif args["routes"]:
             print(routes(args))
-            return
-        print(sample(args) if args["checkpoint"] else model_card(args["config"], args["seq_len"] or args["config"].window_size))
+        elif args["checkpoint"]:
+            sample(args)
+        else:
+            print(model_card(args["config"], args["seq_len"] or args["config"].window_size))
     except (ConfigError, CheckpointError, OSError) as error:
         sys.exit(f"model.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def sample(args: dict) -> str:
-    """The prompt and its continuation, in the encoding that the checkpoint was trained with."""
-    from data import get_encoding
+def sample(args: dict):
+    """Print the prompt and its continuations, the first of them as it comes; how fast it went goes to stderr."""
+    from data import DataError, get_encoding
 
-    model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
-    encoding = get_encoding(manifest["encoding"])
-    ids = torch.tensor([[encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]], device=model.head.device)
-    ids = model.generate(ids, args["max_new_tokens"], args["temperature"], args.get("top_k", 0), args["seed"])
-    return encoding.decode(ids[0, 1:].tolist())
+    model = load_model(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu").for_inference()
+    try:
+        encoding = get_encoding(model.encoding)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    prompt = [encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]
+    tokens_BT = torch.tensor([prompt] * args["num_samples"], device=model.head.device)
+    began, times, rows = time.perf_counter(), [], []
+    show(args["prompt"])
+    text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in several tokens
+    stop_at = None if args["ignore_eot"] else encoding.eot_token
+    for id_B in model.stream(tokens_BT, args["max_new_tokens"], args["temperature"], args.get("top_k", 0), args["top_p"], args["seed"], stop_at):
+        rows.append(id_B.tolist())
+        show(text.decode(encoding.words[rows[-1][0]]))
+        times.append(time.perf_counter())
+    show(text.decode(b"", True) + "\n")
+    for number, ids in enumerate(list(zip(*rows))[1:], start=2):
+        show(f"{'-' * 30} {number} of {args['num_samples']}\n{args['prompt']}{encoding.decode(ids)}\n")
+    first, rest = times[0] - began, times[-1] - times[0]
+    speed = f", {args['num_samples'] * (len(times) - 1) / rest:,.1f} tokens/s" if rest else ""
+    print(f"{args['num_samples']} x {len(times)} tokens after {len(prompt)}: the first after {first:.3f} s{speed}", file=sys.stderr)
+
+
+def show(text: str):
+    """Write what a terminal's encoding can show, at once."""
+    print(text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"), end="", flush=True)
+
+
+def share(args: dict):
+    """Write a checkpoint as the Hub's files, or upload them. Raises CheckpointError where other files are in the way."""
+    import logger  # for the run's numbers and curve on the card
+
+    folder = args["save_pretrained"]
+    if not args["checkpoint"]:
+        raise CheckpointError("--save_pretrained and --push_to_hub need --checkpoint, a run's folder")
+    if folder and folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
+        raise CheckpointError(f"{folder} already holds other files; name a new folder")
+    model, about = load_model(args["checkpoint"]), ("", {})
+    steps = checkpoints(Path(args["checkpoint"]))
+    if steps and logger.is_run(steps[0].parent.parent):
+        about = logger.card(steps[0].parent.parent)
+    if folder:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        GPT.save_pretrained(model, partial, *about, where=str(folder))  # also where it is a HubGPT, whose own knows no card
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        print(f"{folder}: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir())))
+    if args["push_to_hub"]:
+        try:
+            print(GPT.push_to_hub(model, args["push_to_hub"], *about))
+        except Exception as error:  # the network's or the Hub's
+            raise CheckpointError(f"{args['push_to_hub']} cannot be uploaded ({first_line(error)}); log in with `hf auth login`, "
+                                  "or write a folder with --save_pretrained") from error  # fmt: skip
 
 
 @torch.no_grad()

@@ -1284,8 +1284,8 @@ def shared_facts(config: Config, hp: Common, **others) -> dict:
     return flags | shards | code | {"torch": torch.__version__}
 
 
-def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World):
-    """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
+def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World, sinks=()):
+    """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name. sinks: see logger.SINKS."""
     device, folder, timer = world.device, Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
     fresh = not (resume or enable_profiling)
     meta, loader, micro_rows, expert_D = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
@@ -1338,7 +1338,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
                  "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
                  "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
-        run = opened.enter_context(Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step, active=world.rank == 0))
+        run = opened.enter_context(Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step,
+                                       active=world.rank == 0, sinks=sinks))  # fmt: skip
         for note in notes:
             run.print(f"{note}; going on from step {start} instead")
         run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
@@ -1387,7 +1388,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             now = time.perf_counter()
             speed = hp.batch_tokens / (now - began)
             row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
-                    "train/flops": (step + 1) * hp.batch_tokens * per_token}  # fmt: skip
+                    "train/flops": (step + 1) * hp.batch_tokens * per_token, "memory/peak_bytes": peak_bytes(device)}  # fmt: skip
             run.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
             if (step + 1) % look_every == 0:
                 run.flush()
@@ -1403,9 +1404,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             run.flush()
             run.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; go on with --resume")
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
-        peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes()
-        end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes}
-        run.print(f"peak memory: {peak_bytes / 2**20:,.0f} MiB")
+        end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes(device)}
+        run.print(f"peak memory: {end['memory/peak_bytes'] / 2**20:,.0f} MiB")
         timer.begin("sampling")
         prompt, continuation = sample(model, hp, device)  # on all ranks, as one may hold a part of the experts only
         if world.rank == 0:
@@ -1419,8 +1419,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
                 run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
                 if hp.sample_tokens:
-                    text = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
-                    run.print(f"{'-' * 30} sample\n{text}\n{'-' * 37}")
+                    end["sample/text"] = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
+                    run.print(f"{'-' * 30} sample\n{end['sample/text']}\n{'-' * 37}")
         run.log(end)
         saver.wait()
         timer.begin("communication")
@@ -1506,7 +1506,10 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
     return 2 * 1024**3 / best
 
 
-def peak_resident_bytes() -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The most that the GPU's tensors, or this process on a CPU, have taken so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -1567,12 +1570,11 @@ def profile(folder: Path, step_function, config: Config, hp: Common, world: Worl
     events = profiler.key_averages()
     phases = {e.key: e.cpu_time_total / 1e6 / steps for e in events if e.key in ("data", "forward", "backward", "communication", "optimizer")}
     rate = hp.batch_tokens * model_file.flops_per_token(config, hp.seq_len) / seconds
-    peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     lines = [
         f"{seconds * 1000:.1f} ms per step under the profiler, {hp.batch_tokens / seconds:,.0f} tokens/s",
         f"MFU {100 * rate / world.size / matmul_rate(world.device, config.dtype):.1f}% on active parameters",
-        f"peak memory {peak_bytes / 2**20:,.0f} MiB",
+        f"peak memory {peak_bytes(world.device) / 2**20:,.0f} MiB",
         "share of the step: " + ", ".join(f"{name} {100 * t / sum(phases.values()):.1f}%" for name, t in phases.items()),
         events.table(sort_by=order, row_limit=10, max_name_column_width=45),
         f"trace: {folder / 'trace.json'} (open it in https://ui.perfetto.dev or chrome://tracing)",
@@ -1593,6 +1595,8 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, Common
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
+    for sink in logger.SINKS:
+        parser.add_argument(f"--{sink}", action="store_true", help=f"feed the same numbers to {sink} besides")
     parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true", help="profile a few steps into profile/ and stop")
     parser.add_argument("--plan", action="store_true", help="print what --world_size ranks would send, hold and compute, and stop")
     parser.add_argument("--world_size", "--world-size", type=model_file.positive, default=8, help="ranks of the --plan")
@@ -1661,11 +1665,14 @@ def main(recipe: Recipe):
         if args.plan:
             print(plan_text(config, hp, recipe, args.world_size))
             return
+        sinks = [name for name in logger.SINKS if vars(args)[name]]
+        for name in sinks:
+            logger.sink_module(name)  # is it there? Better said before training than after
         world = join(hp)
         config = agree(world, lambda: fit_to_data_and_machine(config, hp, args, world.device))
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (Path(hp.out_dir) / args.experiment_name).exists()
         resume = args.resume or gather_objects(restarted, world)[0]
-        train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world)
+        train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, sinks)
     except Ended as error:
         if world.rank == 0:
             print(f"{start}{error}", file=sys.stderr, flush=True)

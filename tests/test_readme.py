@@ -15,18 +15,21 @@ import logger
 import model
 import train_adamw
 import train_muon
-from benchmarks import gpu, track
+from benchmarks import evaluate, gpu, track
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```", README, re.M | re.S)
-MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes|text))")  # text: files of the reader's own
+MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes|text|a quiet machine))|python file: \w+\.py")  # text: files of the reader's own
+A_RUN = "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0"
 
 # what is added to a command so that it ends in seconds
 SHORT = {
     "data.py": "--max_tokens 400000",
-    "train_muon.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
-    "train_adamw.py": "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0",
+    "train_muon.py": A_RUN,
+    "train_adamw.py": A_RUN,
+    "my_router.py": A_RUN,
+    "train_lion.py": A_RUN,
     "profile.sh": "--batch_tokens 2048 --warmup_steps 0",
     "pip": "--no-index --quiet",  # what it names must be installed already
     "pytest": "--collect-only",
@@ -46,7 +49,7 @@ def commands(block: str) -> list[list[str]]:
 def script_of(command: list[str]) -> tuple[str, list[str]]:
     """Which of our scripts (or pip, pytest) a command runs, and that script's arguments."""
     for i, word in enumerate(command):
-        if Path(word).name in [*SHORT, "logger.py", "model.py", "gpu.sh"]:
+        if Path(word).name in SHORT | PARSERS:
             return Path(word).name, command[i + 1 :]
     raise AssertionError(f"the README runs {command}, which no test knows how to shorten")
 
@@ -66,12 +69,15 @@ def clone(tmp_path_factory):
 def test_every_block_is_marked():
     assert len(BLOCKS) >= 5
     for mark, body in BLOCKS:
-        assert MARKS.fullmatch(mark), f"mark this block as `bash run` or `bash needs: gpu|internet|nodes|text`:\n{body}"
+        assert MARKS.fullmatch(mark), f"mark this block as one of {MARKS.pattern}:\n{body}"
 
 
 def test_run_blocks_run(clone):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     for mark, body in BLOCKS:
+        if mark.startswith("python file: "):
+            assert len(body.splitlines()) < 30, "an idea fits into thirty lines"
+            (clone / mark.removeprefix("python file: ")).write_text(body)
         if mark == "bash run":
             for command in commands(body):
                 script, _ = script_of(command)
@@ -81,6 +87,10 @@ def test_run_blocks_run(clone):
     for left in ("data/python/meta.json", "logs/muon/run.log", "logs/muon/checkpoint", "logs/adamw/metrics.jsonl", "logs/plots/val_loss.png"):
         assert (clone / left).exists(), f"the README's commands should have left {left}"
     assert list((clone / "logs").glob("*/profile/trace.json"))
+    prior, lion, muon = (logger.read_run(clone / "logs" / name) for name in ("prior", "lion", "muon"))
+    assert prior["config"]["model"]["router"] == "prior" and lion["config"]["optimizer"] == "lion"
+    last_loss = lambda run: [row["train/loss"] for row in run["rows"] if "train/loss" in row][-1]
+    assert len({last_loss(run) for run in (prior, lion, muon)}) == 3, "each of the three trains another model"
 
 
 def gpu_script(argv: list[str]):
@@ -97,16 +107,21 @@ PARSERS = {
     "data.py": data.parse,
     "model.py": model.parse,
     "logger.py": logger.parse,
+    "evaluate.py": evaluate.parse,
+    "track.py": track.parse,
 }
 
 
 def test_other_blocks_parse():
     """Blocks that need a GPU, the internet, several hosts or text: their flags are legal and their configuration can be built."""
     for mark, body in BLOCKS:
-        if mark != "bash run":
+        if mark.startswith("bash needs"):
             for command in commands(body):
                 script, argv = script_of(command)
-                PARSERS[script](argv)
+                if script == "pip":
+                    assert argv[:2] == ["install", "-r"] and (ROOT / argv[2]).exists()
+                else:
+                    PARSERS[script](argv)
 
 
 def test_a_wrong_flag_would_be_noticed():
@@ -145,6 +160,16 @@ def test_the_options_table_holds_the_entries_of_the_tables():
 def test_links_and_named_files_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / target.split("#")[0]).exists(), f"README.md links to {target}, which is not there"
+
+
+def test_the_guided_tour_names_what_its_files_hold():
+    tour = README[README.index("## For the student") : README.index("| file | what it is |")]
+    stops = re.findall(r"^\d\. \[(?:\w+/)*(\w+\.py)\](.*?)(?=^\d\. |\Z|^$)", tour, re.M | re.S)
+    assert len(stops) >= 6
+    for file, told in stops:
+        path = next(path for path in (ROOT / file, ROOT / "tests" / file) if path.exists())
+        for name in re.findall(r"`([A-Za-z_]+)`", told):
+            assert re.search(rf"^(class|def|    def) {name}\b", path.read_text(), re.M), f"the tour says that {file} holds {name}"
 
 
 def test_checklist_points_at_code_and_tests():

@@ -528,7 +528,7 @@ def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) 
 
 
 class DenseMask:
-    """SDPA with the full mask: any device, any lengths. Decoding uses it, and tests take it as the reference."""
+    """SDPA with the full mask: any device, any lengths. Tests take it as the reference."""
 
     rule = staticmethod(visible)
 
@@ -541,6 +541,17 @@ class DenseMask:
 
 class TwoWayMask(DenseMask):
     rule = staticmethod(visible_both_ways)
+
+
+class DecodeMask(DenseMask):
+    """For queries that follow on a cache: the dense mask without the keys that lie beyond the window of all of them."""
+
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
+        self.first = max(0, len(kv_position) - len(q_position) - int(window) + 1) if meta == 0 else 0
+        super().__init__(q_position, kv_position[self.first :], q_doc_BT, kv_doc_BT[:, self.first :], window, meta)
+
+    def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+        return super().attend(q_BHTC, k_BHTC[:, :, self.first :], v_BHTC[:, :, self.first :], scale)
 
 
 class BlockedMask:
@@ -2824,7 +2835,7 @@ class GPT(nn.Module):
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
         seed, step, first_token, window = self.clock.unbind()
-        kind = OBJECTIVES[config.objective].mask(device.type, T) if cache is None else DenseMask
+        kind = OBJECTIVES[config.objective].mask(device.type, T) if cache is None else DecodeMask
         windows, meta = windows_in_use(config.window, window), config.num_meta_tokens
         masks = {letter: kind(position_T, position_S, doc_BT, doc_BS, tokens, meta) for letter, tokens in windows.items()}
         log_seen = dict.fromkeys(windows)

@@ -34,6 +34,7 @@ SHORT = {
     "pip": "--no-index --quiet",  # what it names must be installed already
     "pytest": "--collect-only",
     "overlap.py": "--steps 1",
+    "decode.py": "--rounds 1",
     "floor.py": "--tokens 512 --seq_len 128",
     "toys.py": "--steps 20",
 }

@@ -196,8 +196,10 @@ def test_the_axis_the_smoothing_and_the_scale_change_the_curves(page, logs):
     smooth = page.traces("train/loss")["muon"][1]
     weight = np.array([[0.9 ** (i - j) * (j <= i) for j in range(40)] for i in range(40)])
     assert smooth == pytest.approx((weight / weight.sum(1, keepdims=True) @ np.array(y)).tolist(), rel=1e-4)
-    page.set("logarithmic", True)
-    assert page.js("return document.querySelector('[data-key=\"train/loss\"]').layout.yaxis.type") == "log"
+    for logarithmic, scales in ((False, ["linear", "linear"]), (True, ["log", "linear"])):
+        page.set("logarithmic", logarithmic)
+        both = "return ['train/loss', 'train/tok_per_sec'].map(key => document.querySelector(`[data-key='${key}']`).layout.yaxis.type)"
+        assert page.js(both) == scales
 
 
 def test_a_run_can_be_hidden(page):

@@ -547,7 +547,8 @@ class DecodeMask(DenseMask):
     """For queries that follow on a cache: the dense mask without the keys that lie beyond the window of all of them."""
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BT: Tensor, window: Tensor, meta: int = 0):
-        self.first = max(0, len(kv_position) - len(q_position) - int(window) + 1) if meta == 0 else 0
+        whole = meta > 0 or window.is_meta  # meta-tokens are seen from everywhere, and a meta tensor has no value
+        self.first = 0 if whole else max(0, len(kv_position) - len(q_position) - int(window) + 1)
         super().__init__(q_position, kv_position[self.first :], q_doc_BT, kv_doc_BT[:, self.first :], window, meta)
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
@@ -3483,6 +3484,10 @@ def parse(argv: list[str] | None = None) -> dict:
     add_flags(parser, Config)  # beside --checkpoint, --top_k keeps that many likeliest tokens instead
     args = vars(parser.parse_args(argv))
     overrides = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
+    if args["checkpoint"]:
+        for name in overrides.keys() - {"top_k"}:
+            raise ConfigError(f"{name} is a preset's, and a checkpoint has its own; leave --{name} or --checkpoint out")
+        return args
     return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **overrides)}
 
 

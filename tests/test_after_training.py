@@ -137,6 +137,9 @@ def test_the_command_streams_samples_and_says_how_fast(run):
     on = python(*words, "--ignore_eot")
     assert sentence(on).startswith("1 x 60 tokens") and on.stdout.startswith(one.stdout.rstrip("\n"))
     assert "top_p is 2.0" in sentence(python(*words[:-1], 2, expect=1))
+    likeliest = python(*words, "--top_k", 1).stdout
+    assert likeliest == python(*words, "--top_k", 1, "--seed", 5).stdout and python(*words, "--top_k", 50).stdout  # more than there are experts
+    assert "n_layer is a preset's" in sentence(python(*words, "--n_layer", 3, expect=1))
 
 
 def test_a_character_of_several_tokens_is_shown_whole(monkeypatch, capsys, run):

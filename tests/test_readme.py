@@ -161,6 +161,8 @@ def test_the_options_table_holds_the_entries_of_the_tables():
 def test_links_and_named_files_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / target.split("#")[0]).exists(), f"README.md links to {target}, which is not there"
+    headings = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
 
 
 def test_the_guided_tour_names_what_its_files_hold():

@@ -1118,7 +1118,7 @@ grouped_outer.register_fake(lambda dy, rows, offs: rows.new_empty(len(offs), dy.
 def grouped_mm_backward(ctx, dy_RN: Tensor):
     rows_RK, weight_ENK, offs_E = ctx.saved_tensors
     dy_RN = dy_RN.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
-    return grouped_mm(dy_RN, weight_ENK.mT, offs_E), grouped_outer(dy_RN, rows_RK, offs_E), None
+    return grouped_mm_op(dy_RN, weight_ENK.mT, offs_E), grouped_outer(dy_RN, rows_RK, offs_E), None
 
 
 grouped_mm_op.register_autograd(grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
@@ -1331,7 +1331,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
-        self.router = ROUTERS[config.router](config)
+        self.router, self.num_experts = ROUTERS[config.router](config), config.num_experts
         self.pools, self.free_pools, first = [], [], 0  # name of the module, its first expert, how many (None: all there are)
         self.exits, self.wants_rows = None, config.entropy_coef > 0
         for kind, count in config.expert_counts.items():
@@ -1354,13 +1354,18 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         valid_T = flat(ctx.valid_BT)
         route, x_TD = left_out(self.router(x_BTD, ctx), valid_T), unnormed(x_BTD, ctx).flatten(0, 1)
-        parts = [dispatch(x_TD, route, functools.partial(self.carry, self.get_submodule(name)), first, count) for name, first, count in self.pools]
+        experts = [(functools.partial(self.carry, self.get_submodule(name)), first, count) for name, first, count in self.pools]
+        parts = [dispatch(x_TD, route, fn, first, self.to_mask(count, valid_T)) for fn, first, count in experts]
         ys = [y_TD for y_TD, _ in parts]
         for name, first, count in self.free_pools:
             chosen_TKn = route.expert_TK[:, :, None] == torch.arange(first, first + count, device=x_TD.device)
             ys.append(self.get_submodule(name)(x_TD, (route.weight_TK[:, :, None] * chosen_TKn).sum(1), ctx))
         stats = self.statistics(route, parts[0][1], x_BTD, ctx)
         return self.with_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [stats]
+
+    def to_mask(self, count: int | None, valid_T: Tensor | None) -> int | None:
+        """dispatch's count: where every row has an expert, None saves the masks; rows of tokens that are left out have none."""
+        return self.num_experts if count is None and valid_T is not None else count
 
     def statistics(self, route: Route, counts_E: Tensor, x_BTD: Tensor, ctx: Context) -> RouteStats:
         if ctx.cache is not None and ctx.cache.fills:  # decoding: nobody asks for means, which would be a tenth of the operators

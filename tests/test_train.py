@@ -954,7 +954,7 @@ def test_flags_are_the_fields_of_config_and_hyperparameters(recipe):
     offered = set(re.findall(r"--([a-z][\w-]*)", text))
     assert {name for name in fields | own} <= offered
     assert {name.replace("_", "-") for name in fields | own} <= offered
-    assert {name.replace("-", "_") for name in offered} - fields - own <= {"help", "plan", "world_size"}
+    assert {name.replace("-", "_") for name in offered} - fields - own <= {"help", "plan", "world_size", *logger.SINKS}
 
 
 @BOTH
@@ -1285,7 +1285,7 @@ def out_dir_acts(shards, tmp_path, monkeypatch):
 
 def device_acts(shards, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_muon, "train", lambda *words: seen.append(words[-1].device.type))
+    monkeypatch.setattr(train_muon, "train", lambda *words: seen.append(words[6].device.type))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("cpu", "cuda", None):

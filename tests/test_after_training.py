@@ -4,10 +4,13 @@ CPU, no network: `pytest tests/test_after_training.py`. The Hub is a local HTTP 
 installed (`pip install -r benchmarks/requirements-harness.txt`)."""
 
 import base64
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -29,6 +32,7 @@ import model as M  # noqa: E402
 from benchmarks import evaluate as E  # noqa: E402
 from model import GPT, Config, ConfigError  # noqa: E402
 
+torch.set_num_threads(1)
 WORDS = "alpha beta gamma delta epsilon".split()
 BYTES = data.get_encoding("bytes")
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2, value_embeds=1, window="L",
@@ -40,6 +44,24 @@ def python(*words, expect=0, **env):
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env)  # fmt: skip
     assert done.returncode == expect, f"{words}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def inside(module, *words, expect=0):
+    """The same of a script's main() in this process, which saves seconds of importing torch."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["script", *map(str, words)])
+        try:
+            module.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+            print(end.code if isinstance(end.code, str) else "", file=err)
+    done = subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+    assert status == expect, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+model_cli, evaluate_cli = functools.partial(inside, M), functools.partial(inside, E)
 
 
 def sentence(done) -> str:
@@ -126,20 +148,20 @@ def test_numbers_out_of_range_are_named(name, value):
 
 
 def test_the_command_streams_samples_and_says_how_fast(run):
-    words = ["model.py", "--checkpoint", run / "checkpoint", "--prompt", "alpha beta ", "--max_new_tokens", 60, "--temperature", 0.7, "--top_p", 0.95]
-    one, three = python(*words), python(*words, "--num_samples", 3)
+    words = ["--checkpoint", run / "checkpoint", "--prompt", "alpha beta ", "--max_new_tokens", 60, "--temperature", 0.7, "--top_p", 0.95]
+    one, three = model_cli(*words), model_cli(*words, "--num_samples", 3)
     assert one.stdout.startswith("alpha beta ") and set(one.stdout.split()) & set(WORDS[2:])
     first, *others = re.split(r"-{30} \d of 3\n", three.stdout)
     assert first == one.stdout and len(others) == 2 and all(text.startswith("alpha beta ") for text in others)
     assert re.fullmatch(r"3 x \d+ tokens after 12: the first after [\d.]+ s, [\d,.]+ tokens/s", sentence(three))
     new = int(re.match(r"1 x (\d+) tokens", sentence(one))[1])
     assert new < 60, "the text ends long before"
-    on = python(*words, "--ignore_eot")
+    on = model_cli(*words, "--ignore_eot")
     assert sentence(on).startswith("1 x 60 tokens") and on.stdout.startswith(one.stdout.rstrip("\n"))
-    assert "top_p is 2.0" in sentence(python(*words[:-1], 2, expect=1))
-    likeliest = python(*words, "--top_k", 1).stdout
-    assert likeliest == python(*words, "--top_k", 1, "--seed", 5).stdout and python(*words, "--top_k", 50).stdout  # more than there are experts
-    assert "n_layer is a preset's" in sentence(python(*words, "--n_layer", 3, expect=1))
+    assert "top_p is 2.0" in sentence(model_cli(*words[:-1], 2, expect=1))
+    likeliest = model_cli(*words, "--top_k", 1).stdout
+    assert likeliest == model_cli(*words, "--top_k", 1, "--seed", 5).stdout and model_cli(*words, "--top_k", 50).stdout  # more than there are experts
+    assert "n_layer is a preset's" in sentence(model_cli(*words, "--n_layer", 3, expect=1))
 
 
 def test_a_character_of_several_tokens_is_shown_whole(monkeypatch, capsys, run):
@@ -175,7 +197,7 @@ def same_model(a: GPT, b: GPT):
 
 
 def test_a_checkpoint_becomes_a_folder_that_every_command_takes(run, net, tmp_path):
-    done = python("model.py", "--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "shared")
+    done = model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "shared")
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"README.md", "config.json", "model.safetensors", "val_loss.png"}
     assert not list(tmp_path.glob("*.partial")) and "model.safetensors (" in done.stdout
     settings = json.loads((tmp_path / "shared/config.json").read_text())
@@ -188,13 +210,13 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_takes(run, net, tmp_pa
     assert card.startswith("---\n") and "license: mit" in card and f"{counts['total']:,} parameters" in card and "![Validation" in card
     assert f"| bits/byte | {bpb:.4f} |" in card and "Trained by muon" in card and "4 experts, top-2, in 2 of 2 layers" in card
     prompt = ["--prompt", "alpha ", "--max_new_tokens", 20, "--temperature", 0]
-    texts = [python("model.py", "--checkpoint", where, *prompt).stdout for where in (run / "checkpoint", tmp_path / "shared")]
+    texts = [model_cli("--checkpoint", where, *prompt).stdout for where in (run / "checkpoint", tmp_path / "shared")]
     assert texts[0] == texts[1]
     code = re.search(r"```python\n(.*?)```", card, re.S)[1] + "print(model.encoding, sum(p.numel() for p in model.parameters()))"
     assert python("-c", code).stdout.split() == ["bytes", str(counts["total"])]
-    python("model.py", "--checkpoint", tmp_path / "shared", "--save_pretrained", tmp_path / "again")  # from a folder to a folder
+    model_cli("--checkpoint", tmp_path / "shared", "--save_pretrained", tmp_path / "again")  # from a folder to a folder
     same_model(net, GPT.from_pretrained(tmp_path / "again"))
-    python("model.py", "--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "again")  # over what it wrote before
+    model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "again")  # over what it wrote before
     assert "## The run" in (tmp_path / "again/README.md").read_text()
 
 
@@ -215,17 +237,17 @@ def test_bad_folders_and_names_get_a_sentence(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    refused = python("model.py", "--checkpoint", run / "checkpoint", "--save_pretrained", other, expect=1)
+    refused = model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", other, expect=1)
     assert "already holds other files" in sentence(refused) and [path.name for path in other.iterdir()] == ["thesis.txt"]
-    assert "need --checkpoint" in sentence(python("model.py", "--save_pretrained", tmp_path / "x", expect=1))
+    assert "need --checkpoint" in sentence(model_cli("--save_pretrained", tmp_path / "x", expect=1))
     M.load_model(run / "checkpoint").save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert f"{tmp_path}/cut cannot be loaded" in sentence(python("model.py", "--checkpoint", tmp_path / "cut", expect=1))
+    assert f"{tmp_path}/cut cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1))
     settings = json.loads((tmp_path / "cut/config.json").read_text())
     M.load_model(run / "checkpoint").save_pretrained(tmp_path / "cut")
     (tmp_path / "cut/config.json").write_text(json.dumps(settings | {"n_layer": 3}))
-    assert "cannot be loaded" in sentence(python("model.py", "--checkpoint", tmp_path / "cut", expect=1)), "weights are missing"
+    assert "cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1)), "weights are missing"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -363,14 +385,14 @@ def test_bits_per_byte_from_the_command_line(run, tmp_path):
     (tmp_path / "folder/a.txt").write_text("alpha beta gamma")
     (tmp_path / "folder/b.jsonl").write_text(json.dumps({"text": "delta epsilon"}) + "\n" + json.dumps({"text": "beta alpha"}) + "\n")
     (tmp_path / "noise.txt").write_text("zqx7 vvkw")
-    words = ["benchmarks/evaluate.py", "bpb", "--checkpoint", run / "checkpoint", "--path"]
-    lines = python(*words, tmp_path / "folder", tmp_path / "noise.txt").stdout.splitlines()
+    words = ["bpb", "--checkpoint", run / "checkpoint", "--path"]
+    lines = evaluate_cli(*words, tmp_path / "folder", tmp_path / "noise.txt").stdout.splitlines()
     found = [re.fullmatch(r"(.*): ([\d.]+) bits per byte, (\d+) bytes, (\d+) tokens in [\d.]+ s", line) for line in lines]
     assert [(line[1], line[3]) for line in found] == [(str(tmp_path / "folder"), "39"), (str(tmp_path / "noise.txt"), "9")]
     assert float(found[0][2]) < 2.5 < float(found[1][2]), "it has learnt its words"
-    assert "is not a file or folder" in sentence(python(*words, tmp_path / "none", expect=1))
+    assert "is not a file or folder" in sentence(evaluate_cli(*words, tmp_path / "none", expect=1))
     (tmp_path / "empty.txt").write_text("")
-    assert "no text" in sentence(python(*words, tmp_path / "empty.txt", expect=1))
+    assert "no text" in sentence(evaluate_cli(*words, tmp_path / "empty.txt", expect=1))
 
 
 class Table:
@@ -432,16 +454,16 @@ def test_batches_of_any_size_score_alike(net, monkeypatch):
 
 def test_questions_from_the_command_line(run, tmp_path):
     path = tmp_path / "questions.jsonl"
-    words = ["benchmarks/evaluate.py", "choices", "--checkpoint", run / "checkpoint", "--path", path]
+    words = ["choices", "--checkpoint", run / "checkpoint", "--path", path]
     path.write_text("".join(json.dumps({"context": f"{word[:2]}", "choices": ["#?!", word[2:], "qqqq"], "answer": 1}) + "\n" for word in WORDS))
-    assert "5 questions, acc 1.0000, acc_norm 1.0000 (chance 0.3333)" in python(*words).stdout
+    assert "5 questions, acc 1.0000, acc_norm 1.0000 (chance 0.3333)" in evaluate_cli(*words).stdout
     good = path.read_text()
     two = '{"context": "x", "choices": ["a", "%s"], "answer": %d}'
     for line in ('{"context": "x"}', two % ("b", 2), two % ("", 0), "["):
         path.write_text(good + line + "\n")
-        assert f"{path}, line 6 is no question" in sentence(python(*words, expect=1))
+        assert f"{path}, line 6 is no question" in sentence(evaluate_cli(*words, expect=1))
     path.write_text("")
-    assert "has no questions" in sentence(python(*words, expect=1))
+    assert "has no questions" in sentence(evaluate_cli(*words, expect=1))
 
 
 TASK = """
@@ -489,5 +511,5 @@ def test_without_the_harness_it_says_how_to_get_it(run):
 
 def test_a_masked_model_is_refused(tmp_path):
     random_model(objective="masked", router="linear").save_pretrained(tmp_path / "masked")
-    done = python("benchmarks/evaluate.py", "bpb", "--checkpoint", tmp_path / "masked", "--path", "README.md", expect=1)
+    done = evaluate_cli("bpb", "--checkpoint", tmp_path / "masked", "--path", ROOT / "README.md", expect=1)
     assert "objective is masked" in sentence(done)

@@ -196,6 +196,7 @@ def test_the_axis_the_smoothing_and_the_scale_change_the_curves(page, logs):
     smooth = page.traces("train/loss")["muon"][1]
     weight = np.array([[0.9 ** (i - j) * (j <= i) for j in range(40)] for i in range(40)])
     assert smooth == pytest.approx((weight / weight.sum(1, keepdims=True) @ np.array(y)).tolist(), rel=1e-4)
+    assert page.traces("val/bpb")["muon"][1] == pytest.approx([row["val/bpb"] for row in logs[1]["muon"] if "val/bpb" in row], rel=1e-4)
     for logarithmic, scales in ((False, ["linear", "linear"]), (True, ["log", "linear"])):
         page.set("logarithmic", logarithmic)
         both = "return ['train/loss', 'train/tok_per_sec'].map(key => document.querySelector(`[data-key='${key}']`).layout.yaxis.type)"

@@ -17,7 +17,7 @@ from model import GPT, PRESETS, Cache, Parser, positive  # noqa: E402
 TOGETHER = 8
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as GPT.stream
 def cached_and_full(model: GPT, context: int, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of each round: of a token after `context` others, cached, the mean of TOGETHER in a row, and of a forward of all."""
     device = model.head.device

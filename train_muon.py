@@ -160,7 +160,7 @@ DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=400, seq_le
                                  domain_steps=150, domain_anneal_steps=50, embed_lr=0.012)  # fmt: skip
 
 PRESETS = {
-    "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.03, momentum_warmup=100),
+    "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.04, momentum=0.8, momentum_start=0.8),  # hundreds of steps are few for a mean over twenty
     "small": Hyperparameters(**SMALL_RUN),
     "100m": Hyperparameters(**DOMAINS_RUN),
     "100m-cpu": Hyperparameters(**DOMAINS_CPU_RUN, muon_lr=0.03, momentum_warmup=100),

@@ -1,12 +1,5 @@
-"""Fixtures that several test files use."""
+"""One thread for every test and for what it starts: tensors are small, files are tested side by side, and threads would wait for one another."""
 
-import pytest
-import torch
+import os
 
-
-@pytest.fixture(scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

@@ -393,13 +393,12 @@ class Lab:
 
     def here(self, out: Path, fault: dict | None = None, **values) -> tuple[int, str]:
         """The exit status and output of a run in this process, for faults that do not kill; an import of torch takes longer than they."""
-        said, argv, rate, threads = io.StringIO(), sys.argv, train_muon.matmul_rate, torch.get_num_threads()
+        said, argv, rate = io.StringIO(), sys.argv, train_muon.matmul_rate
         whole = data.Loader.next_step, model.GPT.__init__
         if fault:
             SABOTAGE[fault["kind"]](fault["at"])
         sys.argv = ["train_muon.py", *command_line(**TINY | {"data": self.data, "out_dir": out} | values)]
         train_muon.matmul_rate = lambda device, dtype: 1e11
-        torch.set_num_threads(1)
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 train_muon.main(train_muon.MUON)
@@ -415,7 +414,6 @@ class Lab:
         finally:
             sys.argv, train_muon.matmul_rate = argv, rate
             data.Loader.next_step, model.GPT.__init__ = whole
-            torch.set_num_threads(threads)
         return status, said.getvalue()
 
 

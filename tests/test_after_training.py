@@ -32,7 +32,6 @@ import model as M  # noqa: E402
 from benchmarks import evaluate as E  # noqa: E402
 from model import GPT, Config, ConfigError  # noqa: E402
 
-torch.set_num_threads(1)
 WORDS = "alpha beta gamma delta epsilon".split()
 BYTES = data.get_encoding("bytes")
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2, value_embeds=1, window="L",

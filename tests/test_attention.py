@@ -19,8 +19,6 @@ from test_model import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, 
 import model as M  # noqa: E402
 from model import GPT, BlockedMask, Cache, Config, ConfigError, DenseMask, FlexMask  # noqa: E402
 
-torch.set_num_threads(1)
-
 
 def layer_context(net: GPT, T: int, layer: int = 0, first: int = 0) -> M.Context:
     """Of one layer for one document of T tokens, turned as if `first` more stood before it."""

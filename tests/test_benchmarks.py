@@ -37,9 +37,6 @@ RATES = Rates(matmul=1e12, memory=1e10, cache=1e11, exp=1e9)
 TOKENS, SEQ_LEN = 256, 64
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def flops(config: Config, *names: str) -> float:
     """Of the named parts, or of forward and backward; per step."""
     parts = parts_of(config, TOKENS, SEQ_LEN, "muon")

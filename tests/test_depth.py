@@ -37,7 +37,6 @@ from test_model import (  # noqa: E402
 import model as M  # noqa: E402
 from model import GPT, Cache, Config, ConfigError  # noqa: E402
 
-torch.set_num_threads(1)
 PACKED = text(2, 18, eots=[(0, 0), (0, 7), (0, 8), (1, 5), (1, 12)])
 LOOP = dict(depth="loop", loops=3, looped=".oo.", halt_threshold=0.6)
 EXITS = dict(experts="mlp*7,exit*2", top_k=1)

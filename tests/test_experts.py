@@ -20,8 +20,6 @@ from test_model import SEED, STEP, TINY, far, rng, shaken, text  # noqa: E402
 import model as M  # noqa: E402
 from model import EXPERTS, GPT, Config, ConfigError, Route, hashed_normal  # noqa: E402
 
-torch.set_num_threads(1)
-
 WIDE = TINY | dict(mlp_ratio=4.5)  # hidden 72: swiglu 48 wide and kan 8 wide have an mlp's FLOPs exactly
 POOLS = (
     "mlp*2,identity,zero,noise,relu2",

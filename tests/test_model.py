@@ -25,8 +25,6 @@ sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402
 from model import DEPTHS, GPT, PRESETS, ROUTERS, BlockedMask, Cache, Config, ConfigError, DenseMask, FlexMask, Route, hashed_normal  # noqa: E402
 
-torch.set_num_threads(1)
-
 # -----------------------------------------------------------------------------
 # Helpers
 

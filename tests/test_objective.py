@@ -18,8 +18,6 @@ from test_model import EOT, TINY, VOCAB, far, logits, rng, text, tiny  # noqa: E
 import model as M  # noqa: E402
 from model import GPT, Config, ConfigError  # noqa: E402
 
-torch.set_num_threads(1)
-
 
 def posed(net, x, step: int = 0, first_token: int = 0):
     net.set_step(3, step, first_token)

@@ -322,7 +322,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def tiny(tmp_path, corpus, monkeypatch):
     """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines, with threads=<n> at the end."""
-    folder, launched, threads = tmp_path / "records/tiny", [], torch.get_num_threads()
+    folder, launched = tmp_path / "records/tiny", []
     folder.mkdir(parents=True)
     pinned = {data.torch_version(): "a" * 64}
     rules = RULES | dict(row_1=None, target=None, seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)
@@ -336,9 +336,7 @@ def tiny(tmp_path, corpus, monkeypatch):
 
     monkeypatch.setattr(track, "launch", launch)
     monkeypatch.setattr(train_muon, "matmul_rate", lambda device, dtype: 1e11)
-    torch.set_num_threads(1)
-    yield folder, launched
-    torch.set_num_threads(threads)
+    return folder, launched
 
 
 def tiny_command(corpus, script="train_muon.py", **flags):

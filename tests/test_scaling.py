@@ -40,9 +40,6 @@ def machine(**changes) -> scaling.Machine:
     return dataclasses.replace(flags().machine, **changes)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -----------------------------------------------------------------------------
 # By hand
 

@@ -46,13 +46,11 @@ TINY_RUN = dict(preset="cpu", device="cpu", **TINY_MODEL, ns_dtype="fp32", seq_l
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only get into each other's way at this size, and the same number everywhere makes runs comparable bit by bit."""
-    threads, rate = torch.get_num_threads(), train_muon.matmul_rate
-    torch.set_num_threads(1)
-    train_muon.matmul_rate = lambda device, dtype: 1e11  # half a second per run
+def no_matmul_rate():
+    """Measuring it takes half a second per run."""
+    rate = train_muon.matmul_rate
+    train_muon.matmul_rate = lambda device, dtype: 1e11
     yield
-    torch.set_num_threads(threads)
     train_muon.matmul_rate = rate
 
 

@@ -612,8 +612,8 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
 
 LAYOUT_RUN = dict(val_every=6, checkpoint_every=6, router_noise=1.0, balance_coef=0.01,
                   embed_lr=0.2, ngram_embed_lr=0.01, value_embed_lr=0.2, head_lr=0.003, router_lr=0.0015, scalar_lr=0.001)  # fmt: skip
-LAYOUT_RUNS = {
-    "muon": LAYOUT_RUN | dict(seed=4, num_iterations=30, muon_lr=0.015),
+LAYOUT_RUNS = {  # a long mean of gradients and small rates, so that what rounding does stays small
+    "muon": LAYOUT_RUN | dict(seed=4, num_iterations=30, muon_lr=0.015, momentum=0.95, momentum_start=0.85, momentum_warmup=100),
     "adamw": LAYOUT_RUN | dict(seed=28, num_iterations=12, matrix_lr=0.001),
 }
 
@@ -1262,7 +1262,7 @@ CHANGES = {
     "muon_lr": (0.1, {}),
     "momentum": (0.5, {"momentum_warmup": 2}),
     "momentum_start": (0.5, {}),
-    "momentum_warmup": (2, {}),
+    "momentum_warmup": (2, {"momentum_start": 0.5}),
     "weight_decay": (0.5, {}),
     "ns_dtype": ("bf16", {}),
     # AdamW's

@@ -1519,10 +1519,13 @@ class Place(NamedTuple):
 class Stack(nn.Module):
     """Every block once. The second half reads the first half's outputs in mirror order, U-net style (modded-nanogpt record 11)."""
 
+    needs_keys = False  # nobody leaves, so all shapes stay
+    to_compile = ("add_skip",)  # besides the blocks
+
     def __init__(self, config: Config):
         super().__init__()
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
-        self.add_skip = add_skip  # the loop may put a compiled one here
+        self.add_skip = add_skip
 
     def forward(self, blocks, embedding_BTD: Tensor, contexts: list[Context], place: Place) -> Deep:
         x_BTD, trail, outputs = embedding_BTD.clone(), Trail(), []  # a compiled Function refuses one tensor twice
@@ -2218,6 +2221,8 @@ class Loop(nn.Module):
     (2507.08567); with the first and the last layer outside, the middle-cycle strategy of Mixture-of-Recursions (2507.10524).
 
     `eval_loops` may be set to another number than training has."""
+
+    to_compile = ()
 
     def __init__(self, config: Config):
         super().__init__()

@@ -1459,13 +1459,13 @@ def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
         return "eager"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         return "eager (--compile needs a C++ compiler and found none)"
-    if getattr(model.depth, "needs_keys", False):
+    if model.depth.needs_keys:
         return "eager (tokens that leave a loop make shapes of their own)"
     torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
     for block in model.blocks:
         block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
-    if hasattr(model.depth, "add_skip"):
-        model.depth.add_skip = torch.compile(model.depth.add_skip, dynamic=False)
+    for name in model.depth.to_compile:
+        setattr(model.depth, name, torch.compile(getattr(model.depth, name), dynamic=False))
     if device.type == "cpu":  # CUDA has a kernel
         model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
     return "compiled"

@@ -40,7 +40,7 @@ TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_
 
 def python(*words, expect=0, **env):
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env)  # fmt: skip
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env)  # fmt: skip
     assert done.returncode == expect, f"{words}\n{done.stdout}\n{done.stderr}"
     return done
 

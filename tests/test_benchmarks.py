@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -230,7 +229,7 @@ SMALL = "--n_layer 2 --n_embd 64 --n_head 3 --head_dim 16 --seq_len 64"
 
 def script(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *words.split()]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):

@@ -400,7 +400,7 @@ def start_agent(words, endpoint: str, prefix=(), extra=(), **env) -> subprocess.
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
                f"--rdzv-endpoint={endpoint}", "--rdzv-id=7", *extra, str(ROOT / "train_muon.py"), *map(str, words)]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+                            env=os.environ | env)  # fmt: skip
 
 
 def finish_agents(agents: list[subprocess.Popen], timeout=100):

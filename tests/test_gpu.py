@@ -2,6 +2,7 @@
 waits for nothing, and the CPU's own learning curve. `pytest -m gpu -rs`; skipped where there is no CUDA device."""
 
 import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -183,8 +184,17 @@ def test_sampling_from_a_compiled_model_compiles_nothing(trainer):
     assert ids.shape == (1, 11) and graphs() == before
 
 
+@pytest.fixture
+def all_cores():
+    """For the CPU's half of a comparison, which would take long on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("pattern", ("M", "D"))
-def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path):
+def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path, all_cores):
     """100 steps of preset cpu's shape on the same batches: FlexAttention, grouped matmuls and kernels here, SDPA and loops there."""
     folder = tmp_path / "data"
     data.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "3000000", "--out", str(folder)])

@@ -74,7 +74,7 @@ def test_every_block_is_marked():
 
 
 def test_run_blocks_run(clone):
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
     for mark, body in BLOCKS:
         if mark.startswith("python file: "):
             assert len(body.splitlines()) < 30, "an idea fits into thirty lines"

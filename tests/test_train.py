@@ -173,8 +173,7 @@ def assert_near_series(a: list, b: list, tolerance: float):
 def python(*words, timeout=100, **options) -> subprocess.CompletedProcess:
     """Python with these words, and an end to it and to all it started when it takes longer than a hang would explain."""
     command = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
+from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive  # noqa: E402
@@ -60,22 +62,6 @@ def uniform(config: Config) -> Config:
     return dataclasses.replace(config, router="uniform")
 
 
-many = lambda experts: lambda config: dataclasses.replace(config, num_experts=experts)
-with_head = lambda head, shape=lambda config: config: lambda config: dataclasses.replace(shape(config), head=head)
-ROWS = {  # name -> (shape, what it is compared with, what it is)
-    "dense": (dense_twin, "dense", "the dense twin"),
-    "moe": (lambda config: config, "dense", "8 experts, top-2"),
-    "moe_uniform": (uniform, "moe", "equal load by force, no router"),
-    "dense_bf16": (with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
-    "moe_bf16": (with_head("bf16"), "moe", "head in bf16"),
-    "moe_plain": (lambda config: config, "moe", "no Triton kernels of ours: compiled plain versions"),
-    "moe_1": (lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
-    "moe_16": (many(16), "moe", "16 experts of the same width"),
-    "moe_64": (many(64), "moe", "64 experts of the same width"),
-    "half": (lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
-}  # fmt: skip
-
-
 @contextlib.contextmanager
 def plain_versions():
     """The functions that have kernels without them; those of the head compiled, which makes them faster."""
@@ -91,6 +77,34 @@ def plain_versions():
             setattr(module, name, function)
 
 
+many = lambda experts: lambda config: dataclasses.replace(config, num_experts=experts)
+with_head = lambda head, shape=lambda config: config: lambda config: dataclasses.replace(shape(config), head=head)
+same = lambda config: config
+
+
+class Row(NamedTuple):
+    shape: callable  # of the preset's Config
+    against: str  # the row it is compared with
+    what: str
+    versions: callable = contextlib.nullcontext  # of functions, while the model is built and steps
+
+
+ROWS = {
+    "dense": Row(dense_twin, "dense", "the dense twin"),
+    "moe": Row(same, "dense", "8 experts, top-2"),
+    "moe_uniform": Row(uniform, "moe", "equal load by force, no router"),
+    "dense_bf16": Row(with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
+    "moe_bf16": Row(with_head("bf16"), "moe", "head in bf16"),
+    "moe_plain": Row(same, "moe", "no Triton kernels of ours: compiled plain versions", plain_versions),
+    "dense_fused": Row(dense_twin, "dense", "the dense twin, ReLU^2 inside the matmuls", fused_mlp.in_models_built_here),
+    "moe_fused": Row(same, "moe", "ReLU^2 inside the grouped matmuls", fused_mlp.in_models_built_here),
+    "moe_1": Row(lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
+    "moe_16": Row(many(16), "moe", "16 experts of the same width"),
+    "moe_64": Row(many(64), "moe", "64 experts of the same width"),
+    "half": Row(lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
+}
+
+
 class Stepper:
     """One row's model, optimizers and batches on the device."""
 
@@ -99,10 +113,10 @@ class Stepper:
         before = torch.cuda.memory_allocated()
         hp = dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.tokens, seq_len=args.seq_len, micro_batch_tokens=args.micro,
                                  num_iterations=10**6, window_start=config.window_size)  # fmt: skip
-        self.name, self.config, self.hp, self.plain = name, config, hp, name == "moe_plain"
+        self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
         rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, train_muon.World(0, 1, DEVICE))
-        with self.kernels():
+        with self.versions():
             self.model = drawn_on_the_device(config).train()
             self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, DEVICE))
             self.exchange.equip(train_muon.MUON, hp)
@@ -116,9 +130,6 @@ class Stepper:
             self.compile_seconds = time.perf_counter() - began
             self.memory = torch.cuda.max_memory_allocated() - before
 
-    def kernels(self):
-        return plain_versions() if self.plain else contextlib.nullcontext()
-
     def step(self):
         batch = self.batches[self.number % len(self.batches)]
         self.row, _ = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, lambda: batch, self.number, self.hp,
@@ -128,7 +139,7 @@ class Stepper:
     def turn(self, steps: int) -> list[float]:
         """Milliseconds of each step, after one that is not counted."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        with self.kernels():
+        with self.versions():
             for event in events:
                 self.step()
                 event.record()
@@ -178,7 +189,7 @@ def measured(name: str, mine: list[list[float]], theirs: list[list[float]], step
     if not math.isfinite(loss):
         raise RuntimeError(f"row {name}: the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
     return {
-        "row": name, "what": ROWS[name][2], "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
+        "row": name, "what": ROWS[name].what, "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
         "ratio": statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)),
         "ratios": [statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)],
         "mfu": 1000 * stepper.hp.batch_tokens / ms * flops_per_token(config, stepper.hp.seq_len) / peak, "floors": ms / 1000 / floor,
@@ -190,12 +201,12 @@ def measured(name: str, mine: list[list[float]], theirs: list[list[float]], step
 def step_rows(args, rates, save):
     """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it."""
     alive, config = {}, args.config
-    build = lambda name: Stepper(name, ROWS[name][0](config), args)
+    build = lambda name: Stepper(name, ROWS[name].shape(config), args)
     for i, name in enumerate(args.rows):
         if time.perf_counter() > args.ends:
             print(f"no time for {' '.join(args.rows[i:])}", flush=True)
             break
-        other = ROWS[name][1]
+        other = ROWS[name].against
         for needed in dict.fromkeys((other, name)):
             if needed not in alive:
                 alive[needed] = build(needed)
@@ -211,7 +222,7 @@ def step_rows(args, rates, save):
         save(measured(name, mine, theirs, alive[name], floor, other))
         if args.kernels and name in args.kernels_of:
             print(kernel_table(alive[name]), flush=True)
-        later = {needed for row in args.rows[i + 1 :] for needed in (row, ROWS[row][1])}
+        later = {needed for row in args.rows[i + 1 :] for needed in (row, ROWS[row].against)}
         for dropped in alive.keys() - later:
             del alive[dropped]
         gc.collect()
@@ -304,6 +315,9 @@ def feed_forward_parts(args):
     grouped = lambda rows, weights: model_file.grouped_mm(rows, weights, offs_E)
     yield "grouped up", forward_backward(grouped, grad(T * K, D), grad(E, H, D)), flops
     yield "grouped down", forward_backward(grouped, grad(T * K, H), grad(E, D, H)), flops
+    for load, offs in (("one expert", offs_E.new_full((1,), T * K)), (f"{E} experts", offs_E)):
+        weights = [grad(len(offs), H, D), grad(len(offs), D, H)]
+        yield from mlp_parts(load, grad(T * K, D), *weights, offs, 2 * flops)
     yield "top-k of the scores", lambda: model_file.sorted_out(score_TE, K), 0
     largest = torch.compile(model_file.largest)
     yield "the same by argmax, compiled", lambda: largest(score_TE, K), 0
@@ -323,6 +337,20 @@ def feed_forward_parts(args):
     route = Route(expert_TK, torch.rand(T, K, device=DEVICE), score_TE)
     moved = torch.compile(lambda x: model_file.dispatch(x, route, lambda rows, offs: rows + 1)[0])
     yield "dispatch: sort, gather, combine", forward_backward(moved, x), 0
+
+
+def mlp_parts(load: str, rows, up, down, offs_E, flops: float):
+    """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones alone, by tile."""
+    product, activation = model_file.grouped_mm, model_file.relu_squared
+    plain = torch.compile(lambda rows, up, down: product(activation(product(rows, up, offs_E)), down, offs_E))
+    yield f"MLP, {load}", forward_backward(plain, rows, up, down), flops
+    fused = lambda rows, up, down: fused_mlp.FusedMLP.apply(rows, up, down, offs_E)
+    yield f"MLP, {load}, fused", forward_backward(fused, rows, up, down), flops
+    rows, up, down = rows.detach(), up.detach(), down.detach()
+    a, dy = fused_mlp.fused_up(rows, up, offs_E), torch.randn_like(rows)
+    for name, tile in fused_mlp.TILES.items() if DEVICE.type == "cuda" else ():
+        yield f"up, {load}, {name}", lambda: fused_mlp.up_kernel(rows, up, offs_E, tile), flops / 6
+        yield f"down's backward, {load}, {name}", lambda: fused_mlp.down_backward_kernel(dy, down, a, offs_E, tile), flops / 6
 
 
 def head_parts(args):

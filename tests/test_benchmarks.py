@@ -320,12 +320,13 @@ def test_every_row_of_the_gpu_s_table_is_measured_beside_its_reference(on_cpu):
     gpu.step_rows(args, RATES, saved.append)
     assert [row["row"] for row in saved] == list(gpu.ROWS)
     for row in saved:
-        assert row["ms"] > 0 and len(row["ratios"]) == 2 and row["against"] == gpu.ROWS[row["row"]][1] and math.isfinite(row["loss"])
-        config = gpu.ROWS[row["row"]][0](args.config)
+        assert row["ms"] > 0 and len(row["ratios"]) == 2 and row["against"] == gpu.ROWS[row["row"]].against and math.isfinite(row["loss"])
+        config = gpu.ROWS[row["row"]].shape(args.config)
         assert row["mfu"] == pytest.approx(512 / row["ms"] * 1000 * model.flops_per_token(config, 128) / 1e12)
         assert (row["load_max_over_mean"] is None) == (config.routed_layers == 0)
     by_name = {row["row"]: row for row in saved}
     assert by_name["dense"]["ratio"] == 1 and by_name["moe_uniform"]["load_max_over_mean"] == pytest.approx(1)
+    assert model.EXPERTS["mlp"] is model.MLPExperts and model.FEED_FORWARDS["D"] is model.DenseMLP  # and after the fused ones
     assert gpu.model_file.softcap_nll.__wrapped__ and gpu.train_muon.gram.__wrapped__  # put back after the plain row
 
 
@@ -344,7 +345,7 @@ def test_the_gpu_s_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, mo
     gpu.part_rows(args, saved.append)
     names = [row["part"] for row in saved]
     assert len(set(names)) == len(names)
-    assert {"grouped up", "dense up", "router and its losses", "head + loss, fp8", "AdamW on one table"} <= set(names)
+    assert {"grouped up", "dense up", "MLP, 4 experts, fused", "router and its losses", "head + loss, fp8", "AdamW on one table"} <= set(names)
     assert {name for name in names if "plain" in name} and all(row["ms"] == 0.5 for row in saved)
     up = next(row for row in saved if row["part"] == "dense up")
     assert up["tflops"] == pytest.approx(6 * 256 * 4 * 64 * 64 / 0.5e-3 / 1e12)

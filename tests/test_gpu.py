@@ -2,9 +2,11 @@
 waits for nothing, and the CPU's own learning curve. `pytest -m gpu -rs`; skipped where there is no CUDA device."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,44 @@ def test_a_step_waits_for_nothing(trainer):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.next_step = real
+
+
+ELSEWHERE = {  # beyond `stack` on one rank, where the host may have to ask: what differs, and the most questions for a micro-batch of 4 layers
+    "stack, uncompiled": (dict(), 0),
+    "experts of two layers shared by the ranks of a group": (dict(), 2),  # the rows that travel, once per layer
+    "loop, three turns of two layers, halt act": (dict(depth="loop", loops=3, looped=".oo.", halt="act"), 60),
+    "routed, three steps over two layers": (dict(depth="routed", loops=3, looped=".oo."), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_elsewhere_the_questions_of_a_step_are_counted(what, tmp_path, capsys):
+    """How often the host waits for a value of the GPU's, in a training step of two micro-batches; printed."""
+    changes, most = ELSEWHERE[what]
+    trainer = Trainer(Config(**SMALL | dict(num_experts=8) | changes), CUDA, num_iterations=20, compile=False)
+    if "ranks" in what:
+        torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+        for moe in (module for module in trainer.model.modules() if isinstance(module, M.MoE)):
+            moe.carry = functools.partial(M.exchanged, torch.distributed.group.WORLD)
+    try:
+        for step in range(2):
+            trainer.step(step)
+        batches = trainer.next_step()
+        trainer.next_step = lambda: batches
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as questions:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            trainer.step(2)
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    count = sum("synchronizing" in str(question.message) for question in questions)
+    with capsys.disabled():
+        print(f"\n{what}: {count} synchronisations in a step of two micro-batches")
+    assert count <= 2 * most and (count > 0) == (most > 0)
 
 
 def test_sampling_from_a_compiled_model_compiles_nothing(trainer):

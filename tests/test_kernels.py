@@ -1,4 +1,5 @@
-"""kernels.py against the plain versions in model.py: natively on a GPU, elsewhere through Triton's interpreter in a process of its own."""
+"""kernels.py, and benchmarks/fused_mlp.py which may become part of it, against plain versions: natively on a GPU, elsewhere through
+Triton's interpreter in a process of its own."""
 
 import importlib.util
 import os
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402
 import train_muon  # noqa: E402
+from benchmarks import fused_mlp  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,7 +30,7 @@ def test_the_kernels_in_tritons_interpreter():
         pytest.skip("triton is not installed: `pip install triton==3.6.0`")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--no-header", __file__], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                           capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-4000:]
+    assert done.returncode == 0 and "17 passed" in done.stdout, done.stdout[-4000:]
 
 
 def test_the_file_imports_without_triton():
@@ -50,19 +52,38 @@ NATIVE = {  # kernel, sm -> types of its arguments, constants, instructions that
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("name, sm", NATIVE, ids=str)
-def test_the_kernels_compile_to_machine_code_without_a_gpu(name, sm):
-    """Down to a cubin, in the shared memory that such a GPU has; with annotations as strings, which the file has them as."""
+def machine_code(kernel, sm: int, types: dict, constants: dict, **options):
+    """A kernel compiled down to a cubin, in the shared memory that such a GPU has (sm 86 and 89: 99 KiB)."""
     triton = pytest.importorskip("triton", reason="triton is not installed: `pip install triton==3.6.0`")
-    import kernels
-
-    kernel, (types, constants, instruction) = getattr(kernels, name), NATIVE[name, sm]
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names) if signature[argument].startswith("*")}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", sm, 32), options=dict(num_warps=4, num_stages=3))
-    assert instruction in made.asm["ptx"] and made.asm["cubin"] and made.metadata.shared <= {80: 99, 90: 227}[sm] * 1024  # sm 86 and 89 have 99 KiB
+    made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", sm, 32), options=options)
+    assert made.asm["cubin"] and made.metadata.shared <= {80: 99, 90: 227}[sm] * 1024
+    return made.asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name, sm", NATIVE, ids=str)
+def test_the_kernels_compile_to_machine_code_without_a_gpu(name, sm):
+    """With annotations as strings, which the file has them as."""
+    import kernels
+
+    types, constants, instruction = NATIVE[name, sm]
+    assert instruction in machine_code(getattr(kernels, name), sm, types, constants, num_warps=4, num_stages=3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("backward", (False, True), ids=("up", "backward"))
+@pytest.mark.parametrize("tile", fused_mlp.TILES.values(), ids=fused_mlp.TILES)
+def test_every_tile_of_the_fused_mlp_fits_a_gpu(tile, backward):
+    """At the speedrun's shape, with Hopper's matmuls and copies."""
+    block = [tile.depth, tile.cols] if backward else [tile.cols, tile.depth]
+    descriptor = lambda rows, cols: f"tensordesc<bf16[{rows},{cols}]>"
+    types = dict(rows_desc=descriptor(tile.rows, tile.depth), weight_desc=descriptor(*block), a_ptr="*bf16", out_ptr="*bf16", offs_ptr="*i32")
+    constants = dict(E=8, K=768, N=1536, BACKWARD=backward, TURNS=36, ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, EXPERTS=8)
+    ptx = machine_code(fused_mlp.grouped_kernel, 90, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
 
 
 def rng():
@@ -133,3 +154,50 @@ def test_symmetric_products(count, rows, cols):
         B = plain_polynomial(A, -4.775, 2.0315)
         got = kernels.gram_polynomial(got, -4.775, 2.0315)
         assert got.dtype == dtype and torch.equal(got, got.mT) and (got.float().cpu() - B).norm() < most * B.norm()
+
+
+@native
+@pytest.mark.parametrize("counts", ([64, 0, 1, 130, 5, 0], [0, 0, 300, 0], [17], [200, 0], [0, 0]), ids=str)
+def test_the_fused_mlp_s_two_matmuls(counts):
+    """As plain ones, for empty and uneven experts, shapes that no tile divides, and rows behind the last end, of which it touches none."""
+    E, ends, behind = len(counts), torch.tensor(counts).cumsum(0).int(), 9
+    for D, width, tile in ((48, 72, fused_mlp.Tile(64, 32, 16)), (64, 200, fused_mlp.Tile(128, 64, 32, warps=4))):
+        rows, dy = torch.randn(2, sum(counts) + behind, D, generator=rng())
+        up, down = torch.randn(E, width, D, generator=rng()) / D**0.5, torch.randn(E, D, width, generator=rng())
+        for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7))[: 1 + ON_GPU]:
+            rounded = [x.to(dtype).float() for x in (rows, dy, up, down)]
+            on_device = [x.to(DEVICE, dtype) for x in (rows, dy, up, down)]
+            a, want_a = fused_mlp.up_kernel(on_device[0], on_device[2], ends.to(DEVICE), tile), fused_mlp.plain_up(rounded[0], rounded[2], ends)
+            used = a.clone()
+            used[ends[-1] :] = torch.nan
+            dh = fused_mlp.down_backward_kernel(on_device[1], on_device[3], used, ends.to(DEVICE), tile)
+            want_dh = fused_mlp.plain_down_backward(rounded[1], rounded[3], a.float().cpu().nan_to_num(0).clamp(min=0), ends)
+            for got, want in ((a, want_a), (dh, want_dh)):
+                got, want = got.float().cpu()[: ends[-1]], want[: ends[-1]]
+                assert got.shape == want.shape and (got - want).norm() <= most * want.norm()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch's own operators")
+@pytest.mark.parametrize("pattern", ("M", "D"))
+def test_a_model_with_the_fused_mlp_is_the_same_model(pattern):
+    """Its parameters, loss and gradients; a block is one graph, whatever the routes."""
+    config = M.Config(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2, value_embeds=0,
+                      window_size=64, dtype="fp32", pattern=pattern)  # fmt: skip
+    plain = M.GPT(config).train()
+    with fused_mlp.in_models_built_here():
+        fused, compiled = M.GPT(config).train(), M.GPT(config).train()
+    names, results, graphs = [name for name, _ in plain.named_parameters()], [], []
+    torch._dynamo.reset()
+    compiled.blocks[1].compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False)
+    state = {name: value + 0.05 * torch.randn(value.shape, generator=rng()) for name, value in plain.named_parameters()}
+    for model in (plain, fused, compiled):
+        model.load_state_dict(state, strict=False)
+        for step in range(2):
+            ids = torch.randint(191, (2, 65), generator=torch.Generator().manual_seed(step))
+            model.set_step(3, step)
+            loss = model(ids[:, :-1], ids[:, 1:]).loss
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert [name for name, _ in fused.named_parameters()] == names and len(graphs) == 1
+    for name, want, *got in zip(["loss", *names], *results):
+        for value in got:
+            assert (value - want).norm() <= 1e-5 * want.norm() + 1e-7, name

@@ -8,14 +8,14 @@ top-2 router, zero-initialised output projections, an untied head, embedding and
 of the token before, long-short sliding windows, document masks, softcapped logits, an FP8 head, and a loss that never holds all logits in fp32.
 
 Two axes: width (what a block does to a token: `ROUTERS`, `EXPERTS`, `dispatch`) and depth (which blocks, how often: `DEPTHS`).
-To read it in ten minutes: Config, dispatch, MoE, Stack, GPT.
+To read it in ten minutes: Config, dispatch, MoE, Stack, GPT. The speedrun's model ends at the line "The zoo": what follows are other entries of
+the same tables, what a Config must be, presets, the model card, checkpoints, the Hub, the command line.
 
 Shapes: B rows, T tokens of a row (or all B*T tokens where B is absent), D n_embd, H heads, C head_dim, E experts, K top_k,
 R = T*K routed rows, F hidden width of one expert, L routed layers, V padded vocabulary. `x_BTD` has the shape (B, T, D).
 
 Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables), Shazeer et al.
-1701.06538 (noisy top-k),
-Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance).
+1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance).
 """
 
 import argparse
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # -----------------------------------------------------------------------------
-# Config and presets
+# Config
 
 
 class ConfigError(ValueError):
@@ -136,98 +136,7 @@ class Config:
     dtype: str = "bf16"  # activations: a key of DTYPES
 
     def __post_init__(self):
-        def check(field: str, fine: bool, legal: str):
-            if not fine:
-                raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
-
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
-            check(field.name, fits and (type(value) is bool) == (field.type is bool), f"of type {field.type.__name__}")
-        listed = self.listed_experts
-        legal = f"names out of {', '.join(EXPERTS)}, each with *n for n of them, separated by commas"
-        check("experts", listed and all(name in EXPERTS for name in listed), legal)
-        check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: mlp, swiglu or kan")
-        if len(listed) > 1:
-            object.__setattr__(self, "num_experts", len(listed))
-        for field in ("vocab_size", "n_layer", "n_embd", "n_head", "num_experts", "top_k", "balance_window", "window_size", "ngram_rows",
-                      "router_kernel", "shared_kernel", "latent_dim", "loops", "attn_experts", "attn_top_k",
-                      "controller_dim", "anneal_steps"):  # fmt: skip
-            check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("importance_coef", "load_coef", "bias_update_threshold", "router_noise", "router_residual", "norm_topk_prob", "balance_coef",
-                      "z_coef", "bias_update_factor", "num_shared_experts", "shared_dim", "num_meta_tokens",
-                      "eval_loops", "reinject", "halt_threshold", "ponder_coef", "entropy_coef",
-                      "identity_layers", "layer_balance_coef"):  # fmt: skip
-            check(field, getattr(self, field) >= 0, "at least 0")
-        for field in ("mlp_ratio", "attn_scale", "softcap", "free_eta"):
-            check(field, getattr(self, field) > 0, "above 0")
-        for field in ("mlp_ratio", "free_eta", "router_noise", "router_residual", "norm_topk_prob", "balance_coef", "z_coef", "bias_update_factor",
-                      "importance_coef", "load_coef", "attn_scale", "softcap", "reinject", "halt_threshold", "ponder_coef",
-                      "entropy_coef", "layer_balance_coef"):  # fmt: skip
-            check(field, math.isfinite(getattr(self, field)), "finite")
-        for field, table in (("router", ROUTERS), ("router_spread", SPREADS), ("router_score", SCORES), ("shared", SHARED), ("depth", DEPTHS),
-                             ("head", HEADS), ("dtype", DTYPES), ("attn_softmax", SOFTMAXES), ("qk_norm", QK_NORMS),
-                             ("residual", RESIDUALS), ("halt", HALTS), ("loop_keys", LOOP_KEYS),
-                             ("controller", CONTROLLERS), ("route_by", ROUTE_BY), ("route_training", ROUTE_TRAINING),
-                             ("step_loss", STEP_LOSSES), ("objective", OBJECTIVES)):  # fmt: skip
-            check(field, getattr(self, field) in table, "one of " + ", ".join(table))
-        for field, letters in (("pattern", FEED_FORWARDS), ("attention", ATTENTIONS), ("window", WINDOWS), ("rotary", ROTARIES), ("norms", NORMS),
-                               ("looped", "o.")):  # fmt: skip
-            value = getattr(self, field)
-            check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
-        check("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
-        check("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
-        learns, all_of_them = issubclass(ROUTERS[self.router], Router), self.top_k == self.num_experts
-        check("importance_coef", self.importance_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
-        check("load_coef", self.load_coef == 0 or (learns and self.router_noise > 0 and not all_of_them),
-              "0, or there must be a learned router, router_noise above 0, and fewer than num_experts chosen")
-        check("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
-        check("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
-        check("router_dim", self.router_dim > 0 and self.router_dim % 16 == 0, "a multiple of 16")
-        check("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
-        check("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
-        check("mlp_ratio", self.hidden_size % 8 == 0 and self.hidden_size > 0,
-              f"such that mlp_ratio * n_embd / {self.equal_experts} = {self.mlp_ratio * self.n_embd / self.equal_experts}, the width of one of a "
-              "token's top_k + num_shared_experts (without those that have a shared_dim), is a multiple of 8")
-        check("shared_dim", self.shared_dim % 8 == 0 and (self.shared_dim == 0 or self.num_shared_experts > 0),
-              "0 without num_shared_experts, and a multiple of 8")
-        check("routed_scale", re.fullmatch(r"auto|\d+\.?\d*|\d*\.\d+", self.routed_scale) is not None, "auto or a number, at least 0")
-        for name in (name for name in self.expert_counts if EXPERTS[name].has_matmuls):
-            width, flops = EXPERTS[name].width(self.hidden_size)
-            check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {self.hidden_size} its own, "
-                  f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")
-        check("latent_dim", self.latent_dim % 8 == 0, "a multiple of 8")
-        for layer, maker in self.key_makers.items():
-            check("attention", maker is not None, f"without S in layer {layer}: no layer before it has keys to share")
-            check("rotary", self.turning(layer) == self.turning(maker),
-                  f"the same in layer {layer} as in layer {maker}, whose keys and values it shares (and so must `window` be where it is W)")
-        remade = [self.tiled("rotary")[layer] for layer, letter in enumerate(self.tiled("attention")) if letter == "L"]
-        check("rotary", not set(remade) & set("VB"), "H, N or W where attention is L, whose values are remade from what a cache keeps")
-        check("looped", re.fullmatch(r"\.*o+\.*", self.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
-              f"{self.n_layer} layers, {self.tiled('looped')}, they are not")  # fmt: skip
-        check("ponder_prior", 0 < self.ponder_prior < 1, "between 0 and 1")
-        check("mask_share", 0 < self.mask_share < 1, "between 0 and 1")
-        masked = self.objective == "masked"
-        check("objective", not masked or self.vocab_size < self.padded_vocab_size, f"next with vocab_size = {self.vocab_size}, a multiple of 64: no "
-              "id is left for a hidden token")  # fmt: skip
-        check("attn_softmax", not masked or self.attn_softmax == "plain", "plain with objective masked: ssmax counts the keys before a token")
-        check("attn_top_k", self.attn_top_k <= self.attn_experts, f"at most attn_experts = {self.attn_experts}")
-        check("entropy_coef", self.entropy_coef == 0 or learns, f"0 with router {self.router}, which learns nothing")
-        can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in self.tiled("pattern")
-        check("halt", self.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer")
-        routed, keys = self.depth == "routed", "where a layer's keys are made of what everyone is by then"
-        check("residual", not routed or self.residual == "add", "add with depth routed, whose streams have no number of terms")
-        check("loop_keys", not routed or self.loop_keys == "latest", f"latest with depth routed, {keys}")
-        check("halt", not routed or self.halt in ("none", "act", "stick_breaking"), "none, act or stick_breaking with depth routed")
-        check("step_loss", self.step_loss == "last" or self.halt == "none", f"last next to halt {self.halt}, which says itself what to look at")
-        check("attention", not routed or "S" not in self.tiled("attention"), "without S with depth routed: no layer has a layer before it")
-        check("router_residual", not routed or self.router_residual == 0, "0 with depth routed: no layer has a layer before it")
-        halts, why = self.depth == "loop" and self.halt != "none", f"next to halt {self.halt}, where tokens leave, a kind that looks at no neighbours"
-        check("router", not halts or self.router not in ("conv", "recurrent"), why)
-        check("shared", not halts or self.num_shared_experts == 0 or self.shared != "conv", why)
-        for field in ("importance_coef", "load_coef"):
-            check(field, not halts or getattr(self, field) == 0, f"0 next to halt {self.halt}: it looks at all tokens of a micro-batch")
-        check("value_embeds", 0 <= 2 * self.value_embeds <= self.n_layer, f"from 0 to n_layer // 2 = {self.n_layer // 2}")
+        check_config(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -503,20 +412,9 @@ def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tens
     return (distance >= 0) & ((distance < window) & (q_doc == kv_doc) | (kv_position < meta))
 
 
-def visible_both_ways(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
-    """The same rule for objective masked: later tokens too."""
-    return ((q_position - kv_position).abs() < window) & (q_doc == kv_doc) | (kv_position < meta)
-
-
 def document_begins(q_doc_BT: Tensor, kv_doc_BS: Tensor) -> Tensor:
     """Where among the keys each query's document begins (B, T); documents only count up."""
     return torch.searchsorted(kv_doc_BS.contiguous(), q_doc_BT.contiguous())
-
-
-def seen_keys(q_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window, meta: int) -> Tensor:
-    """How many keys each query sees (B, T): what visible() adds up to."""
-    own_BT = q_position - torch.maximum(document_begins(q_doc_BT, kv_doc_BS), q_position - window + 1) + 1
-    return torch.where(q_position < meta, q_position + 1, own_BT + meta)
 
 
 def first_seen(q_position: Tensor, kv_position: Tensor, doc_BT: Tensor, window) -> Tensor:
@@ -537,10 +435,6 @@ class DenseMask:
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=self.mask, scale=scale)
-
-
-class TwoWayMask(DenseMask):
-    rule = staticmethod(visible_both_ways)
 
 
 class DecodeMask(DenseMask):
@@ -912,7 +806,6 @@ def sorted_out(score_TE: Tensor, k: int) -> Tensor:
 
 TOP_K = {"cpu": sorted_out, "cuda": lambda score_TE, k: (largest if k <= 4 else sorted_out)(score_TE, k)}
 
-
 SPREADS = {  # (router, x_TD) -> the standard deviation of the noise, before Config.router_noise
     "learned": lambda router, x_TD: F.softplus(linear_fp32(x_TD, router.noise)),
     "constant": lambda router, x_TD: 1.0,
@@ -933,35 +826,7 @@ def softmax_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
     return softmax(kept_TK) * share
 
 
-def sigmoid_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
-    kept_TK = logits_TE.gather(1, expert_TK).sigmoid()
-    return kept_TK / kept_TK.sum(-1, keepdim=True) ** power
-
-
-def sigmoid_shares(logits_TE: Tensor) -> Tensor:
-    score_TE = logits_TE.sigmoid()
-    return score_TE / score_TE.sum(-1, keepdim=True)
-
-
-SCORES = {
-    "softmax": Scores(softmax, softmax_gates, lambda logits_TE: None),
-    "sigmoid": Scores(torch.sigmoid, sigmoid_gates, sigmoid_shares),  # DeepSeek-V3, 2412.19437
-}
-
-
-def squared_variation(x_E: Tensor) -> Tensor:
-    """The squared coefficient of variation: variance over squared mean."""
-    return x_E.var(correction=0) / x_E.mean().square().clamp(min=1e-10)
-
-
-def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, k: int) -> Tensor:
-    """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
-
-    An expert is chosen when it passes the k-th largest of the others: the (k+1)-th of all if it is among the first k, else the k-th."""
-    top_TK = noisy_TE.topk(k + 1).values
-    passes = noisy_TE > top_TK[:, k:]
-    threshold_TE = torch.where(passes, top_TK[:, k:], top_TK[:, k - 1 : k])
-    return torch.special.ndtr((logits_TE - threshold_TE) / spread_TE).sum(0)
+SCORES = {"softmax": Scores(softmax, softmax_gates, lambda logits_TE: None)}  # the zoo, below, has more
 
 
 class Router(nn.Module):
@@ -1031,21 +896,7 @@ class LinearRouter(Router):
         return logits_TE, F.softplus(spread_TE.contiguous())  # strided, on a CPU, 6 times slower
 
 
-class HashRouter(nn.Module):
-    """The baseline that learns nothing: token id mod E, further choices spread evenly, uniform gates (Hash Layers, 2106.04426)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.top_k, self.num_experts = config.top_k, config.num_experts
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
-        choice_K = torch.arange(self.top_k, device=x_BTD.device) * (self.num_experts // self.top_k)
-        expert_TK = (ctx.token_BT.flatten()[:, None] + choice_K) % self.num_experts
-        weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=torch.float32)
-        return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
-
-
-ROUTERS = {"linear": LinearRouter, "hash": HashRouter}
+ROUTERS = {"linear": LinearRouter}  # the zoo, below, has more
 
 # -----------------------------------------------------------------------------
 # Experts: fn(rows_RD sorted by expert, offs_E the end of each expert's rows) -> rows_RD
@@ -1238,42 +1089,6 @@ def stay(fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
     return fn(rows_RD, offs_E)
 
 
-@torch.compiler.disable
-def exchanged(group, fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
-    """fn over experts that are spread over the ranks of `group`: rows travel to their expert and back.
-
-    One host synchronisation: an all-to-all needs the number of rows on the host. Dropless, so a rank may receive none or all."""
-    N = dist.get_world_size(group)
-    sent_NE = offs_E.diff(prepend=offs_E.new_zeros(1)).view(N, -1)  # rows from here, for each rank and each of its experts
-    received_NE = torch.empty_like(sent_NE)
-    dist.all_to_all_single(received_NE, sent_NE.contiguous(), group=group)
-    sent_N, received_N = torch.stack([sent_NE.sum(1), received_NE.sum(1)]).tolist()
-    expert_R = torch.arange(sent_NE.size(1), dtype=torch.int16, device=rows_RD.device).repeat(N)
-    expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))  # rows arrive sorted by (rank, expert)
-    by_expert_R = expert_R.argsort(stable=True)
-    by_rank_R = torch.empty_like(by_expert_R).scatter_(0, by_expert_R, torch.arange(len(by_expert_R), device=rows_RD.device))
-    rows_RD = AllToAll.apply(rows_RD, sent_N, received_N, group)
-    rows_RD = fn(Gather.apply(rows_RD, by_expert_R, by_rank_R[:, None]), received_NE.sum(0).cumsum(0).int())
-    return AllToAll.apply(Gather.apply(rows_RD, by_rank_R, by_expert_R[:, None]), received_N, sent_N, group)
-
-
-class AllToAll(torch.autograd.Function):
-    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; its backward sends them home."""
-
-    @staticmethod
-    def forward(ctx, rows_RD, sent_N, received_N, group):
-        ctx.sent_N, ctx.received_N, ctx.group = sent_N, received_N, group
-        out_RD = rows_RD.new_empty(sum(received_N), rows_RD.size(1))
-        dist.all_to_all_single(out_RD, rows_RD.contiguous(), received_N, sent_N, group=group)
-        return out_RD
-
-    @staticmethod
-    def backward(ctx, dout_RD):
-        drows_RD = dout_RD.new_empty(sum(ctx.sent_N), dout_RD.size(1))
-        dist.all_to_all_single(drows_RD, dout_RD.contiguous(), ctx.sent_N, ctx.received_N, group=ctx.group)
-        return drows_RD, None, None, None
-
-
 # -----------------------------------------------------------------------------
 # Feed-forwards: each returns (y_BTD, [statistics of each routing decision])
 
@@ -1392,36 +1207,6 @@ class MoE(nn.Module):
         prob_BTE, valid_BT = softmax(route.logits_TE).view(*x_BTD.shape[:2], -1), ctx.valid_BT
         valid_BT = torch.ones_like(prob_BTE[..., 0]) if valid_BT is None else valid_BT.type_as(prob_BTE)
         return stats._replace(chosen_BE=(prob_BTE * valid_BT[..., None]).sum(1), row_tokens_B=valid_BT.sum(1))
-
-
-class SharedMLP(nn.Module):
-    """num_shared_experts ReLU^2 MLPs that every token meets, as one."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        width = config.shared_width
-        self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        return F.linear(relu_squared(F.linear(x_BTD, self.up.type_as(x_BTD))), self.down.type_as(x_BTD))
-
-
-SHARED = {"mlp": SharedMLP}
-
-
-@functools.cache
-def routed_scale(config: Config) -> float:
-    """Config.routed_scale as a number. auto: the mean of sqrt(shared experts) over the length of a token's gates, for 2^14 tokens of normal
-    logits and this router's own rule (kexue.fm/archives/10945): with experts at right angles and of one length, the routed sum is then as
-    long as the shared one. Without shared experts it is 1."""
-    if config.routed_scale != "auto" or not config.num_shared_experts:
-        return 1.0 if config.routed_scale == "auto" else float(config.routed_scale)
-    if config.router == "hash":  # equal gates
-        return math.sqrt(config.num_shared_experts * config.top_k)
-    score, generator = SCORES[config.router_score], torch.Generator("cpu").manual_seed(0)
-    logits_TE = torch.randn(2**14, config.num_experts, generator=generator, device="cpu")
-    weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
-    return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()
 
 
 class DenseMLP(nn.Module):
@@ -1544,7 +1329,6 @@ DEPTHS = {"stack": Stack}  # the zoo, below, has more
 
 # -----------------------------------------------------------------------------
 # Head and loss
-
 
 TRITON_IS_THERE = importlib.util.find_spec("triton") is not None  # torch brings it along for CUDA, but not on every system
 
@@ -1689,7 +1473,390 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
+# The model
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
+    loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
+    stats: dict  # of this forward pass, without a cache: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
+
+
+def less_entropy(stats: RouteStats) -> Tensor | float:
+    """Minus the entropy of what a row's tokens choose on the whole, mean over rows (MoEUT, 2405.16039): rows are balanced one by one."""
+    if stats.chosen_BE is None:
+        return 0.0
+    p_BE = stats.chosen_BE / stats.row_tokens_B[:, None].clamp(min=1)
+    return (p_BE * p_BE.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
+    """(B * T,): each token's number in the global batch. The `meta` first ones of each row are not counted: in all rows they are -1, -2, ..."""
+    own_BT = first_token + torch.arange(B * (T - meta), device=first_token.device).view(B, T - meta)
+    return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
+
+
+class Objective(NamedTuple):
+    """What the loss asks of the model."""
+
+    pose: callable  # (model, id_BT, targets_BT) -> inputs and targets; a target below 0 asks nothing
+    asked: callable  # (config, T) -> by how many of a row's T tokens the loss is divided
+    mask: callable  # (device type, T) -> the kind of mask over a whole sequence
+    visible: callable  # its rule
+    keys: callable  # mean number of keys that a token sees up to its own -> all that it sees
+
+
+OBJECTIVES = {  # the zoo, below, has more
+    "next": Objective(lambda model, id_BT, targets_BT: (id_BT, targets_BT), lambda config, T: T, mask_kind, visible, lambda keys: keys),
+}
+
+
+class GPT(nn.Module):
+    """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
+
+    def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
+        super().__init__()
+        self.config, self.ranks = config, ranks
+        width, routed = config.n_head * config.head_dim, config.routed_layers
+        self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.meta_tokens = nn.Parameter(torch.empty(config.num_meta_tokens, config.n_embd)) if config.num_meta_tokens else None
+        self.ngram_embeds = nn.ParameterList(torch.empty(config.ngram_rows, config.n_embd) for _ in config.ngrams)
+        self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
+        self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
+        self.depth = DEPTHS[config.depth](config)
+        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.chunk_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
+        # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
+        self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
+        self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
+        self.register_buffer("counted_LE", torch.zeros(routed, config.num_experts, dtype=torch.int64))  # since the bias last moved
+        self.register_buffer("eta_E", torch.tensor(config.expert_etas), persistent=False)
+        self.register_buffer("balanced_E", torch.tensor(config.experts_balanced), persistent=False)
+        # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
+        self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
+        self.init_weights()
+
+    # ---- state between steps
+
+    def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
+        """Tell the model where in the run it is: keys of the router's noise, and the attention window in tokens."""
+        self.clock.copy_(torch.tensor([seed, step, first_token, window or self.config.window_size]), non_blocking=True)
+
+    @torch.no_grad()
+    def balance(self, counts_LE: Tensor):
+        """Once per optimizer step, with the counts of the whole global batch: move the load window, and the selection bias when
+        enough tokens have been counted."""
+        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
+        even_E = 1 / self.eta_E / (1 / self.eta_E).mean()  # over the mean
+        self.counted_LE += counts_LE
+        counted_L1 = self.counted_LE.sum(-1, keepdim=True)
+        share_LE, due_L1 = self.counted_LE / counted_L1.clamp(min=1), counted_L1 >= self.config.bias_update_threshold * self.config.top_k
+        self.bias_LE += self.config.bias_update_factor * due_L1 * self.balanced_E * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
+        self.counted_LE *= ~due_L1
+        self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
+
+    # ---- forward
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
+                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None, real_B: Tensor | None = None) -> Output:
+        """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss; with objective masked, ids and the loss of those
+        that it hides.
+
+        expert_B: the expert that each row's tokens should choose (-1: no matter), for stats["domain_loss"], which is not in the loss.
+        real_B: rows that are not only there to fill up the batch; statistics leave the others out, and no expert sees them.
+        Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
+        doc_BT, T, objective = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1), OBJECTIVES[self.config.objective]
+        if targets_BT is not None:
+            tokens_BT, targets_BT = objective.pose(self, tokens_BT, targets_BT)
+        tokens_BT, doc_BT = self.with_meta_tokens(tokens_BT, doc_BT, cache)
+        id_BT = self.ids(tokens_BT)
+        id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
+        embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
+        contexts, place = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
+        if expert_B is not None:
+            contexts = [ctx._replace(expert_BT=expert_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
+        if real_B is not None:
+            contexts = [ctx._replace(valid_BT=real_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
+        deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
+        if cache is not None:
+            cache.length += doc_BT.size(1)
+        outputs = [(norm(x_BTD[:, -T:]), flat(weight_BT, T)) for x_BTD, weight_BT in deep.outputs]
+        stats = self.summary(deep, T) if cache is None else {}
+        if targets_BT is None:
+            return Output(self.logits(outputs[-1][0]), None, stats)
+        head, target_T = HEADS[self.config.head if self.training else "bf16"], targets_BT.flatten()
+        nats = sum(chunked_loss(x_BTD.flatten(0, 1), self.head, target_T, head, self.chunk_nll, weight_T) for x_BTD, weight_T in outputs)
+        ce = nats / (len(targets_BT) * objective.asked(self.config, T))
+        loss = ce + self.auxiliary_loss(stats) if self.training and cache is None else ce
+        return Output(None, loss, stats | {"ce": ce.detach()})
+
+    def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """The row with num_meta_tokens more in front, end-of-text ids (or zeros) in a document of their own, number -1; no more where a cache
+        has them already."""
+        meta = self.config.num_meta_tokens if cache is None or cache.length == 0 else 0
+        if meta == 0:
+            return tokens_BT, doc_BT
+        blank = 0 if tokens_BT.is_floating_point() else self.config.eot_token
+        front = (0, 0) * (tokens_BT.ndim - 2) + (meta, 0)
+        return F.pad(tokens_BT, front, value=blank), F.pad(doc_BT, (meta, 0), value=-1)
+
+    def look_up(self, tokens_BT: Tensor, id_BS: Tensor, doc_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The embedding, and what each layer adds to its values: a table's rows or zero."""
+        dtype, n = DTYPES[self.config.dtype], len(self.value_embeds)
+        nothing = torch.zeros((), dtype=dtype, device=self.embed.device)
+        if tokens_BT.is_floating_point():
+            return tokens_BT.to(dtype), [nothing] * self.config.n_layer
+        heads = (self.config.n_head, self.config.head_dim)
+        tables = [F.embedding(tokens_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
+        value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
+        embedding_BTD, T = F.embedding(tokens_BT, self.embed), tokens_BT.size(1)
+        lengths = list(map(int, self.config.ngrams))
+        recent = slice(1 - max(lengths, default=1) - T, None)
+        hashes = lengths and ngram_hashes(id_BS[:, recent], doc_BS[:, recent], max(lengths))
+        for n, table in zip(lengths, self.ngram_embeds):
+            embedding_BTD = embedding_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table)
+        return embedding_BTD.to(dtype), value_embeds
+
+    def with_meta_vectors(self, embedding_BTD: Tensor, doc_BT: Tensor) -> Tensor:
+        """The embeddings with the learned vectors in place of the blanks in front."""
+        if self.meta_tokens is None:
+            return embedding_BTD
+        vector_TD = F.pad(self.meta_tokens, (0, 0, 0, doc_BT.size(1) - len(self.meta_tokens))).type_as(embedding_BTD)
+        return torch.where((doc_BT < 0)[..., None], vector_TD, embedding_BTD)
+
+    def ids(self, tokens_BT: Tensor) -> Tensor | None:
+        return None if tokens_BT.is_floating_point() else tokens_BT
+
+    def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None, cache: Cache | None) -> Tensor:
+        """The caller's numbers, or one more at each end-of-text token, counting on from the cache."""
+        if doc_ids_BT is not None:
+            return doc_ids_BT
+        starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
+        return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
+
+    def contexts(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, value_embeds: list[Tensor],
+                 cache: Cache | None) -> tuple[list[Context], Place]:  # fmt: skip
+        """One for each layer, and what masks are made of."""
+        (B, T), device, config = doc_BT.shape, doc_BT.device, self.config
+        position_S = torch.arange(doc_BS.size(1), device=device)
+        position_T = position_S[-T:]
+        seed, step, first_token, window = self.clock.unbind()
+        kind = OBJECTIVES[config.objective].mask(device.type, T) if cache is None else DecodeMask
+        windows, meta = windows_in_use(config.window, window), config.num_meta_tokens
+        masks = {letter: kind(position_T, position_S, doc_BT, doc_BS, tokens, meta) for letter, tokens in windows.items()}
+        log_seen = dict.fromkeys(windows)
+        if config.attn_softmax == "ssmax":
+            log_seen = {letter: seen_keys(position_T, doc_BT, doc_BS, tokens, meta).log() for letter, tokens in windows.items()}
+        follows_BS = F.pad(doc_BS, (1, -1), value=-2) == doc_BS
+        turned_at = position_T if meta == 0 else position_T - document_begins(doc_BT, doc_BS) + meta * (doc_BT >= 0)  # as if each document came first
+        table = functools.cache(lambda speed: rotary_tables(turned_at, config.head_dim, DTYPES[config.dtype], speed))
+        layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
+        before_TE = torch.zeros(B * T, config.num_experts, device=device) if config.router_residual else None
+        terms_L = None if config.residual == "add" else 2 * layer_L + 1
+        token_T, contexts = token_numbers(first_token, B, T, meta if T == len(position_S) else 0), []  # a cache may have the meta-tokens already
+        for layer, (letter, value_embed) in enumerate(zip(config.tiled("window"), value_embeds)):
+            r = config.tiled("pattern")[:layer].count("M")
+            noise_key, (cos, sin) = (seed, step, layer_L[r], token_T), table(config.turning(layer)[1])
+            kv = () if config.tiled("attention")[layer] == "S" else None
+            contexts.append(Context(
+                id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv,
+                None, None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
+        return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta, OBJECTIVES[config.objective].visible)
+
+    def summary(self, deep: Deep, T: int) -> dict[str, Tensor]:
+        """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
+
+        Its load is the global batch's of the last steps, so the gradient adds up over micro-batches and ranks."""
+        empty, stats = self.bias_LE.new_zeros(0), deep.stats
+        prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
+        counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
+        balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
+        mean = lambda values: torch.stack(values).mean() if values else empty.sum()
+        return {
+            "balance_loss": mean(list(balance_L)),
+            "z_loss": mean([s.z_loss for s in stats]),
+            "entropy": mean([s.entropy for s in stats]),
+            "counts_LE": counts_LE,
+            "domain_loss": sum(s.domain_loss for s in stats) / max(len(stats), 1) + empty.sum(),
+            "local_loss": sum(s.local_loss for s in stats) + deep.loss + self.config.entropy_coef * sum(map(less_entropy, stats)),
+            "loops": empty.new_ones(()) if deep.loops_BT is None else deep.loops_BT[:, -T:].float().mean(),
+        }
+
+    def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
+        """Summed over layers, so that each router feels its coefficient whatever the depth."""
+        per_layer = self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"]
+        return self.config.routed_layers * per_layer + stats["local_loss"]
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        z_BTV = F.linear(x_BTD, self.head.type_as(x_BTD)).float()
+        logits_BTV = 2 * self.config.softcap * torch.sigmoid(z_BTV * (2 / self.config.softcap))
+        logits_BTV[..., self.config.vocab_size :] = -math.inf
+        return logits_BTV
+
+    @torch.no_grad()
+    def stream(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+               stop_at: int | None = None):  # fmt: skip
+        """Yields the ids (B,) that follow (B, T >= 1) ids, one position at a time, sampled with a KV cache.
+
+        temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all), top_p of those the likeliest that together have this
+        probability (2019's nucleus, 1904.09751). Row b draws from seed + b alone, whatever the other rows are. A row that has said `stop_at` repeats
+        it, and when all have, that is the end. A model in training mode is sampled in evaluation mode and put back.
+        Raises ValueError for an empty prompt, ConfigError for an objective that looks both ways and for a number out of range."""
+        B, T = tokens_BT.shape
+        if self.config.objective != "next" and max_new_tokens:
+            raise ConfigError(f"objective is {self.config.objective}, which looks both ways; to continue a text it must be next")
+        limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"), "top_k": (top_k, top_k >= 0, "at least 0"),
+                  "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1")}  # fmt: skip
+        for name, (value, fine, legal) in limits.items():
+            if not fine:
+                raise ConfigError(f"{name} is {value}; it must be {legal}")
+        if T == 0:
+            raise ValueError("the prompt is empty; start it with the end-of-text token")
+        training, generators = self.training, [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
+        cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
+        ended_B = torch.zeros_like(tokens_BT[:, 0], dtype=torch.bool)
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                with torch.compiler.set_stance("force_eager"):  # or each new length of the cache would be compiled for itself
+                    logits_BV = self(new_BT, cache=cache).logits[:, -1, : self.config.vocab_size]
+                id_B = picked_tokens(logits_BV, temperature, top_k, top_p, generators)
+                if stop_at is not None:
+                    id_B = id_B.masked_fill(ended_B, stop_at)
+                    ended_B = id_B == stop_at
+                yield id_B
+                if stop_at is not None and ended_B.all():
+                    break
+                new_BT = id_B[:, None]
+        finally:
+            self.train(training)
+
+    def generate(self, tokens_BT: Tensor, max_new_tokens: int, **how) -> Tensor:
+        """The prompt (B, T) and what stream() yields after it: (B, T + max_new_tokens), less where all rows stopped before."""
+        return torch.cat([tokens_BT, *(id_B[:, None] for id_B in self.stream(tokens_BT, max_new_tokens, **how))], dim=1)
+
+    def for_inference(self) -> "GPT":
+        """The model with its matrices in the type of the activations: cast once, not in every forward, to the same bits, in half the memory.
+        What it loses is what training would need: do not train or save it."""
+        for name, parameter in self.named_parameters():
+            if parameter_rule(name).kind in ("matrix", "expert", "head"):
+                parameter.data = parameter.data.to(DTYPES[self.config.dtype])
+        return self
+
+    # ---- the Hugging Face Hub, see on_the_hub()
+
+    encoding: str | None = None  # data.py's name of the encoding that the ids are of, where it is known
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs) -> "GPT":
+        """The model of a folder that save_pretrained() wrote or of a repository on the Hub, in evaluation mode. kwargs are those of
+        huggingface_hub's PyTorchModelHubMixin: revision, token, cache_dir, map_location, ..."""
+        return on_the_hub().from_pretrained(name_or_folder, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, card: str = "", files: dict[str, bytes] | None = None, where: str = "", **kwargs):
+        """Write config.json, model.safetensors, a model card (README.md) that goes on with `card`, and `files`. The card tells to load the model
+        from `where`, by default the folder."""
+        return on_the_hub().of(self, card, files or {}).save_pretrained(folder, model_card_kwargs={"where": where or str(folder)}, **kwargs)
+
+    def push_to_hub(self, repo_id: str, card: str = "", files: dict[str, bytes] | None = None, **kwargs) -> str:
+        """The same into a repository on the Hub, which is made if it is not there. Returns the commit's address."""
+        return on_the_hub().of(self, card, files or {}).push_to_hub(repo_id, model_card_kwargs={"where": HUB + repo_id}, **kwargs)
+
+    # ---- parameters
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Parameter name -> embed, value_embed, head, matrix, expert, router or scalar."""
+        return {name: parameter_rule(name).kind for name, _ in self.named_parameters()}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> "GPT":
+        """Give every parameter its value, drawn on the CPU so that any device starts equal. Returns the model.
+
+        A rank that holds some of the experts draws all of them, layer by layer, and keeps its own."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            rule, shape = parameter_rule("tied" if parameter is self.head and self.config.tie_embeddings else name), self.whole_shape(name)
+            first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
+            parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
+        return self
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape with the experts of all ranks."""
+        shape = tuple(self.get_parameter(name).shape)
+        return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
+
+
+def picked_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """(B,): an id for each row, drawn with the row's own generator; see GPT.stream for the rules."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    kept_BK, id_BK = logits_BV.topk(min(top_k, logits_BV.size(1)) or logits_BV.size(1))  # likeliest first
+    prob_BK = (kept_BK / temperature).softmax(-1)
+    prob_BK = prob_BK.masked_fill(prob_BK.cumsum(-1) - prob_BK >= top_p, 0)  # what is likelier has the mass already
+    pick_B1 = torch.stack([torch.multinomial(prob_K, 1, generator=generator) for prob_K, generator in zip(prob_BK, generators)])
+    return id_BK.gather(1, pick_B1)[:, 0]
+
+
+def small(p: Tensor, generator: torch.Generator) -> Tensor:
+    """GPT-2's: as the embedding is normed, the length matters to the head alone, whose logits then have a standard deviation of 0.02 sqrt(n_embd)."""
+    return p.normal_(std=0.02, generator=generator)
+
+
+def constant(*values):
+    return lambda p, generator: p.copy_(torch.tensor(values, device="cpu").expand_as(p))
+
+
+def normal(p: Tensor, generator: torch.Generator) -> Tensor:
+    return p.normal_(generator=generator)
+
+
+def uniform(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard deviation half of 1 / sqrt(fan in), per matrix: the fan in is the last dimension (modded-nanogpt record 19)."""
+    bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
+    return p.uniform_(-bound, bound, generator=generator)
+
+
+class ParameterRule(NamedTuple):
+    kind: str  # which optimizer group it belongs to
+    init: callable  # (empty CPU tensor, generator) -> the tensor, filled
+
+
+PARAMETER_RULES = {  # the end of a parameter's name -> its rule; the zoo, below, has more
+    "embed": ParameterRule("embed", normal),
+    "tied": ParameterRule("embed", small),  # the embedding, if it is the head too
+    "meta_tokens": ParameterRule("embed", normal),
+    "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
+    "value_embeds.*": ParameterRule("value_embed", normal),
+    "head": ParameterRule("head", constant(0.0)),
+    "attention.qkv": ParameterRule("matrix", uniform),
+    "attention.out": ParameterRule("matrix", constant(0.0)),
+    "ffn.up": ParameterRule("matrix", uniform),
+    "ffn.down": ParameterRule("matrix", constant(0.0)),
+    "experts.up": ParameterRule("expert", uniform),
+    "experts.down": ParameterRule("expert", constant(0.0)),
+    "router.gate": ParameterRule("router", constant(0.0)),
+    "router.noise": ParameterRule("router", constant(0.0)),
+    "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
+    "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
+    "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
+}
+
+
+def parameter_rule(name: str) -> ParameterRule:
+    words = ["*" if word.isdigit() else word for word in name.split(".")]
+    for ending, rule in PARAMETER_RULES.items():
+        if words[-len(ending.split(".")) :] == ending.split("."):
+            return rule
+    raise KeyError(f"parameter {name} has no rule in PARAMETER_RULES: give it a kind and an initial value")
+
+
+# -----------------------------------------------------------------------------
 # The zoo: further entries of the tables, which the speedrun does not use
+
+# ---- attention
 
 
 class SeparateAttention(Attention):
@@ -1779,6 +1946,12 @@ class RoutedAttention(SeparateAttention):
 ATTENTIONS |= {"L": LatentAttention, "S": SharedAttention, "R": RoutedAttention}
 
 
+def seen_keys(q_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window, meta: int) -> Tensor:
+    """How many keys each query sees (B, T): what visible() adds up to."""
+    own_BT = q_position - torch.maximum(document_begins(q_doc_BT, kv_doc_BS), q_position - window + 1) + 1
+    return torch.where(q_position < meta, q_position + 1, own_BT + meta)
+
+
 def scalable_softmax(attention: Attention, q_BTHC: Tensor, ctx: Context) -> Tensor:
     """SSMax (2501.19399): scores are multiplied by s log n with n the number of keys that this token sees and s learned for each head, so that
     a score which stands out by more than 1 / s keeps its share of the attention however long the context. After QK-norm, which would undo it."""
@@ -1802,6 +1975,34 @@ ROTARIES |= {
 # projections give, its slope is 1 / sqrt(eps), about 2,900: the first gradients of these projections are as much larger.
 # U: MoEUT's (2405.16039): queries, keys and routers see the normed stream, the values of routed attention and the experts the stream itself.
 NORMS |= {"R": Norms(norm, norm, lambda ctx, x_BTD: ctx), "U": Norms(norm, unchanged, lambda ctx, x_BTD: ctx._replace(raw_BTD=x_BTD))}
+PARAMETER_RULES |= {
+    "attention.q": ParameterRule("matrix", uniform),
+    "attention.latent": ParameterRule("matrix", uniform),
+    "attention.key": ParameterRule("matrix", uniform),
+    "attention.key_up": ParameterRule("matrix", uniform),
+    "attention.value_up": ParameterRule("matrix", uniform),
+    "attention.k": ParameterRule("matrix", uniform),
+    "attention.values": ParameterRule("matrix", uniform),
+    "attention.choice": ParameterRule("router", constant(0.0)),
+    "attention.outputs": ParameterRule("matrix", constant(0.0)),
+    "attention.sharpness": ParameterRule("scalar", constant(0.168)),  # the mean of 0.168 log n is 1 up to n = 1,024
+}
+
+# ---- routers
+
+
+class HashRouter(nn.Module):
+    """The baseline that learns nothing: token id mod E, further choices spread evenly, uniform gates (Hash Layers, 2106.04426)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k, self.num_experts = config.top_k, config.num_experts
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
+        choice_K = torch.arange(self.top_k, device=x_BTD.device) * (self.num_experts // self.top_k)
+        expert_TK = (ctx.token_BT.flatten()[:, None] + choice_K) % self.num_experts
+        weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=torch.float32)
+        return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
 
 
 class MLPRouter(Router):
@@ -1897,7 +2098,46 @@ class AttentionRouter(Router):
         return linear_fp32(y_BTC.flatten(0, 1), self.gate)
 
 
-ROUTERS |= {"mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter, "attention": AttentionRouter}
+ROUTERS |= {"hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter, "attention": AttentionRouter}
+
+
+def sigmoid_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
+    kept_TK = logits_TE.gather(1, expert_TK).sigmoid()
+    return kept_TK / kept_TK.sum(-1, keepdim=True) ** power
+
+
+def sigmoid_shares(logits_TE: Tensor) -> Tensor:
+    score_TE = logits_TE.sigmoid()
+    return score_TE / score_TE.sum(-1, keepdim=True)
+
+
+SCORES |= {"sigmoid": Scores(torch.sigmoid, sigmoid_gates, sigmoid_shares)}  # DeepSeek-V3, 2412.19437
+
+
+def squared_variation(x_E: Tensor) -> Tensor:
+    """The squared coefficient of variation: variance over squared mean."""
+    return x_E.var(correction=0) / x_E.mean().square().clamp(min=1e-10)
+
+
+def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, k: int) -> Tensor:
+    """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
+
+    An expert is chosen when it passes the k-th largest of the others: the (k+1)-th of all if it is among the first k, else the k-th."""
+    top_TK = noisy_TE.topk(k + 1).values
+    passes = noisy_TE > top_TK[:, k:]
+    threshold_TE = torch.where(passes, top_TK[:, k:], top_TK[:, k - 1 : k])
+    return torch.special.ndtr((logits_TE - threshold_TE) / spread_TE).sum(0)
+
+
+PARAMETER_RULES |= {
+    "router.residual": ParameterRule("router", constant(0.0)),
+    "router.up": ParameterRule("router", uniform),
+    "router.update": ParameterRule("router", uniform),
+    "router.value": ParameterRule("router", uniform),
+    "router.qkv": ParameterRule("router", uniform),
+}
+
+# ---- experts
 
 
 class ReLUExperts(MLPExperts):
@@ -2029,6 +2269,37 @@ class ConstantExperts(FreeExperts):
         return x_gate_T1 * x_TD + ((gate_Tn * b_Tn) @ self.vector).type_as(x_TD)
 
 
+EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
+            "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts, "relu": ReLUExperts, "exit": ExitExperts}  # fmt: skip
+
+
+class SharedMLP(nn.Module):
+    """num_shared_experts ReLU^2 MLPs that every token meets, as one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width = config.shared_width
+        self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        return F.linear(relu_squared(F.linear(x_BTD, self.up.type_as(x_BTD))), self.down.type_as(x_BTD))
+
+
+@functools.cache
+def routed_scale(config: Config) -> float:
+    """Config.routed_scale as a number. auto: the mean of sqrt(shared experts) over the length of a token's gates, for 2^14 tokens of normal
+    logits and this router's own rule (kexue.fm/archives/10945): with experts at right angles and of one length, the routed sum is then as
+    long as the shared one. Without shared experts it is 1."""
+    if config.routed_scale != "auto" or not config.num_shared_experts:
+        return 1.0 if config.routed_scale == "auto" else float(config.routed_scale)
+    if config.router == "hash":  # equal gates
+        return math.sqrt(config.num_shared_experts * config.top_k)
+    score, generator = SCORES[config.router_score], torch.Generator("cpu").manual_seed(0)
+    logits_TE = torch.randn(2**14, config.num_experts, generator=generator, device="cpu")
+    weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
+    return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()
+
+
 class SharedConv(nn.Module):
     """BiBo's: down(silu(gate) * up) whose gate is a causal convolution over shared_kernel tokens of the document, of such a width that the
     FLOPs are those of the MLP. The taps lie side by side, so initial values shrink with their number."""
@@ -2045,10 +2316,96 @@ class SharedConv(nn.Module):
         return F.linear(F.silu(gate_BTF) * F.linear(x_BTD, self.up.type_as(x_BTD)), self.down.type_as(x_BTD))
 
 
-SHARED |= {"conv": SharedConv}
+SHARED = {"mlp": SharedMLP, "conv": SharedConv}
+PARAMETER_RULES |= {
+    "shared.gate": ParameterRule("matrix", uniform),
+    "shared.up": ParameterRule("matrix", uniform),
+    "shared.down": ParameterRule("matrix", constant(0.0)),
+    "swiglu.gate": ParameterRule("expert", uniform),
+    "swiglu.up": ParameterRule("expert", uniform),
+    "swiglu.down": ParameterRule("expert", constant(0.0)),
+    "relu.up": ParameterRule("expert", uniform),
+    "relu.down": ParameterRule("expert", constant(0.0)),
+    "kan.up": ParameterRule("expert", uniform),
+    "kan.down": ParameterRule("expert", constant(0.0)),
+    "constant.mix": ParameterRule("router", constant(0.0)),
+    "constant.vector": ParameterRule("scalar", normal),
+}
 
-EXPERTS |= {"swiglu": SwiGLUExperts, "kan": KANExperts, "identity": IdentityExperts, "copy": IdentityExperts, "zero": ZeroExperts,
-            "noise": NoiseExperts, "relu2": ReLUSquaredExperts, "constant": ConstantExperts, "relu": ReLUExperts, "exit": ExitExperts}  # fmt: skip
+# ---- experts that ranks share
+
+
+@torch.compiler.disable
+def exchanged(group, fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
+    """fn over experts that are spread over the ranks of `group`: rows travel to their expert and back.
+
+    One host synchronisation: an all-to-all needs the number of rows on the host. Dropless, so a rank may receive none or all."""
+    N = dist.get_world_size(group)
+    sent_NE = offs_E.diff(prepend=offs_E.new_zeros(1)).view(N, -1)  # rows from here, for each rank and each of its experts
+    received_NE = torch.empty_like(sent_NE)
+    dist.all_to_all_single(received_NE, sent_NE.contiguous(), group=group)
+    sent_N, received_N = torch.stack([sent_NE.sum(1), received_NE.sum(1)]).tolist()
+    expert_R = torch.arange(sent_NE.size(1), dtype=torch.int16, device=rows_RD.device).repeat(N)
+    expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))  # rows arrive sorted by (rank, expert)
+    by_expert_R = expert_R.argsort(stable=True)
+    by_rank_R = torch.empty_like(by_expert_R).scatter_(0, by_expert_R, torch.arange(len(by_expert_R), device=rows_RD.device))
+    rows_RD = AllToAll.apply(rows_RD, sent_N, received_N, group)
+    rows_RD = fn(Gather.apply(rows_RD, by_expert_R, by_rank_R[:, None]), received_NE.sum(0).cumsum(0).int())
+    return AllToAll.apply(Gather.apply(rows_RD, by_rank_R, by_expert_R[:, None]), received_N, sent_N, group)
+
+
+class AllToAll(torch.autograd.Function):
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; its backward sends them home."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, sent_N, received_N, group):
+        ctx.sent_N, ctx.received_N, ctx.group = sent_N, received_N, group
+        out_RD = rows_RD.new_empty(sum(received_N), rows_RD.size(1))
+        dist.all_to_all_single(out_RD, rows_RD.contiguous(), received_N, sent_N, group=group)
+        return out_RD
+
+    @staticmethod
+    def backward(ctx, dout_RD):
+        drows_RD = dout_RD.new_empty(sum(ctx.sent_N), dout_RD.size(1))
+        dist.all_to_all_single(drows_RD, dout_RD.contiguous(), ctx.sent_N, ctx.received_N, group=ctx.group)
+        return drows_RD, None, None, None
+
+
+# ---- objective masked
+
+
+def visible_both_ways(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
+    """The same rule for objective masked: later tokens too."""
+    return ((q_position - kv_position).abs() < window) & (q_doc == kv_doc) | (kv_position < meta)
+
+
+class TwoWayMask(DenseMask):
+    rule = staticmethod(visible_both_ways)
+
+
+def hide(model: "GPT", id_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """BERT's question (1810.04805): which tokens are hidden? Of each row mask_share, none of them an end-of-text; of those 8 in 10 become
+    mask_token, one any id, one stays. Drawn from seed, step and token number; in evaluation not from the step. What a router or a table is
+    told is what is left of them."""
+    config, (seed, step, first_token, _) = model.config, model.clock.unbind()
+    token_T = token_numbers(first_token, *id_BT.shape, 0)
+    counter_BT = hashed_counter(seed, step if model.training else 0 * step - 1, 0 * step - 1, token_T).view(id_BT.shape)
+    draw = lambda lane: mix_bits(counter_BT ^ lane) & 0xFFFFFF
+    order_BT = draw(1).masked_fill(id_BT == config.eot_token, 2**24)
+    first_BN = order_BT.argsort(dim=1, stable=True)[:, : hidden_tokens(config, id_BT.size(1))]
+    asked_BT = torch.zeros_like(id_BT, dtype=torch.bool).scatter(1, first_BN, True) & (order_BT < 2**24) & (targets_BT >= 0)
+    fate_BT, any_BT = draw(2) / 2**24, draw(3) % config.vocab_size
+    hidden_BT = torch.where(fate_BT < 0.8, config.mask_token, torch.where(fate_BT < 0.9, any_BT, id_BT))
+    return torch.where(asked_BT, hidden_BT, id_BT), torch.where(asked_BT, id_BT, -1)
+
+
+def hidden_tokens(config: Config, T: int) -> int:
+    return max(1, round(config.mask_share * T))
+
+
+OBJECTIVES |= {
+    "masked": Objective(hide, hidden_tokens, lambda device_type, T: TwoWayMask, visible_both_ways, lambda keys: 2 * keys - 1),
+}
 
 # ---- residuals
 
@@ -2497,6 +2854,15 @@ def no_stats(ctx: Context) -> RouteStats:
 
 
 DEPTHS |= {"loop": Loop, "routed": Routed}
+PARAMETER_RULES |= {
+    "controller.weight": ParameterRule("router", uniform),
+    "controller.up": ParameterRule("router", uniform),
+    "controller.step": ParameterRule("scalar", constant(0.0)),
+    "controller.cell.weight_ih": ParameterRule("router", uniform),
+    "controller.cell.weight_hh": ParameterRule("router", uniform),
+    "controller.cell.bias_ih": ParameterRule("scalar", constant(0.0)),
+    "controller.cell.bias_hh": ParameterRule("scalar", constant(0.0)),
+}
 
 # ---- halting
 
@@ -2654,443 +3020,118 @@ class ExitHalt(NoHalt):
 
 
 HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold, "exit": ExitHalt}
-
-# -----------------------------------------------------------------------------
-# The model
-
-
-class Output(NamedTuple):
-    logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
-    loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
-    stats: dict  # of this forward pass, without a cache: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
-
-
-def less_entropy(stats: RouteStats) -> Tensor | float:
-    """Minus the entropy of what a row's tokens choose on the whole, mean over rows (MoEUT, 2405.16039): rows are balanced one by one."""
-    if stats.chosen_BE is None:
-        return 0.0
-    p_BE = stats.chosen_BE / stats.row_tokens_B[:, None].clamp(min=1)
-    return (p_BE * p_BE.clamp(min=1e-12).log()).sum(-1).mean()
-
-
-def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
-    """(B * T,): each token's number in the global batch. The `meta` first ones of each row are not counted: in all rows they are -1, -2, ..."""
-    own_BT = first_token + torch.arange(B * (T - meta), device=first_token.device).view(B, T - meta)
-    return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
-
-
-class Objective(NamedTuple):
-    """What the loss asks of the model."""
-
-    pose: callable  # (model, id_BT, targets_BT) -> inputs and targets; a target below 0 asks nothing
-    asked: callable  # (config, T) -> by how many of a row's T tokens the loss is divided
-    mask: callable  # (device type, T) -> the kind of mask over a whole sequence
-    visible: callable  # its rule
-    keys: callable  # mean number of keys that a token sees up to its own -> all that it sees
-
-
-def hide(model: "GPT", id_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """BERT's question (1810.04805): which tokens are hidden? Of each row mask_share, none of them an end-of-text; of those 8 in 10 become
-    mask_token, one any id, one stays. Drawn from seed, step and token number; in evaluation not from the step. What a router or a table is
-    told is what is left of them."""
-    config, (seed, step, first_token, _) = model.config, model.clock.unbind()
-    token_T = token_numbers(first_token, *id_BT.shape, 0)
-    counter_BT = hashed_counter(seed, step if model.training else 0 * step - 1, 0 * step - 1, token_T).view(id_BT.shape)
-    draw = lambda lane: mix_bits(counter_BT ^ lane) & 0xFFFFFF
-    order_BT = draw(1).masked_fill(id_BT == config.eot_token, 2**24)
-    first_BN = order_BT.argsort(dim=1, stable=True)[:, : hidden_tokens(config, id_BT.size(1))]
-    asked_BT = torch.zeros_like(id_BT, dtype=torch.bool).scatter(1, first_BN, True) & (order_BT < 2**24) & (targets_BT >= 0)
-    fate_BT, any_BT = draw(2) / 2**24, draw(3) % config.vocab_size
-    hidden_BT = torch.where(fate_BT < 0.8, config.mask_token, torch.where(fate_BT < 0.9, any_BT, id_BT))
-    return torch.where(asked_BT, hidden_BT, id_BT), torch.where(asked_BT, id_BT, -1)
-
-
-def hidden_tokens(config: Config, T: int) -> int:
-    return max(1, round(config.mask_share * T))
-
-
-OBJECTIVES = {
-    "next": Objective(lambda model, id_BT, targets_BT: (id_BT, targets_BT), lambda config, T: T, mask_kind, visible, lambda keys: keys),
-    "masked": Objective(hide, hidden_tokens, lambda device_type, T: TwoWayMask, visible_both_ways, lambda keys: 2 * keys - 1),
-}
-
-
-class GPT(nn.Module):
-    """tokens -> logits or loss. `forward` mutates nothing but the cache; the loop calls `set_step` before and `balance` after."""
-
-    def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
-        super().__init__()
-        self.config, self.ranks = config, ranks
-        width, routed = config.n_head * config.head_dim, config.routed_layers
-        self.embed = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
-        self.meta_tokens = nn.Parameter(torch.empty(config.num_meta_tokens, config.n_embd)) if config.num_meta_tokens else None
-        self.ngram_embeds = nn.ParameterList(torch.empty(config.ngram_rows, config.n_embd) for _ in config.ngrams)
-        self.value_embeds = nn.ParameterList(torch.empty(config.padded_vocab_size, width) for _ in range(config.value_embeds))
-        self.blocks = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.n_layer))
-        self.depth = DEPTHS[config.depth](config)
-        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
-        self.chunk_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
-        # state that optimizer steps move, see balance(): the load of the last steps, and the selection bias
-        self.register_buffer("load_WLE", torch.full((config.balance_window, routed, config.num_experts), 1 / config.num_experts))
-        self.register_buffer("bias_LE", torch.zeros(routed, config.num_experts))
-        self.register_buffer("counted_LE", torch.zeros(routed, config.num_experts, dtype=torch.int64))  # since the bias last moved
-        self.register_buffer("eta_E", torch.tensor(config.expert_etas), persistent=False)
-        self.register_buffer("balanced_E", torch.tensor(config.experts_balanced), persistent=False)
-        # set by the loop, see set_step(): seed, step, number of the micro-batch's first token in the global batch, window
-        self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
-        self.init_weights()
-
-    # ---- state between steps
-
-    def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
-        """Tell the model where in the run it is: keys of the router's noise, and the attention window in tokens."""
-        self.clock.copy_(torch.tensor([seed, step, first_token, window or self.config.window_size]), non_blocking=True)
-
-    @torch.no_grad()
-    def balance(self, counts_LE: Tensor):
-        """Once per optimizer step, with the counts of the whole global batch: move the load window, and the selection bias when
-        enough tokens have been counted."""
-        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
-        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
-        even_E = 1 / self.eta_E / (1 / self.eta_E).mean()  # over the mean
-        self.counted_LE += counts_LE
-        counted_L1 = self.counted_LE.sum(-1, keepdim=True)
-        share_LE, due_L1 = self.counted_LE / counted_L1.clamp(min=1), counted_L1 >= self.config.bias_update_threshold * self.config.top_k
-        self.bias_LE += self.config.bias_update_factor * due_L1 * self.balanced_E * (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
-        self.counted_LE *= ~due_L1
-        self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
-
-    # ---- forward
-
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None,
-                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None, real_B: Tensor | None = None) -> Output:
-        """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss; with objective masked, ids and the loss of those
-        that it hides.
-
-        expert_B: the expert that each row's tokens should choose (-1: no matter), for stats["domain_loss"], which is not in the loss.
-        real_B: rows that are not only there to fill up the batch; statistics leave the others out, and no expert sees them.
-        Documents are told apart by doc_ids_BT (counting up along a row, from 0 or more), by default by the end-of-text tokens."""
-        doc_BT, T, objective = self.documents(tokens_BT, doc_ids_BT, cache), tokens_BT.size(1), OBJECTIVES[self.config.objective]
-        if targets_BT is not None:
-            tokens_BT, targets_BT = objective.pose(self, tokens_BT, targets_BT)
-        tokens_BT, doc_BT = self.with_meta_tokens(tokens_BT, doc_BT, cache)
-        id_BT = self.ids(tokens_BT)
-        id_BS, doc_BS = (id_BT, doc_BT) if cache is None else cache.claim(id_BT, doc_BT)  # S tokens so far, T of them new
-        embedding_BTD, value_embeds = self.look_up(tokens_BT, id_BS, doc_BS)
-        contexts, place = self.contexts(id_BT, doc_BT, doc_BS, value_embeds, cache)
-        if expert_B is not None:
-            contexts = [ctx._replace(expert_BT=expert_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
-        if real_B is not None:
-            contexts = [ctx._replace(valid_BT=real_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
-        deep = self.depth(self.blocks, norm(self.with_meta_vectors(embedding_BTD, doc_BT)), contexts, place)
-        if cache is not None:
-            cache.length += doc_BT.size(1)
-        outputs = [(norm(x_BTD[:, -T:]), flat(weight_BT, T)) for x_BTD, weight_BT in deep.outputs]
-        stats = self.summary(deep, T) if cache is None else {}
-        if targets_BT is None:
-            return Output(self.logits(outputs[-1][0]), None, stats)
-        head, target_T = HEADS[self.config.head if self.training else "bf16"], targets_BT.flatten()
-        nats = sum(chunked_loss(x_BTD.flatten(0, 1), self.head, target_T, head, self.chunk_nll, weight_T) for x_BTD, weight_T in outputs)
-        ce = nats / (len(targets_BT) * objective.asked(self.config, T))
-        loss = ce + self.auxiliary_loss(stats) if self.training and cache is None else ce
-        return Output(None, loss, stats | {"ce": ce.detach()})
-
-    def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """The row with num_meta_tokens more in front, end-of-text ids (or zeros) in a document of their own, number -1; no more where a cache
-        has them already."""
-        meta = self.config.num_meta_tokens if cache is None or cache.length == 0 else 0
-        if meta == 0:
-            return tokens_BT, doc_BT
-        blank = 0 if tokens_BT.is_floating_point() else self.config.eot_token
-        front = (0, 0) * (tokens_BT.ndim - 2) + (meta, 0)
-        return F.pad(tokens_BT, front, value=blank), F.pad(doc_BT, (meta, 0), value=-1)
-
-    def look_up(self, tokens_BT: Tensor, id_BS: Tensor, doc_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The embedding, and what each layer adds to its values: a table's rows or zero."""
-        dtype, n = DTYPES[self.config.dtype], len(self.value_embeds)
-        nothing = torch.zeros((), dtype=dtype, device=self.embed.device)
-        if tokens_BT.is_floating_point():
-            return tokens_BT.to(dtype), [nothing] * self.config.n_layer
-        heads = (self.config.n_head, self.config.head_dim)
-        tables = [F.embedding(tokens_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
-        value_embeds = tables + [nothing] * (self.config.n_layer - 2 * n) + tables  # the last layers share the first layers' tables
-        embedding_BTD, T = F.embedding(tokens_BT, self.embed), tokens_BT.size(1)
-        lengths = list(map(int, self.config.ngrams))
-        recent = slice(1 - max(lengths, default=1) - T, None)
-        hashes = lengths and ngram_hashes(id_BS[:, recent], doc_BS[:, recent], max(lengths))
-        for n, table in zip(lengths, self.ngram_embeds):
-            embedding_BTD = embedding_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table)
-        return embedding_BTD.to(dtype), value_embeds
-
-    def with_meta_vectors(self, embedding_BTD: Tensor, doc_BT: Tensor) -> Tensor:
-        """The embeddings with the learned vectors in place of the blanks in front."""
-        if self.meta_tokens is None:
-            return embedding_BTD
-        vector_TD = F.pad(self.meta_tokens, (0, 0, 0, doc_BT.size(1) - len(self.meta_tokens))).type_as(embedding_BTD)
-        return torch.where((doc_BT < 0)[..., None], vector_TD, embedding_BTD)
-
-    def ids(self, tokens_BT: Tensor) -> Tensor | None:
-        return None if tokens_BT.is_floating_point() else tokens_BT
-
-    def documents(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        """The caller's numbers, or one more at each end-of-text token, counting on from the cache."""
-        if doc_ids_BT is not None:
-            return doc_ids_BT
-        starts_BT = torch.zeros_like(tokens_BT[..., 0]) if tokens_BT.is_floating_point() else tokens_BT == self.config.eot_token
-        return starts_BT.long().cumsum(1) + (0 if cache is None else cache.last_doc())
-
-    def contexts(self, id_BT: Tensor | None, doc_BT: Tensor, doc_BS: Tensor, value_embeds: list[Tensor],
-                 cache: Cache | None) -> tuple[list[Context], Place]:  # fmt: skip
-        """One for each layer, and what masks are made of."""
-        (B, T), device, config = doc_BT.shape, doc_BT.device, self.config
-        position_S = torch.arange(doc_BS.size(1), device=device)
-        position_T = position_S[-T:]
-        seed, step, first_token, window = self.clock.unbind()
-        kind = OBJECTIVES[config.objective].mask(device.type, T) if cache is None else DecodeMask
-        windows, meta = windows_in_use(config.window, window), config.num_meta_tokens
-        masks = {letter: kind(position_T, position_S, doc_BT, doc_BS, tokens, meta) for letter, tokens in windows.items()}
-        log_seen = dict.fromkeys(windows)
-        if config.attn_softmax == "ssmax":
-            log_seen = {letter: seen_keys(position_T, doc_BT, doc_BS, tokens, meta).log() for letter, tokens in windows.items()}
-        follows_BS = F.pad(doc_BS, (1, -1), value=-2) == doc_BS
-        turned_at = position_T if meta == 0 else position_T - document_begins(doc_BT, doc_BS) + meta * (doc_BT >= 0)  # as if each document came first
-        table = functools.cache(lambda speed: rotary_tables(turned_at, config.head_dim, DTYPES[config.dtype], speed))
-        layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
-        before_TE = torch.zeros(B * T, config.num_experts, device=device) if config.router_residual else None
-        terms_L = None if config.residual == "add" else 2 * layer_L + 1
-        token_T, contexts = token_numbers(first_token, B, T, meta if T == len(position_S) else 0), []  # a cache may have the meta-tokens already
-        for layer, (letter, value_embed) in enumerate(zip(config.tiled("window"), value_embeds)):
-            r = config.tiled("pattern")[:layer].count("M")
-            noise_key, (cos, sin) = (seed, step, layer_L[r], token_T), table(config.turning(layer)[1])
-            kv = () if config.tiled("attention")[layer] == "S" else None
-            contexts.append(Context(
-                id_BT, masks[letter], value_embed, cos, sin, follows_BS, noise_key, bias_LE[r], cache, before_TE, kv,
-                None, None if terms_L is None else terms_L[layer], None, log_seen[letter]))  # fmt: skip
-        return contexts, Place(position_T, position_S, doc_BT, doc_BS, windows, meta, OBJECTIVES[config.objective].visible)
-
-    def summary(self, deep: Deep, T: int) -> dict[str, Tensor]:
-        """Means over routed layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer; with eta, 2410.07348 eq. 8).
-
-        Its load is the global batch's of the last steps, so the gradient adds up over micro-batches and ranks."""
-        empty, stats = self.bias_LE.new_zeros(0), deep.stats
-        prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE.new_zeros(self.bias_LE.shape)
-        counts_LE = torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long()
-        balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
-        mean = lambda values: torch.stack(values).mean() if values else empty.sum()
-        return {
-            "balance_loss": mean(list(balance_L)),
-            "z_loss": mean([s.z_loss for s in stats]),
-            "entropy": mean([s.entropy for s in stats]),
-            "counts_LE": counts_LE,
-            "domain_loss": sum(s.domain_loss for s in stats) / max(len(stats), 1) + empty.sum(),
-            "local_loss": sum(s.local_loss for s in stats) + deep.loss + self.config.entropy_coef * sum(map(less_entropy, stats)),
-            "loops": empty.new_ones(()) if deep.loops_BT is None else deep.loops_BT[:, -T:].float().mean(),
-        }
-
-    def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
-        """Summed over layers, so that each router feels its coefficient whatever the depth."""
-        per_layer = self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"]
-        return self.config.routed_layers * per_layer + stats["local_loss"]
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        z_BTV = F.linear(x_BTD, self.head.type_as(x_BTD)).float()
-        logits_BTV = 2 * self.config.softcap * torch.sigmoid(z_BTV * (2 / self.config.softcap))
-        logits_BTV[..., self.config.vocab_size :] = -math.inf
-        return logits_BTV
-
-    @torch.no_grad()
-    def stream(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-               stop_at: int | None = None):  # fmt: skip
-        """Yields the ids (B,) that follow (B, T >= 1) ids, one position at a time, sampled with a KV cache.
-
-        temperature 0 takes the likeliest id; top_k keeps only the k likeliest (0 = all), top_p of those the likeliest that together have this
-        probability (2019's nucleus, 1904.09751). Row b draws from seed + b alone, whatever the other rows are. A row that has said `stop_at` repeats
-        it, and when all have, that is the end. A model in training mode is sampled in evaluation mode and put back.
-        Raises ValueError for an empty prompt, ConfigError for an objective that looks both ways and for a number out of range."""
-        B, T = tokens_BT.shape
-        if self.config.objective != "next" and max_new_tokens:
-            raise ConfigError(f"objective is {self.config.objective}, which looks both ways; to continue a text it must be next")
-        limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"), "top_k": (top_k, top_k >= 0, "at least 0"),
-                  "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1")}  # fmt: skip
-        for name, (value, fine, legal) in limits.items():
-            if not fine:
-                raise ConfigError(f"{name} is {value}; it must be {legal}")
-        if T == 0:
-            raise ValueError("the prompt is empty; start it with the end-of-text token")
-        training, generators = self.training, [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
-        cache, new_BT = Cache(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
-        ended_B = torch.zeros_like(tokens_BT[:, 0], dtype=torch.bool)
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                with torch.compiler.set_stance("force_eager"):  # or each new length of the cache would be compiled for itself
-                    logits_BV = self(new_BT, cache=cache).logits[:, -1, : self.config.vocab_size]
-                id_B = picked_tokens(logits_BV, temperature, top_k, top_p, generators)
-                if stop_at is not None:
-                    id_B = id_B.masked_fill(ended_B, stop_at)
-                    ended_B = id_B == stop_at
-                yield id_B
-                if stop_at is not None and ended_B.all():
-                    break
-                new_BT = id_B[:, None]
-        finally:
-            self.train(training)
-
-    def generate(self, tokens_BT: Tensor, max_new_tokens: int, **how) -> Tensor:
-        """The prompt (B, T) and what stream() yields after it: (B, T + max_new_tokens), less where all rows stopped before."""
-        return torch.cat([tokens_BT, *(id_B[:, None] for id_B in self.stream(tokens_BT, max_new_tokens, **how))], dim=1)
-
-    def for_inference(self) -> "GPT":
-        """The model with its matrices in the type of the activations: cast once, not in every forward, to the same bits, in half the memory.
-        What it loses is what training would need: do not train or save it."""
-        for name, parameter in self.named_parameters():
-            if parameter_rule(name).kind in ("matrix", "expert", "head"):
-                parameter.data = parameter.data.to(DTYPES[self.config.dtype])
-        return self
-
-    # ---- the Hugging Face Hub, see on_the_hub()
-
-    encoding: str | None = None  # data.py's name of the encoding that the ids are of, where it is known
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs) -> "GPT":
-        """The model of a folder that save_pretrained() wrote or of a repository on the Hub, in evaluation mode. kwargs are those of
-        huggingface_hub's PyTorchModelHubMixin: revision, token, cache_dir, map_location, ..."""
-        return on_the_hub().from_pretrained(name_or_folder, **kwargs)
-
-    def save_pretrained(self, folder: str | Path, card: str = "", files: dict[str, bytes] | None = None, where: str = "", **kwargs):
-        """Write config.json, model.safetensors, a model card (README.md) that goes on with `card`, and `files`. The card tells to load the model
-        from `where`, by default the folder."""
-        return on_the_hub().of(self, card, files or {}).save_pretrained(folder, model_card_kwargs={"where": where or str(folder)}, **kwargs)
-
-    def push_to_hub(self, repo_id: str, card: str = "", files: dict[str, bytes] | None = None, **kwargs) -> str:
-        """The same into a repository on the Hub, which is made if it is not there. Returns the commit's address."""
-        return on_the_hub().of(self, card, files or {}).push_to_hub(repo_id, model_card_kwargs={"where": HUB + repo_id}, **kwargs)
-
-    # ---- parameters
-
-    def parameter_kinds(self) -> dict[str, str]:
-        """Parameter name -> embed, value_embed, head, matrix, expert, router or scalar."""
-        return {name: parameter_rule(name).kind for name, _ in self.named_parameters()}
-
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> "GPT":
-        """Give every parameter its value, drawn on the CPU so that any device starts equal. Returns the model.
-
-        A rank that holds some of the experts draws all of them, layer by layer, and keeps its own."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            rule, shape = parameter_rule("tied" if parameter is self.head and self.config.tie_embeddings else name), self.whole_shape(name)
-            first = self.ranks.first(shape[0]) if rule.kind == "expert" else 0
-            parameter.copy_(rule.init(torch.empty(shape, device="cpu"), generator)[first : first + len(parameter)])
-        return self
-
-    def whole_shape(self, name: str) -> tuple[int, ...]:
-        """A parameter's shape with the experts of all ranks."""
-        shape = tuple(self.get_parameter(name).shape)
-        return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
-
-
-def picked_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator]) -> Tensor:
-    """(B,): an id for each row, drawn with the row's own generator; see GPT.stream for the rules."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    kept_BK, id_BK = logits_BV.topk(min(top_k, logits_BV.size(1)) or logits_BV.size(1))  # likeliest first
-    prob_BK = (kept_BK / temperature).softmax(-1)
-    prob_BK = prob_BK.masked_fill(prob_BK.cumsum(-1) - prob_BK >= top_p, 0)  # what is likelier has the mass already
-    pick_B1 = torch.stack([torch.multinomial(prob_K, 1, generator=generator) for prob_K, generator in zip(prob_BK, generators)])
-    return id_BK.gather(1, pick_B1)[:, 0]
-
-
-def small(p: Tensor, generator: torch.Generator) -> Tensor:
-    """GPT-2's: as the embedding is normed, the length matters to the head alone, whose logits then have a standard deviation of 0.02 sqrt(n_embd)."""
-    return p.normal_(std=0.02, generator=generator)
-
-
-def constant(*values):
-    return lambda p, generator: p.copy_(torch.tensor(values, device="cpu").expand_as(p))
-
-
-def normal(p: Tensor, generator: torch.Generator) -> Tensor:
-    return p.normal_(generator=generator)
-
-
-def uniform(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard deviation half of 1 / sqrt(fan in), per matrix: the fan in is the last dimension (modded-nanogpt record 19)."""
-    bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
-    return p.uniform_(-bound, bound, generator=generator)
-
-
-class ParameterRule(NamedTuple):
-    kind: str  # which optimizer group it belongs to
-    init: callable  # (empty CPU tensor, generator) -> the tensor, filled
-
-
-PARAMETER_RULES = {  # the end of a parameter's name -> its rule
-    "embed": ParameterRule("embed", normal),
-    "tied": ParameterRule("embed", small),  # the embedding, if it is the head too
-    "meta_tokens": ParameterRule("embed", normal),
-    "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
-    "value_embeds.*": ParameterRule("value_embed", normal),
-    "head": ParameterRule("head", constant(0.0)),
-    "attention.qkv": ParameterRule("matrix", uniform),
-    "attention.q": ParameterRule("matrix", uniform),
-    "attention.latent": ParameterRule("matrix", uniform),
-    "attention.key": ParameterRule("matrix", uniform),
-    "attention.key_up": ParameterRule("matrix", uniform),
-    "attention.value_up": ParameterRule("matrix", uniform),
-    "attention.k": ParameterRule("matrix", uniform),
-    "attention.values": ParameterRule("matrix", uniform),
-    "attention.choice": ParameterRule("router", constant(0.0)),
-    "attention.outputs": ParameterRule("matrix", constant(0.0)),
-    "attention.out": ParameterRule("matrix", constant(0.0)),
-    "attention.sharpness": ParameterRule("scalar", constant(0.168)),  # the mean of 0.168 log n is 1 up to n = 1,024
-    "shared.gate": ParameterRule("matrix", uniform),
-    "shared.up": ParameterRule("matrix", uniform),
-    "shared.down": ParameterRule("matrix", constant(0.0)),
-    "ffn.up": ParameterRule("matrix", uniform),
-    "ffn.down": ParameterRule("matrix", constant(0.0)),
-    "experts.up": ParameterRule("expert", uniform),
-    "experts.down": ParameterRule("expert", constant(0.0)),
-    "swiglu.gate": ParameterRule("expert", uniform),
-    "swiglu.up": ParameterRule("expert", uniform),
-    "swiglu.down": ParameterRule("expert", constant(0.0)),
-    "relu.up": ParameterRule("expert", uniform),
-    "relu.down": ParameterRule("expert", constant(0.0)),
-    "kan.up": ParameterRule("expert", uniform),
-    "kan.down": ParameterRule("expert", constant(0.0)),
-    "constant.mix": ParameterRule("router", constant(0.0)),
-    "constant.vector": ParameterRule("scalar", normal),
-    "router.gate": ParameterRule("router", constant(0.0)),
-    "router.noise": ParameterRule("router", constant(0.0)),
-    "router.residual": ParameterRule("router", constant(0.0)),
-    "router.up": ParameterRule("router", uniform),
-    "router.update": ParameterRule("router", uniform),
-    "router.value": ParameterRule("router", uniform),
-    "router.qkv": ParameterRule("router", uniform),
-    "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
-    "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
-    "depth.skip_weights": ParameterRule("scalar", constant(1.0)),
-    "controller.weight": ParameterRule("router", uniform),
-    "controller.up": ParameterRule("router", uniform),
-    "controller.step": ParameterRule("scalar", constant(0.0)),
-    "controller.cell.weight_ih": ParameterRule("router", uniform),
-    "controller.cell.weight_hh": ParameterRule("router", uniform),
-    "controller.cell.bias_ih": ParameterRule("scalar", constant(0.0)),
-    "controller.cell.bias_hh": ParameterRule("scalar", constant(0.0)),
+PARAMETER_RULES |= {
     "halt.weight": ParameterRule("router", constant(0.0)),
     "halt.bias": ParameterRule("scalar", constant(-2.0)),
 }
 
+# -----------------------------------------------------------------------------
+# What a Config must be
 
-def parameter_rule(name: str) -> ParameterRule:
-    words = ["*" if word.isdigit() else word for word in name.split(".")]
-    for ending, rule in PARAMETER_RULES.items():
-        if words[-len(ending.split(".")) :] == ending.split("."):
-            return rule
-    raise KeyError(f"parameter {name} has no rule in PARAMETER_RULES: give it a kind and an initial value")
+# Config's bounds, field by field, and the tables whose keys or letters a field is made of
+AT_LEAST_1 = """vocab_size n_layer n_embd n_head num_experts top_k balance_window window_size ngram_rows router_kernel shared_kernel latent_dim loops
+                attn_experts attn_top_k controller_dim anneal_steps""".split()
+AT_LEAST_0 = """importance_coef load_coef entropy_coef balance_coef z_coef layer_balance_coef ponder_coef bias_update_factor bias_update_threshold
+                router_noise router_residual norm_topk_prob num_shared_experts shared_dim num_meta_tokens eval_loops reinject halt_threshold
+                identity_layers""".split()
+ABOVE_0 = "mlp_ratio attn_scale softcap free_eta".split()
+BETWEEN_0_AND_1 = "ponder_prior mask_share".split()
+KEYS_OF = {"router": ROUTERS, "router_spread": SPREADS, "router_score": SCORES, "shared": SHARED, "depth": DEPTHS, "head": HEADS, "dtype": DTYPES,
+           "attn_softmax": SOFTMAXES, "qk_norm": QK_NORMS, "residual": RESIDUALS, "halt": HALTS, "loop_keys": LOOP_KEYS,
+           "controller": CONTROLLERS, "route_by": ROUTE_BY, "route_training": ROUTE_TRAINING, "step_loss": STEP_LOSSES,
+           "objective": OBJECTIVES}  # fmt: skip
+LETTERS_OF = {"pattern": FEED_FORWARDS, "attention": ATTENTIONS, "window": WINDOWS, "rotary": ROTARIES, "norms": NORMS, "looped": "o."}
+
+
+def check_config(config: Config):
+    """Raises ConfigError, which names the field and the legal values."""
+
+    def check(field: str, fine: bool, legal: str):
+        if not fine:
+            raise ConfigError(f"{field} is {getattr(config, field)!r}; it must be {legal}")
+
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
+        check(field.name, fits and (type(value) is bool) == (field.type is bool), f"of type {field.type.__name__}")
+    listed, names = config.listed_experts, f"names out of {', '.join(EXPERTS)}, each with *n for n of them, separated by commas"
+    check("experts", listed and all(name in EXPERTS for name in listed), names)
+    check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: mlp, swiglu or kan")
+    if len(listed) > 1:
+        object.__setattr__(config, "num_experts", len(listed))
+    for fields, fine, legal in ((AT_LEAST_1, lambda value: value >= 1, "at least 1"), (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+                                (ABOVE_0, lambda value: value > 0, "above 0"), (BETWEEN_0_AND_1, lambda value: 0 < value < 1, "between 0 and 1")):
+        for field in fields:
+            check(field, fine(getattr(config, field)), legal)
+    for field, table in KEYS_OF.items():
+        check(field, getattr(config, field) in table, "one of " + ", ".join(table))
+    for field, letters in LETTERS_OF.items():
+        value = getattr(config, field)
+        check(field, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
+    for field in (field.name for field in dataclasses.fields(Config) if field.type is float):
+        check(field, math.isfinite(getattr(config, field)), "finite")
+
+    # vocabulary and shape
+    check("eot_token", 0 <= config.eot_token < config.vocab_size, f"an id below vocab_size = {config.vocab_size}")
+    check("ngrams", set(config.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
+    check("value_embeds", 0 <= 2 * config.value_embeds <= config.n_layer, f"from 0 to n_layer // 2 = {config.n_layer // 2}")
+    check("head_dim", config.head_dim > 0 and config.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters, aligned rows
+    check("n_embd", config.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+    check("latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
+
+    # experts
+    check("num_experts", config.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
+    check("top_k", config.top_k <= config.num_experts, f"at most num_experts = {config.num_experts}")
+    width = config.mlp_ratio * config.n_embd / config.equal_experts
+    check("mlp_ratio", config.hidden_size % 8 == 0 and config.hidden_size > 0, f"such that mlp_ratio * n_embd / {config.equal_experts} = {width}, "
+          "the width of one of a token's top_k + num_shared_experts (without those that have a shared_dim), is a multiple of 8")  # fmt: skip
+    for name in (name for name in config.expert_counts if EXPERTS[name].has_matmuls):
+        width, flops = EXPERTS[name].width(config.hidden_size)
+        check("experts", width > 0 and abs(flops - 1) <= 0.05, f"without {name}: next to an mlp of hidden width {config.hidden_size} its own, "
+              f"a multiple of 8, would be {width} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")  # fmt: skip
+    check("shared_dim", config.shared_dim % 8 == 0, "a multiple of 8")
+    check("shared_dim", config.shared_dim == 0 or config.num_shared_experts > 0, "0 without num_shared_experts")
+    check("routed_scale", re.fullmatch(r"auto|\d+\.?\d*|\d*\.\d+", config.routed_scale) is not None, "auto or a number, at least 0")
+
+    # routers
+    check("router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
+    for field in ("importance_coef", "load_coef", "entropy_coef"):
+        learns = issubclass(ROUTERS[config.router], Router)
+        check(field, learns or getattr(config, field) == 0, f"0 with router {config.router}, which learns nothing")
+    varies = config.router_noise > 0 and config.top_k < config.num_experts
+    check("load_coef", varies or config.load_coef == 0, "0, or there must be router_noise above 0, and fewer than num_experts chosen")
+
+    # attention
+    check("attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}")
+    for layer, maker in config.key_makers.items():
+        check("attention", maker is not None, f"without S in layer {layer}: no layer before it has keys to share")
+        check("rotary", config.turning(layer) == config.turning(maker), f"the same in layer {layer} as in layer {maker}, whose keys and values it "
+              "shares (and so must `window` be where it is W)")  # fmt: skip
+    remade = [config.tiled("rotary")[layer] for layer, letter in enumerate(config.tiled("attention")) if letter == "L"]
+    check("rotary", not set(remade) & set("VB"), "H, N or W where attention is L, whose values are remade from what a cache keeps")
+    if config.objective == "masked":
+        check("objective", config.vocab_size < config.padded_vocab_size, f"next with vocab_size = {config.vocab_size}, a multiple of 64: no id is "
+              "left for a hidden token")  # fmt: skip
+        check("attn_softmax", config.attn_softmax == "plain", "plain with objective masked: ssmax counts the keys before a token")
+
+    # depth
+    check("looped", re.fullmatch(r"\.*o+\.*", config.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
+          f"{config.n_layer} layers, {config.tiled('looped')}, they are not")  # fmt: skip
+    can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in config.tiled("pattern")
+    check("halt", config.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer")
+    check("step_loss", config.step_loss == "last" or config.halt == "none", f"last next to halt {config.halt}, which says itself what to look at")
+    if config.depth == "routed":
+        check("residual", config.residual == "add", "add with depth routed, whose streams have no number of terms")
+        check("loop_keys", config.loop_keys == "latest", "latest with depth routed, where a layer's keys are made of what everyone is by then")
+        check("halt", config.halt in ("none", "act", "stick_breaking"), "none, act or stick_breaking with depth routed")
+        check("attention", "S" not in config.tiled("attention"), "without S with depth routed: no layer has a layer before it")
+        check("router_residual", config.router_residual == 0, "0 with depth routed: no layer has a layer before it")
+    if config.depth == "loop" and config.halt != "none":
+        why = f"next to halt {config.halt}, where tokens leave, a kind that looks at no neighbours"
+        check("router", config.router not in ("conv", "recurrent"), why)
+        check("shared", config.num_shared_experts == 0 or config.shared != "conv", why)
+        for field in ("importance_coef", "load_coef"):
+            check(field, getattr(config, field) == 0, f"0 next to halt {config.halt}: it looks at all tokens of a micro-batch")
 
 
 # -----------------------------------------------------------------------------

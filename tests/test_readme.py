@@ -141,13 +141,8 @@ def test_ci_runs_the_readmes_commands():
 
 def test_the_options_table_holds_the_entries_of_the_tables():
     """Every key of every table of model.py, and nothing that is not one."""
-    tables = {"experts": model.EXPERTS, "router": model.ROUTERS, "router_score": model.SCORES, "router_spread": model.SPREADS, "shared": model.SHARED,
-              "depth": model.DEPTHS, "attention": model.ATTENTIONS, "window": model.WINDOWS, "pattern": model.FEED_FORWARDS,
-              "rotary": model.ROTARIES, "norms": model.NORMS, "attn_softmax": model.SOFTMAXES, "qk_norm": model.QK_NORMS,
-              "residual": model.RESIDUALS, "halt": model.HALTS, "loop_keys": model.LOOP_KEYS,
-              "controller": model.CONTROLLERS, "route_by": model.ROUTE_BY, "route_training": model.ROUTE_TRAINING, "step_loss": model.STEP_LOSSES,
-              "objective": model.OBJECTIVES,
-              "head": model.HEADS, "dtype": model.DTYPES}  # fmt: skip
+    tables = {"experts": model.EXPERTS, **model.KEYS_OF, **model.LETTERS_OF}
+    del tables["looped"]  # its letters are places, no kinds
     rows = README[README.index("| flag | value | what |") :].split("\n\n")[0].splitlines()[2:]
     seen, flag = {}, ""
     for row in rows:
@@ -172,7 +167,10 @@ def test_the_guided_tour_names_what_its_files_hold():
     for file, told in stops:
         path = next(path for path in (ROOT / file, ROOT / "tests" / file) if path.exists())
         for name in re.findall(r"`([A-Za-z_]+)`", told):
-            assert re.search(rf"^(class|def|    def) {name}\b", path.read_text(), re.M), f"the tour says that {file} holds {name}"
+            here = re.search(rf"^(class|def|    def) {name}\b", path.read_text(), re.M)
+            assert here, f"the tour says that {file} holds {name}"
+            if file == "model.py":
+                assert here.start() < path.read_text().index("\n# The zoo"), f"the tour skips the zoo, and {name} stands in it"
 
 
 def test_checklist_points_at_code_and_tests():

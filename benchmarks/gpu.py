@@ -22,7 +22,9 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,19 +91,19 @@ class Row(NamedTuple):
     versions: callable = contextlib.nullcontext  # of functions, while the model is built and steps
 
 
-ROWS = {
+ROWS = {  # those that matter most first, as time may run out
     "dense": Row(dense_twin, "dense", "the dense twin"),
     "moe": Row(same, "dense", "8 experts, top-2"),
-    "moe_uniform": Row(uniform, "moe", "equal load by force, no router"),
+    "half": Row(lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
+    "dense_fused": Row(dense_twin, "dense", "the dense twin, ReLU^2 inside the matmuls", fused_mlp.in_models_built_here),
+    "moe_fused": Row(same, "moe", "ReLU^2 inside the grouped matmuls", fused_mlp.in_models_built_here),
     "dense_bf16": Row(with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
     "moe_bf16": Row(with_head("bf16"), "moe", "head in bf16"),
     "moe_plain": Row(same, "moe", "no Triton kernels of ours: compiled plain versions", plain_versions),
-    "dense_fused": Row(dense_twin, "dense", "the dense twin, ReLU^2 inside the matmuls", fused_mlp.in_models_built_here),
-    "moe_fused": Row(same, "moe", "ReLU^2 inside the grouped matmuls", fused_mlp.in_models_built_here),
+    "moe_uniform": Row(uniform, "moe", "equal load by force, no router"),
     "moe_1": Row(lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
     "moe_16": Row(many(16), "moe", "16 experts of the same width"),
     "moe_64": Row(many(64), "moe", "64 experts of the same width"),
-    "half": Row(lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
 }
 
 
@@ -187,7 +189,7 @@ def measured(name: str, mine: list[list[float]], theirs: list[list[float]], step
     peak = train_muon.matmul_rate(DEVICE, config.dtype)
     load, loss = stepper.row.get("moe/load_max_over_mean"), stepper.row["train/loss"].item()
     if not math.isfinite(loss):
-        raise RuntimeError(f"row {name}: the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
+        raise RuntimeError(f"the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
     return {
         "row": name, "what": ROWS[name].what, "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
         "ratio": statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)),
@@ -198,35 +200,42 @@ def measured(name: str, mine: list[list[float]], theirs: list[list[float]], step
     }  # fmt: skip
 
 
-def step_rows(args, rates, save):
-    """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it."""
-    alive, config = {}, args.config
-    build = lambda name: Stepper(name, ROWS[name].shape(config), args)
+def step_rows(args, rates, save) -> list[str]:
+    """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it. Returns what went wrong: a row that fails,
+    for want of memory or because a kernel does not compile, costs no other its time."""
+    alive, wrong = {}, []
     for i, name in enumerate(args.rows):
         if time.perf_counter() > args.ends:
             print(f"no time for {' '.join(args.rows[i:])}", flush=True)
             break
-        other = ROWS[name].against
-        for needed in dict.fromkeys((other, name)):
-            if needed not in alive:
-                alive[needed] = build(needed)
-                print(f"{needed}: first steps {alive[needed].compile_seconds:.1f} s", flush=True)
-        mine, theirs = [], []
-        for turn in range(args.rounds):
-            for who in ((other, name), (name, other))[turn % 2]:
-                (mine if who == name else theirs).append(alive[who].turn(args.steps))
-                if name == other:
-                    theirs = mine
-                    break
-        floor = step_floor(alive[name].config, args.tokens, args.seq_len, "muon", rates)
-        save(measured(name, mine, theirs, alive[name], floor, other))
-        if args.kernels and name in args.kernels_of:
-            print(kernel_table(alive[name]), flush=True)
+        try:
+            step_row(name, alive, args, rates, save)
+        except Exception as error:  # whatever it is, the next row may do without it
+            traceback.print_exc()
+            wrong.append(f"row {name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+            alive.pop(name, None)
         later = {needed for row in args.rows[i + 1 :] for needed in (row, ROWS[row].against)}
         for dropped in alive.keys() - later:
             del alive[dropped]
         gc.collect()
         torch.cuda.empty_cache()
+    return wrong
+
+
+def step_row(name: str, alive: dict[str, Stepper], args, rates, save):
+    other = ROWS[name].against
+    for needed in dict.fromkeys((other, name)):
+        if needed not in alive:
+            alive[needed] = Stepper(needed, ROWS[needed].shape(args.config), args)
+            print(f"{needed}: first steps {alive[needed].compile_seconds:.1f} s", flush=True)
+    mine, theirs = [], []
+    for turn in range(args.rounds):
+        for who in dict.fromkeys(((other, name), (name, other))[turn % 2]):
+            (mine if who == name else theirs).append(alive[who].turn(args.steps))
+    floor = step_floor(alive[name].config, args.tokens, args.seq_len, "muon", rates)
+    save(measured(name, mine, theirs or mine, alive[name], floor, other))
+    if args.kernels and name in args.kernels_of:
+        print(kernel_table(alive[name]), flush=True)
 
 
 def kernel_table(stepper: Stepper, most: int = 45) -> str:
@@ -315,13 +324,16 @@ def feed_forward_parts(args):
     grouped = lambda rows, weights: model_file.grouped_mm(rows, weights, offs_E)
     yield "grouped up", forward_backward(grouped, grad(T * K, D), grad(E, H, D)), flops
     yield "grouped down", forward_backward(grouped, grad(T * K, H), grad(E, D, H)), flops
-    for load, offs in (("one expert", offs_E.new_full((1,), T * K)), (f"{E} experts", offs_E)):
-        weights = [grad(len(offs), H, D), grad(len(offs), D, H)]
-        yield from mlp_parts(load, grad(T * K, D), *weights, offs, 2 * flops)
     yield "top-k of the scores", lambda: model_file.sorted_out(score_TE, K), 0
     largest = torch.compile(model_file.largest)
     yield "the same by argmax, compiled", lambda: largest(score_TE, K), 0
     yield "sort by expert", lambda: expert_TK.flatten().to(torch.int16).sort(stable=True), 0
+    choice_R = expert_TK.flatten().argsort(stable=True)
+    row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=DEVICE)).view(T, K)
+    gather = torch.compile(lambda x: model_file.Gather.apply(x, choice_R // K, row_TK))
+    combine = torch.compile(lambda rows, weight_TK: model_file.Combine.apply(rows, weight_TK, choice_R, row_TK))
+    yield "gather rows", forward_backward(gather, x), 0
+    yield "combine rows, with gates", forward_backward(combine, grad(T * K, D), grad(T, K)), 0
     router, zero = model_file.LinearRouter(c).to(DEVICE).train(), torch.zeros((), dtype=torch.int64, device=DEVICE)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -337,20 +349,6 @@ def feed_forward_parts(args):
     route = Route(expert_TK, torch.rand(T, K, device=DEVICE), score_TE)
     moved = torch.compile(lambda x: model_file.dispatch(x, route, lambda rows, offs: rows + 1)[0])
     yield "dispatch: sort, gather, combine", forward_backward(moved, x), 0
-
-
-def mlp_parts(load: str, rows, up, down, offs_E, flops: float):
-    """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones alone, by tile."""
-    product, activation = model_file.grouped_mm, model_file.relu_squared
-    plain = torch.compile(lambda rows, up, down: product(activation(product(rows, up, offs_E)), down, offs_E))
-    yield f"MLP, {load}", forward_backward(plain, rows, up, down), flops
-    fused = lambda rows, up, down: fused_mlp.FusedMLP.apply(rows, up, down, offs_E)
-    yield f"MLP, {load}, fused", forward_backward(fused, rows, up, down), flops
-    rows, up, down = rows.detach(), up.detach(), down.detach()
-    a, dy = fused_mlp.fused_up(rows, up, offs_E), torch.randn_like(rows)
-    for name, tile in fused_mlp.TILES.items() if DEVICE.type == "cuda" else ():
-        yield f"up, {load}, {name}", lambda: fused_mlp.up_kernel(rows, up, offs_E, tile), flops / 6
-        yield f"down's backward, {load}, {name}", lambda: fused_mlp.down_backward_kernel(dy, down, a, offs_E, tile), flops / 6
 
 
 def head_parts(args):
@@ -386,26 +384,40 @@ def optimizer_parts(args):
     yield "AdamW on one table", torch.optim.AdamW([table], fused=True).step, 0
 
 
+def mlp_parts(args):
+    """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones alone, by tile.
+    The dense twin's is one expert of top_k times the width, over fewer rows. Last, as a new kernel may fail."""
+    c, product, activation = args.config, model_file.grouped_mm, model_file.relu_squared
+    for load, E, R, H in (("dense", 1, args.micro, c.top_k * c.hidden_size), ("experts", c.num_experts, args.micro * c.top_k, c.hidden_size)):
+        rows, up, down, flops = grad(R, c.n_embd), grad(E, H, c.n_embd), grad(E, c.n_embd, H), 12 * R * H * c.n_embd
+        offs_E = torch.linspace(R / E, R, E, device=DEVICE).int()
+        plain = torch.compile(lambda rows, up, down: product(activation(product(rows, up, offs_E)), down, offs_E))
+        yield f"MLP, {load}", forward_backward(plain, rows, up, down), flops
+        fused = lambda rows, up, down: fused_mlp.FusedMLP.apply(rows, up, down, offs_E)
+        yield f"MLP, {load}, fused", forward_backward(fused, rows, up, down), flops
+        rows, up, down = rows.detach(), up.detach(), down.detach()
+        a, dy = fused_mlp.fused_up(rows, up, offs_E), torch.randn_like(rows)
+        for name, tile in fused_mlp.TILES.items() if DEVICE.type == "cuda" else ():
+            yield f"up, {load}, {name}", lambda: fused_mlp.up_kernel(rows, up, offs_E, tile), flops / 6
+            yield f"down's backward, {load}, {name}", lambda: fused_mlp.down_backward_kernel(dy, down, a, offs_E, tile), flops / 6
+
+
 def part_rows(args, save):
     """Forward and backward of one micro-batch, part by part, outside of a model."""
-    for parts in (attention_parts, feed_forward_parts, head_parts, optimizer_parts):
+    for parts in (data_part, attention_parts, feed_forward_parts, head_parts, optimizer_parts, mlp_parts):
         for name, call, flops in parts(args):
             ms = milliseconds(call)
             save({"part": name, "ms": ms, "tflops": flops / ms / 1e9})
-    if args.data:
-        save({"part": f"data: {args.tokens:,} tokens read and sent", "ms": data_milliseconds(args), "tflops": 0.0})
 
 
-def data_milliseconds(args, steps: int = 10) -> float:
-    """Of a step's batches, when nothing else keeps the loader waiting."""
-    loader = loader_of(args.data, args.config, args.seq_len, args.tokens, args.micro // args.seq_len)
-    loader.next_step()
-    began = time.perf_counter()
-    for _ in range(steps):
-        loader.next_step()
-    torch.cuda.synchronize()
-    loader.close()
-    return 1000 * (time.perf_counter() - began) / steps
+def data_part(args):
+    """(name, call, FLOPs) of a step's batches, read and sent while nothing else keeps the loader waiting: of --data, or random tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            data.write_shard(Path(folder) / "random_train_000001.bin", torch.randint(args.config.eot_token, (2 * args.tokens + 1,)).numpy())
+        loader = loader_of(args.data or Path(folder), args.config, args.seq_len, args.tokens, args.micro // args.seq_len)
+        yield f"data, {args.tokens:,} tokens", loader.next_step, 0
+        loader.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,6 +439,9 @@ def text(results: dict) -> str:
     return "\n".join(lines)
 
 
+STEPS_SHARE = 0.75  # of the time, where parts follow
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="gpu.py", description="Step time, MFU and parts of preset speedrun on one GPU.")
     parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
@@ -436,7 +451,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro", type=positive, default=49_152, help="tokens of one forward pass")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=2, help="of a turn")
-    parser.add_argument("--seconds", type=positive, default=540, help="after which no new row begins")
+    parser.add_argument("--seconds", type=positive, default=540, help="after which no new row begins; parts take a quarter of them")
     parser.add_argument("--only", choices=["parts", "steps"], help="default: steps, then parts")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--kernels", action="store_true", help="print what kernels the steps of moe and dense spend their time in")
@@ -449,7 +464,8 @@ def main():
     args = parse()
     if DEVICE.type != "cuda":
         sys.exit("gpu.py: error: needs a CUDA device, and this machine has none; benchmarks/throughput.py measures a CPU")
-    args.ends, args.config = time.perf_counter() + args.seconds, PRESETS[args.preset]
+    args.config, share = PRESETS[args.preset], 1 if args.only else STEPS_SHARE
+    args.ends = time.perf_counter() + share * args.seconds
     try:
         rates = measure_rates(torch.bfloat16, [], DEVICE.type)
         results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
@@ -462,11 +478,12 @@ def main():
             args.json.write_text(json.dumps(results, indent=1) + "\n")
             print(row.get("part", row.get("row")), f"{row['ms']:.3f} ms", f"ratio {row['ratio']:.3f}" if "ratio" in row else "", flush=True)
 
-        if args.only != "parts":
-            step_rows(args, rates, save)
-        if args.only != "steps" and time.perf_counter() < args.ends:
+        wrong = step_rows(args, rates, save) if args.only != "parts" else []
+        if args.only != "steps":
             part_rows(args, save)
         print(text(results))
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
     except (data.DataError, model_file.ConfigError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 

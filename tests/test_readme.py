@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```", README, re.M | re.S)
 MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes|text|a quiet machine))|python file: \w+\.py")  # text: files of the reader's own
-A_RUN = "--num_iterations 3 --val_tokens 8192 --sample_tokens 8 --warmup_steps 0"
+A_RUN = "--num_iterations 3 --val_tokens 4096 --sample_tokens 8 --warmup_steps 0"
 
 # what is added to a command so that it ends in seconds
 SHORT = {

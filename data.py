@@ -189,8 +189,18 @@ def faster_encoder(bpe):
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder of shards
 
+def split_of(name):
+    """train or val: what a shard's file name says last; None of another file's. (A domain may have either word in its own name.)"""
+    found = re.fullmatch(r".+_(train|val)_\d+\.bin", name)
+    return found and found[1]
+
+
+def shard_paths(folder, split):
+    return sorted(path for path in folder.glob("*.bin") if split_of(path.name) == split)
+
+
 def has_shards(folder):
-    return any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin"))
+    return any(split_of(path.name) for path in folder.glob("*.bin"))
 
 
 def domains(folder):
@@ -214,19 +224,21 @@ def read_meta(folder):
     if not (folder / "meta.json").exists():
         return {}
     with explained(f"{folder}/meta.json is damaged ({{error}}): remove {folder} and run `{PREPARE.format(folder)}`",
-                   ValueError, KeyError, TypeError, AttributeError, OSError):
+                   ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         meta = json.loads((folder / "meta.json").read_text())
         if meta.get("sha256", seal(meta)) != seal(meta):
             raise ValueError("it does not match its own sha256")
-        if any(not {"file", "tokens"} <= shard.keys() for shard in meta.get("shards") or []):
-            raise KeyError("a shard without name or number of tokens")
+        if any(not split_of(shard["file"]) or type(shard["tokens"]) is not int for shard in meta.get("shards") or []):
+            raise ValueError("a shard without name or number of tokens")
+        if not all(isinstance(name, str) for name in meta.get("domains") or []):
+            raise ValueError("its domains have no names")
         return {key: meta[key] for key in GPT2} | meta
 
 
 def load_meta(folder):
-    """meta.json of a folder as a dict; for shards made elsewhere, which have none, what is true of FineWeb's GPT-2 shards. Of a mixture: what
-    its domains have in common. Raises DataError when the folder is missing, holds no shards, its meta.json is damaged, or its domains
-    have different encodings."""
+    """meta.json of a folder as a dict; for shards made elsewhere, which have none, what is true of FineWeb's GPT-2 shards. Of a mixture: the
+    encoding of its domains, and the bytes of each id where one of them knows them. Raises DataError when the folder is missing, holds no shards,
+    its meta.json is damaged, or its domains have different encodings."""
     folder, parts = Path(folder), domains(folder)
     unknown = dict.fromkeys(("source", "token_bytes", "split_seed", "splits", "shards", "gzip_bpb", "xz_bpb", "compressed_bytes"))
     metas = {name: unknown | (read_meta(part) or GPT2) for name, part in parts.items()}
@@ -237,7 +249,8 @@ def load_meta(folder):
                             "prepare both alike")
     if "" in metas:
         return metas[""]
-    return unknown | {key: metas[first][key] for key in (*GPT2, "token_bytes")} | read_meta(folder)
+    token_bytes = next((meta["token_bytes"] for meta in metas.values() if meta["token_bytes"]), None)
+    return unknown | {key: metas[first][key] for key in GPT2} | {"token_bytes": token_bytes} | read_meta(folder)
 
 
 def seal(meta):
@@ -249,12 +262,15 @@ def seal(meta):
 def open_split(folder, split):
     """[(path, tokens)] of the shards of one split, sorted by name, checked against meta.json where there is one."""
     folder, meta = Path(folder), load_meta(folder)
-    shards = [(path, read_shard(path)) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+    shards = [(path, read_shard(path)) for path in shard_paths(folder, split)]
     found = {path.name: len(tokens) for path, tokens in shards}
-    for shard in meta["shards"] or []:
-        if f"_{split}_" in shard["file"] and found.get(shard["file"]) != shard["tokens"]:
-            raise DataError(f"{folder}/{shard['file']} is not the shard of {shard['tokens']} tokens that meta.json lists: remove {folder} "
+    listed = {shard["file"]: shard["tokens"] for shard in meta["shards"] or [] if split_of(shard["file"]) == split}
+    for name, tokens in listed.items():
+        if found.get(name) != tokens:
+            raise DataError(f"{folder}/{name} is not the shard of {tokens} tokens that meta.json lists: remove {folder} "
                             f"and run `{PREPARE.format(folder)}`")
+    for name in found.keys() - listed.keys() if meta["shards"] is not None else ():
+        raise DataError(f"{folder}/{name} is a shard that meta.json does not list: move it to a folder of its own")
     if not shards:
         raise DataError(f"{folder} holds no {split} shard (*_{split}_*.bin): remove it and run `{PREPARE.format(folder)}`")
     return shards
@@ -360,7 +376,8 @@ def by_name(text, names, flag):
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, number = part.rpartition("=")
         if name and name not in names:
-            raise DataError(f"--{flag} {text}: there is no domain {name!r}; choose among {', '.join(names)}")
+            there = f"choose among {', '.join(names)}" if any(names) else "these data are of one kind; leave it out"
+            raise DataError(f"--{flag} {text}: there is no domain {name!r}; {there}")
         with explained(f"--{flag} {text}: {part!r} is not a number at least 0, nor name=number", ValueError):
             if not 0 <= (value := float(number)) < float("inf"):
                 raise ValueError
@@ -420,7 +437,7 @@ class Mixture:
     rows_D: rows of each domain, tokens_D: what weights are by default. Raises DataError for a mix that is none."""
 
     def __init__(self, mix, names, rows_D, tokens_D, batch_rows):
-        weights, self.batch_rows = by_name(mix.weights, names, "domain_weights"), batch_rows
+        weights, self.names, self.batch_rows = by_name(mix.weights, names, "domain_weights"), names, batch_rows
         weight_D = np.array([weights.get(name, 0.0) for name in names] if weights else tokens_D, float)
         if not 0 < mix.temperature < float("inf"):
             raise DataError(f"--domain_temperature is {mix.temperature}; it must be above 0")
@@ -445,6 +462,9 @@ class Mixture:
             raise DataError(f"all domains have reached their --domain_epochs after {start} rows: allow more, prepare more text, or train for "
                             "fewer steps")
         table = np.repeat(left, self.batch_rows) if in_turn else np.array(left)[spread(self.share_D[left] / self.share_D[left].sum())]
+        for d in set(left) - set(table.tolist()):
+            raise DataError(f"domain {self.names[d]} is {self.share_D[d]:.1e} of the mixture, so that no row in {PERIOD:,} would be its own: give it "
+                            "more with --domain_weights, or 0")
         stretch = Stretch(start, table, before_D)
         ends = [stretch.until(d, self.limit_D[d] - before_D[d]) for d in left if self.limit_D[d] is not None]
         if in_turn:  # a domain leaves before a batch that it cannot fill
@@ -461,10 +481,6 @@ class Mixture:
     def which(self, number):
         """The stretch that a row is in, by number."""
         return bisect.bisect_right(self.stretches, number, key=lambda stretch: stretch.start) - 1
-
-    def counts(self, number):
-        """Rows of each domain before row `number`."""
-        return self.stretches[self.which(number - 1)].counts(number) if number else np.zeros(len(self.share_D), np.int64)
 
     def place(self, number_N):
         """(domain_N, nth_N): domains of rows, and how many rows of its domain come before each. Raises DataError when all domains are used up."""
@@ -539,11 +555,6 @@ class Loader:
         self._ahead = self._thread.submit(self._read, self.position)
         there = lambda tensor: tensor.to(self.device, non_blocking=True)
         return [Batch(there(inputs), there(targets), first_row, there(domain_B)) for inputs, targets, first_row, domain_B in batches]
-
-    @property
-    def epochs(self):
-        """Of each domain, the passes over its rows before the next row."""
-        return (self.mixture.counts(self.position) / np.array(self.rows)).tolist()
 
     def state_dict(self):
         """The position of what `next_step` has returned, whatever was read ahead; the rest tells whether the data are the same."""
@@ -661,7 +672,7 @@ def cut(text, rest):
 def jsonl_documents(file, where, args, encoding):
     for number, line in enumerate(file, 1):
         if line.strip():
-            with explained(f"{where}, line {number} is not JSON ({{error}}): mend or remove it", ValueError):
+            with explained(f"{where}, line {number} is not JSON ({{error}}): mend or remove it", ValueError, RecursionError):
                 row = json.loads(line)
             yield field_document(row, f"{where}, line {number}", args, encoding)
 
@@ -720,10 +731,28 @@ def torch_version():
         return importlib.metadata.version("torch").split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 hold the same files
 
 
+def files_in(path):
+    """A file, or the files of known kinds in a folder."""
+    return sorted(p for p in path.rglob("*") if p.is_file() and FILE_NAME.fullmatch(p.name)) if path.is_dir() else [path]
+
+
+def stamps(paths):
+    """{file: bytes and time of its last change} of what --path names: shards made of it are not those of the text that it holds later."""
+    stats = {str(file): file.stat() for path in paths for file in files_in(Path(path)) if file.exists()}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def was_asked(meta, request):
+    """Whether shards are what a request would make: of files that are as they were, or gone."""
+    made = meta.get("request") or {}
+    gone = {file: stamp for file, stamp in made.get("inputs", {}).items() if not Path(file).exists()}
+    return made == request | ({"inputs": gone | request["inputs"]} if "inputs" in request else {})
+
+
 def files_documents(args, encoding):
     paths = []
     for path in map(Path, args.path):
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and FILE_NAME.fullmatch(p.name)) if path.is_dir() else [path]
+        inside = files_in(path)
         if not path.exists() or not inside or not FILE_NAME.fullmatch(inside[0].name):
             raise DataError(f"--path {path} is not a file or folder of {', '.join(READERS)} (text and jsonl also .gz, .xz, .zst)")
         paths += inside
@@ -857,8 +886,9 @@ def prepare_domains(args, folder):
         there = argparse.Namespace(**vars(args) | {"source": name, "path": paths.get(name), "max_tokens": args.max_tokens or
                                                    (None if paths else DOMAIN_TOKENS)})  # fmt: skip
         request = {flag: getattr(there, flag) for flag in ("source", "path", *TOKENISED, "source_tag") if flag != "num_proc"}
+        request["inputs"] = stamps(there.path or [])
         done, part = folder / name, folder / f"{name}.partial"
-        if not done.exists() or load_meta(done).get("request") != request:
+        if not done.exists() or not was_asked(load_meta(done), request):
             for old in (done, part):
                 shutil.rmtree(old, ignore_errors=True)
             source = files_documents if paths else hub_documents(DOMAINS[name])
@@ -1017,11 +1047,11 @@ def tokenise(source, args, folder):
     stem = folder / args.source
     train, val = ShardWriter(f"{stem}_train", 1, args.shard_tokens), ShardWriter(f"{stem}_val", 0, args.shard_tokens)
     compressors = Compressors()
-    lowest, held_out = (2**64, 0, 0), 0  # (hash, start, stop) of the training document with the smallest hash; text in validation
+    lowest, held_out, seen = (2**64, 0, 0), 0, 0  # (hash, start, stop) of the training document with the smallest hash; text in validation; tokens
     with tqdm(total=args.max_tokens, unit="tok", unit_scale=True, desc=args.source, mininterval=0.5) as bar, \
             contextlib.closing(encode_documents(documents, encoding, args.num_proc, args.split_seed)) as encoded:
         for hashed, ids in encoded:
-            ids = ids[: args.max_tokens and args.max_tokens - bar.n]
+            ids = ids[: args.max_tokens and args.max_tokens - seen]
             if hashed % 50 == 0:
                 val.add(ids)
                 held_out += len(ids) - 1
@@ -1031,16 +1061,18 @@ def tokenise(source, args, folder):
                 if len(ids) > 1:
                     lowest = min(lowest, (hashed, train.tokens, train.tokens + len(ids)))
                 train.add(ids)
+            seen += len(ids)
             bar.update(len(ids))
-            if bar.n == args.max_tokens:
+            if seen == args.max_tokens:
                 break
     train.flush()
     val.flush()
     if not held_out:
         train = hold_out(lowest[1], lowest[2], train, val)
-    if not train.tokens:
-        raise DataError(f"source {args.source} gave {'one document, of which' if val.tokens else 'no document, so'} nothing is left to train on: "
-                        "give more text, or separate its documents by lines <|endoftext|>")
+    for writer, purpose in ((train, "train on"), (val, "validate with")):
+        if not writer.tokens:
+            raise DataError(f"source {args.source} gave too few documents: nothing is left to {purpose}; give more text, or separate its documents "
+                            "by lines <|endoftext|>")
     return describe(folder, encoding, compressors if held_out else None) | facts
 
 
@@ -1106,7 +1138,7 @@ def describe(folder, encoding, compressors=None):
     splits, shards = {}, []
     for split in ("train", "val"):
         count_V = np.zeros(known["vocab_size"], np.int64)
-        for path in sorted(folder.glob(f"*_{split}_*.bin")):
+        for path in shard_paths(folder, split):
             tokens = read_shard(path)
             for start in range(0, len(tokens), 2**20):
                 piece = tokens[start : start + 2**20]
@@ -1183,22 +1215,27 @@ def parse(argv):
 def prepare(args):
     """Prepare args.out in <out>.partial and rename it when all is done. Returns the line to print."""
     start, out = time.perf_counter(), Path(args.out or f"data/{args.source}")
+    target = out.resolve()  # a link's own folder is filled, and `.` has a name
+    if target.is_mount():
+        raise DataError(f"{out} is where a file system is mounted, and cannot be replaced by a finished folder: choose a folder inside it as --out")
     request = {flag: getattr(args, flag) for flag in ("source", *SOURCES[args.source][1]) if flag != "num_proc"}
     if args.source == "python":
         request["torch"] = torch_version()
+    if args.path:
+        request["inputs"] = stamps(word.partition("=")[2] if args.source == "domains" else word for word in args.path)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if (out / "meta.json").exists() and load_meta(out).get("request") == request:
+        if (out / "meta.json").exists() and was_asked(load_meta(out), request):
             tokens = sum(len(tokens) for part in domains(out).values() for split in ("train", "val") for _, tokens in open_split(part, split))
             return f"{out} is ready: {tokens:,} tokens, made by this same command"
-        raise DataError(f"{out} already exists and was made by another command: remove it or choose another --out")
+        raise DataError(f"{out} already exists and was made by another command or of other text: remove it or choose another --out")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it warns at each retry
-    partial = out.with_name(out.name + ".partial")
+    partial = target.with_name(target.name + ".partial")
     if args.source not in ("fineweb", "domains") and partial.exists():  # downloads and domains go on, tokenising starts over
         shutil.rmtree(partial)
     meta = {"source": args.source, "split_seed": args.split_seed if args.source != "fineweb" else None, "request": request}
     meta |= SOURCES[args.source][0](args, partial)
     write_meta(partial, meta)
-    os.replace(partial, out)
+    os.replace(partial, target)
     total = {key: sum(split[key] or 0 for split in meta["splits"].values()) for key in ("documents", "tokens", "bytes")}
     seconds = time.perf_counter() - start
     line = f"{out}: {total['documents']:,} documents, {total['tokens']:,} tokens ({meta['splits']['val']['tokens']:,} val), " \
@@ -1214,6 +1251,9 @@ def main(argv=None):
         print(prepare(args))
     except (DataError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        print(f"data.py: error: --source {args.source} needs {error.name}: `pip install -r requirements.txt`", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("data.py: interrupted; run the same command again", file=sys.stderr)

@@ -337,7 +337,7 @@ def test_small_corpus_still_gets_a_validation_document(tmp_path):
     assert max(shard["tokens"] for shard in load_meta(tmp_path / "out")["shards"]) == 50
     (tmp_path / "b.txt").write_text("one document")
     said = sentence(cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1))
-    assert "one document" in said
+    assert "too few documents: nothing is left to train on" in said
     assert not (tmp_path / "b").exists()
 
 
@@ -714,3 +714,52 @@ def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypat
         text = "".join(random.choice(parts, random.integers(0, 40))).encode()
         found = [body for _, body in data.text_documents(io.BytesIO(text), "here", args, None)]
         assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text
+
+
+def test_a_domain_may_be_called_train_or_val(tmp_path):
+    """The split is what a shard's name says last."""
+    for name, count in (("math_train_v2", 60), ("b_val_x", 300)):
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{name} {i}" for i in range(count)))
+    paths = [f"{path.stem}={path}" for path in tmp_path.glob("*.txt")]
+    cli("--source", "domains", "--encoding", "bytes", "--path", *paths, "--out", tmp_path / "out")
+    for name, count in (("math_train_v2", 60), ("b_val_x", 300)):
+        found = {split: [path.name for path, _ in data.open_split(tmp_path / "out" / name, split)] for split in ("train", "val")}
+        assert found == {split: [f"{name}_{split}_00000{number}.bin"] for split, number in (("train", 1), ("val", 0))}
+        splits = load_meta(tmp_path / "out" / name)["splits"]
+        assert splits["train"]["documents"] + splits["val"]["documents"] == count and splits["val"]["documents"] < count / 10
+
+
+def test_max_tokens_holds_without_a_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    cli("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 4000, "--out", tmp_path / "out")
+    assert sum(split["tokens"] for split in load_meta(tmp_path / "out")["splits"].values()) == 4000
+
+
+def test_a_shard_that_meta_json_does_not_list_is_refused(tmp_path):
+    cli("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 4000, "--out", tmp_path / "out")
+    write_shard(tmp_path / "out" / "more_train_000009.bin", np.arange(50))
+    with pytest.raises(DataError, match="more_train_000009.bin is a shard that meta.json does not list"):
+        data.open_split(tmp_path / "out", "train")
+
+
+def test_text_that_has_changed_is_not_called_ready(tmp_path):
+    """Gone it may be; other text under the same name makes other shards."""
+    text, command = tmp_path / "a.txt", ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.txt", "--out", tmp_path / "out")
+    text.write_text("\n<|endoftext|>\n".join(map(str, range(100))))
+    cli(*command)
+    assert "is ready" in cli(*command).stdout
+    text.write_text("\n<|endoftext|>\n".join(map(str, range(200))))
+    assert "of other text" in sentence(cli(*command, expect=1))
+    text.unlink()
+    assert "is ready" in cli(*command).stdout
+
+
+def test_out_may_be_a_link_and_no_module_missing_is_a_traceback(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    command = ("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 400, "--out")
+    cli(*command, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "meta.json").exists()
+    code = f"import sys; sys.modules['tqdm'] = None; import data; data.main({[*map(str, command), str(tmp_path / 'x')]!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs tqdm: `pip install -r requirements.txt`" in done.stderr and "Traceback" not in done.stderr

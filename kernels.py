@@ -79,7 +79,8 @@ def quantise_kernel(x_ptr, q_ptr, qt_ptr, rows, cols, inverse_scale, MOST: tl.co
     col = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)[None, :]
     inside = (row < rows) & (col < cols)
     x = tl.load(x_ptr + row * cols + col, mask=inside, other=0.0).to(tl.float32) * inverse_scale
-    q = tl.minimum(tl.maximum(x, -MOST), MOST).to(q_ptr.dtype.element_ty)
+    NAN: tl.constexpr = tl.PropagateNan.ALL  # or a loss that is none would look finite
+    q = tl.minimum(tl.maximum(x, -MOST, propagate_nan=NAN), MOST, propagate_nan=NAN).to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + row * cols + col, q, mask=inside)
     tl.store(qt_ptr + tl.trans(col) * rows + tl.trans(row), tl.trans(q), mask=tl.trans(inside))
 

@@ -739,18 +739,18 @@ def write_plots(runs, folder):
 
 
 def use_by_step(choice_SN, n: int):
-    """(n, S): the share of tokens that each step sends to each member. Columns sum to 1."""
+    """(n, S): the share of tokens that each step sends to each member. Columns sum to 1, less the tokens that had left (-1)."""
     import numpy as np
 
-    return np.stack([np.bincount(step, minlength=n) / len(step) for step in choice_SN], 1)
+    return np.stack([np.bincount(step[step >= 0], minlength=n) / len(step) for step in choice_SN], 1)
 
 
 def transitions(choice_SN, n: int):
-    """(n, n): of the tokens that were at i, the share that the next step sends to j. Rows sum to 1, or are nan where nobody was."""
+    """(n, n): of the tokens that were at i and went on, the share that the next step sends to j. Rows sum to 1, or are nan where nobody was."""
     import numpy as np
 
-    counts = np.zeros((n, n))
-    np.add.at(counts, (choice_SN[:-1].ravel(), choice_SN[1:].ravel()), 1)
+    counts, went_on = np.zeros((n, n)), choice_SN[1:] >= 0
+    np.add.at(counts, (choice_SN[:-1][went_on], choice_SN[1:][went_on]), 1)
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(1, keepdims=True)
 

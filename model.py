@@ -187,11 +187,16 @@ class Config:
         return [part[1] for part in parts for _ in range(int(part[2] or 1))] if all(parts) else []
 
     @property
+    def counts_experts(self) -> bool:
+        """Whether `experts` says how many there are."""
+        return bool(set(self.experts) & set("*,"))
+
+    @property
     def expert_counts(self) -> dict[str, int]:
         """Kind -> how many, in the order in which experts are numbered: those with matmuls come first, kinds as listed."""
         listed = self.listed_experts
         counts = {name: listed.count(name) for name in sorted(dict.fromkeys(listed), key=lambda name: not EXPERTS[name].has_matmuls)}
-        return counts if len(listed) > 1 else dict.fromkeys(counts, self.num_experts)
+        return counts if self.counts_experts else dict.fromkeys(counts, self.num_experts)
 
     @property
     def expert_etas(self) -> list[float]:
@@ -708,7 +713,7 @@ class Cache:
 
     def __init__(self, config: Config, batch_size: int, max_len: int, device=None):
         self.id_BT, self.doc_BT = torch.zeros(2, batch_size, max_len + config.num_meta_tokens, dtype=torch.int64, device=device)
-        self.kept = {}  # module, or (module, loop) -> tensors (B, max_len, ...)
+        self.kept = {}  # module, (module, loop), or a name and a loop -> tensors (B, max_len and the meta-tokens, ...)
         self.states = {}  # the same -> what it has to remember of the last few tokens, for routers
         self.length = 0  # tokens of finished forward passes, the meta-tokens included
 
@@ -747,8 +752,8 @@ class Cache:
 
 
 class Route(NamedTuple):
-    expert_TK: Tensor  # int64, distinct within a row
-    weight_TK: Tensor  # fp32 gates, a row sums to 1
+    expert_TK: Tensor  # int64, distinct within a row; number E, no expert, throughout a row that is left out
+    weight_TK: Tensor  # fp32 gates; softmax ones of power 1 add up to 1
     logits_TE: Tensor  # fp32, without noise and bias: what the balance and z losses see
     prob_TE: Tensor | None = None  # what the balance loss takes for probabilities, where that is not the softmax of the logits
     local_loss: Tensor | float = 0.0  # of importance and load within this micro-batch, with their coefficients
@@ -999,7 +1004,7 @@ class MLPExperts(nn.Module):
 EXPERTS = {"mlp": MLPExperts}  # the zoo, below, has more
 
 # -----------------------------------------------------------------------------
-# Dispatch: the only code that sorts, moves, exchanges and combines rows
+# Dispatch: the only code that sorts, moves and combines experts' rows; with experts on several ranks `exchanged`, below, takes them there
 
 
 def dispatch(x_TD: Tensor, route: Route, fn, first: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -1286,7 +1291,7 @@ class Deep(NamedTuple):
     stats: list[RouteStats]  # one for each routed layer
     loss: Tensor | float = 0.0  # of depth itself, in training
     loops_BT: Tensor | None = None  # that each token went through
-    choices_SBT: Tensor | None = None  # number of the layer that each step picked, identities last
+    choices_SBT: Tensor | None = None  # number of the layer that each step picked, identities last, -1 for tokens that had left
 
 
 class Place(NamedTuple):
@@ -1479,7 +1484,7 @@ class ChunkedLoss(torch.autograd.Function):
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, padded vocabulary), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses while training; None without targets
-    stats: dict  # of this forward pass, without a cache: ce, balance_loss, z_loss, entropy, domain_loss, loops (0-d), counts_LE (int64)
+    stats: dict  # of this forward pass, without a cache: ce, balance_loss, z_loss, entropy, domain_loss, local_loss, loops (0-d), counts_LE
 
 
 def less_entropy(stats: RouteStats) -> Tensor | float:
@@ -1794,7 +1799,7 @@ def picked_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: floa
     if temperature == 0:
         return logits_BV.argmax(-1)
     kept_BK, id_BK = logits_BV.topk(min(top_k, logits_BV.size(1)) or logits_BV.size(1))  # likeliest first
-    prob_BK = (kept_BK / temperature).softmax(-1)
+    prob_BK = ((kept_BK - kept_BK[:, :1]) / temperature).softmax(-1)
     prob_BK = prob_BK.masked_fill(prob_BK.cumsum(-1) - prob_BK >= top_p, 0)  # what is likelier has the mass already
     pick_B1 = torch.stack([torch.multinomial(prob_K, 1, generator=generator) for prob_K, generator in zip(prob_BK, generators)])
     return id_BK.gather(1, pick_B1)[:, 0]
@@ -2203,7 +2208,7 @@ class KANExperts(nn.Module):
 class FreeExperts(nn.Module):
     """n experts without matmuls (MoE++, 2410.07348): element by element, in token order, each token weighted by its gate for each of them.
 
-    They see what the MLPs see, the normed stream; a token that did not choose them is replaced by zero before, not after: its output
+    They see what the MLPs see; a token that did not choose them is replaced by zero before, not after: its output
     and its gradient are exact zeros whatever it holds."""
 
     has_matmuls, leaves = False, False
@@ -2349,9 +2354,11 @@ def exchanged(group, fn, rows_RD: Tensor, offs_E: Tensor) -> Tensor:
     expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))  # rows arrive sorted by (rank, expert)
     by_expert_R = expert_R.argsort(stable=True)
     by_rank_R = torch.empty_like(by_expert_R).scatter_(0, by_expert_R, torch.arange(len(by_expert_R), device=rows_RD.device))
-    rows_RD = AllToAll.apply(rows_RD, sent_N, received_N, group)
+    without_expert = len(rows_RD) - sum(sent_N)  # rows of tokens that do not count are last, and stay
+    rows_RD = AllToAll.apply(rows_RD[: sum(sent_N)], sent_N, received_N, group)
     rows_RD = fn(Gather.apply(rows_RD, by_expert_R, by_rank_R[:, None]), received_NE.sum(0).cumsum(0).int())
-    return AllToAll.apply(Gather.apply(rows_RD, by_rank_R, by_expert_R[:, None]), received_N, sent_N, group)
+    rows_RD = AllToAll.apply(Gather.apply(rows_RD, by_rank_R, by_expert_R[:, None]), received_N, sent_N, group)
+    return F.pad(rows_RD, (0, 0, 0, without_expert))
 
 
 class AllToAll(torch.autograd.Function):
@@ -2442,12 +2449,12 @@ def merged(runs: list[list[RouteStats]]) -> list[RouteStats]:
 def merged_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
     if len(runs) == 1:
         return runs[0]
-    tokens = sum(run.tokens for run in runs)
-    mean = lambda values: sum(value * run.tokens for value, run in zip(values, runs)) / max(tokens, 1)
-    return RouteStats(sum(run.counts_E for run in runs), mean([run.prob_E for run in runs]), mean([run.z_loss for run in runs]),
-                      mean([run.entropy for run in runs]), None, sum(run.local_loss for run in runs), tokens,
-                      *(None if runs[0].chosen_BE is None else sum(parts) for parts in zip(*(run[7:9] for run in runs))),
-                      domain_loss=mean([run.domain_loss for run in runs]))  # fmt: skip
+    tokens, asked = sum(run.tokens for run in runs), [run for run in runs if run.chosen_BE is not None]  # a layer that nobody picked has none
+    mean = lambda name: sum(getattr(run, name) * run.tokens for run in runs) / max(tokens, 1)
+    return RouteStats(
+        sum(run.counts_E for run in runs), mean("prob_E"), mean("z_loss"), mean("entropy"), None, sum(run.local_loss for run in runs), tokens,
+        chosen_BE=sum(run.chosen_BE for run in asked) if asked else None, row_tokens_B=sum(run.row_tokens_B for run in asked) if asked else None,
+        domain_loss=mean("domain_loss"))  # fmt: skip
 
 
 def how_many(mask: Tensor) -> int:
@@ -2595,8 +2602,9 @@ class Loop(nn.Module):
         x_BTD, trail = run_blocks(blocks[before], embedding_BTD.clone(), embedding_BTD, contexts[before], Trail())
         states, runs, cost, loops_BT, kv, choices_SBT = self.run_loops(blocks[group], x_BTD, embedding_BTD, contexts[group], place, trail.kv)
         outputs, ends = [], []
-        for x_BTD, weight_BT in states:
-            contexts_after = [ctx._replace(terms=self.terms(ctx, loops_BT)) for ctx in contexts[after]]
+        for loops, (x_BTD, weight_BT) in enumerate(states, start=1):
+            loops_so_far_BT = loops_BT if len(states) == 1 else torch.full_like(loops_BT, loops)  # halt ponder: a state of each loop
+            contexts_after = [ctx._replace(terms=self.terms(ctx, loops_so_far_BT)) for ctx in contexts[after]]
             x_BTD, end = run_blocks(blocks[after], x_BTD, embedding_BTD, contexts_after, Trail([], kv))
             outputs.append((x_BTD, weight_BT))
             ends.append(end.stats)
@@ -2779,7 +2787,7 @@ class Routed(Loop):
             logits_BTN = self.route_by(logits_ND.view(*x_BTD.shape[:2], -1), place, cache, ("route", loop))
             prob_BTN = softmax(logits_BTN)
             probs.append(prob_BTN)
-            choices.append(prob_BTN.argmax(-1))
+            choices.append(torch.where(leaving.active_BT, prob_BTN.argmax(-1), -1))
             if self.training or not self.answers_hard:
                 gone = (step / self.anneal_steps).clamp(max=1)
                 weight_BTN = self.weigh(prob_BTN, gone) if self.training else prob_BTN
@@ -2825,9 +2833,9 @@ class Routed(Loop):
 
     def unevenness(self, prob_SBTN: Tensor, choice_SBT: Tensor) -> Tensor:
         """n sum of f_i P_i over the pool's real layers, f_i being the share of choices: 1 if layers are used evenly. Of this micro-batch."""
-        n = self.group.stop - self.group.start
-        real_N = prob_SBTN.flatten(0, 2).mean(0)[:n]
-        share_N = F.one_hot(choice_SBT.flatten(), prob_SBTN.size(-1)).float().mean(0)[:n]
+        n, in_SBT1 = self.group.stop - self.group.start, (choice_SBT >= 0)[..., None]
+        real_N = (prob_SBTN * in_SBT1).flatten(0, 2).sum(0)[:n]
+        share_N = (F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * in_SBT1).flatten(0, 2).sum(0)[:n].float()
         return n * (share_N / share_N.sum().clamp(min=1e-8) * real_N / real_N.sum().clamp(min=1e-8)).sum()
 
 
@@ -3054,10 +3062,11 @@ def check_config(config: Config):
         value = getattr(config, field.name)
         fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
         check(field.name, fits and (type(value) is bool) == (field.type is bool), f"of type {field.type.__name__}")
+    matmuls = [name for name, kind in EXPERTS.items() if kind.has_matmuls]
     listed, names = config.listed_experts, f"names out of {', '.join(EXPERTS)}, each with *n for n of them, separated by commas"
     check("experts", listed and all(name in EXPERTS for name in listed), names)
-    check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: mlp, swiglu or kan")
-    if len(listed) > 1:
+    check("experts", any(EXPERTS[name].has_matmuls for name in listed), "a list with at least one that has matmuls: " + ", ".join(matmuls))
+    if config.counts_experts:
         object.__setattr__(config, "num_experts", len(listed))
     for fields, fine, legal in ((AT_LEAST_1, lambda value: value >= 1, "at least 1"), (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
                                 (ABOVE_0, lambda value: value > 0, "above 0"), (BETWEEN_0_AND_1, lambda value: 0 < value < 1, "between 0 and 1")):
@@ -3117,16 +3126,21 @@ def check_config(config: Config):
     # depth
     check("looped", re.fullmatch(r"\.*o+\.*", config.tiled("looped")), "such that the layers of the loop, o, are neighbours, which over "
           f"{config.n_layer} layers, {config.tiled('looped')}, they are not")  # fmt: skip
-    can_exit = any(EXPERTS[name].leaves for name in listed) and "M" in config.tiled("pattern")
-    check("halt", config.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer")
+    can_exit = any(EXPERTS[name].leaves for name in listed) and ("M", "o") in zip(config.tiled("pattern"), config.tiled("looped"))
+    check("halt", config.halt != "exit" or can_exit, "another, or there must be an exit among the experts of some layer of the loop")
+    looped, leave = config.tiled("looped"), config.depth == "loop" and config.halt != "none"
+    borrowed = [layer for layer, maker in config.key_makers.items() if looped[layer] == "." and looped[maker] == "o"]
+    check("attention", not (leave and borrowed) or config.loop_keys == "share_first", f"without S in layers {borrowed}, after the loop, next to halt "
+          f"{config.halt}: they would see keys of whichever loop a token left in; or loop_keys must be share_first")  # fmt: skip
     check("step_loss", config.step_loss == "last" or config.halt == "none", f"last next to halt {config.halt}, which says itself what to look at")
+    stacked = config.router_residual == 0 or config.depth == "stack"
+    check("router_residual", stacked, f"0 with depth {config.depth}, where no one layer comes before another")
     if config.depth == "routed":
         check("residual", config.residual == "add", "add with depth routed, whose streams have no number of terms")
         check("loop_keys", config.loop_keys == "latest", "latest with depth routed, where a layer's keys are made of what everyone is by then")
         check("halt", config.halt in ("none", "act", "stick_breaking"), "none, act or stick_breaking with depth routed")
         check("attention", "S" not in config.tiled("attention"), "without S with depth routed: no layer has a layer before it")
-        check("router_residual", config.router_residual == 0, "0 with depth routed: no layer has a layer before it")
-    if config.depth == "loop" and config.halt != "none":
+    if leave:
         why = f"next to halt {config.halt}, where tokens leave, a kind that looks at no neighbours"
         check("router", config.router not in ("conv", "recurrent"), why)
         check("shared", config.num_shared_experts == 0 or config.shared != "conv", why)
@@ -3164,8 +3178,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     Active are the experts that a token meets at even load, one row of each embedding table, and everything else."""
     with torch.device("meta"):
         model = GPT(config)
-    counts, active = dict.fromkeys(rule.kind for rule in PARAMETER_RULES.values()), 0
-    counts = {kind: 0 for kind in counts}
+    counts, active = dict.fromkeys((rule.kind for rule in PARAMETER_RULES.values()), 0), 0
     for name, parameter in model.named_parameters():
         kind = parameter_rule(name).kind
         counts[kind] += parameter.numel()
@@ -3183,7 +3196,7 @@ def active_share(config: Config, name: str, rows: int) -> float:
 
 def mean_keys(config: Config, letter: str, seq_len: int) -> float:
     """Keys that a query sees on average in a layer of this letter of WINDOWS."""
-    reach = min(config.window_size // WINDOWS[letter], seq_len)
+    reach = min(max(1, config.window_size // WINDOWS[letter]), seq_len)
     return OBJECTIVES[config.objective].keys((reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len)
 
 
@@ -3199,7 +3212,7 @@ def flops_per_token(config: Config, seq_len: int) -> float:
         in_matmuls = parameter_rule(name).kind in ("matrix", "head", "router", "expert") or (name == "embed" and config.tie_embeddings)
         share = active_share(config, name, len(parameter)) if in_matmuls else 0.0
         block = re.match(r"blocks\.(\d+)\.(?:attention\.(\w+))?", name)
-        times = runs[int(block[1])] if block else 1
+        times = runs[int(block[1])] if block else config.loops if name.startswith(("depth.controller", "depth.halt")) else 1
         if block and config.depth == "routed" and config.tiled("looped")[int(block[1])] == "o":  # keys and values are made of all tokens
             part = {"qkv": 2 / 3, "latent": 1, "key": 1, "key_up": 1, "value_up": 1, "k": 1, "values": 1}.get(block[2], 0)
             times = part * config.loops + (1 - part) * times
@@ -3621,33 +3634,41 @@ def share(args: dict):
 
 @torch.no_grad()
 def collect_routes(model: GPT, batches) -> dict:
-    """Arrays that say where tokens went, over batches of data.Batch: layer_SN (the layer of each step; with depth routed), loops_N (with depths
-    that have loops), expert_LTK (the experts of each routed layer; where a layer runs once), token_N (what each place was asked for: the
-    token after it, or its own if that was hidden) and right_N (1 if the likeliest id was that, 0 if not, -1 if nothing was asked)."""
-    training = model.training
-    model.eval()
+    """Arrays that say where tokens went, over batches of data.Batch: layer_SN (with depth routed, the layer of each step, -1 for a token that
+    had left), loops_N (with depths that have loops), expert_LTK (the experts of each routed layer; where a layer runs once), token_N (what each
+    place was asked for: the token after it, or its own if that was hidden) and right_N (1 if the likeliest id was that, 0 if not, -1 if nothing
+    was asked). Meta-tokens are left out."""
+    training, meta = model.training, model.config.num_meta_tokens
     seen, once = {"layer_SN": [], "loops_N": [], "token_N": [], "right_N": []}, model.config.depth == "stack"
-    experts = [[] for _ in range(model.config.routed_layers)]
+    experts, hooks = [[] for _ in range(model.config.routed_layers)], []
 
     def of_depth(module, args, deep: Deep):
-        for name, value in (("layer_SN", deep.choices_SBT), ("loops_N", deep.loops_BT)):
-            if value is not None:
-                seen[name].append(value[..., model.config.num_meta_tokens :].flatten(-2))
+        if deep.choices_SBT is not None:  # fewer steps where all tokens have left
+            choices_SBT = F.pad(deep.choices_SBT, (0, 0) * 2 + (0, module.eval_loops - len(deep.choices_SBT)), value=-1)
+            seen["layer_SN"].append(choices_SBT[..., meta:].flatten(-2))
+        if deep.loops_BT is not None:
+            seen["loops_N"].append(deep.loops_BT[:, meta:].flatten())
 
-    hooks = [model.depth.register_forward_hook(of_depth)]
-    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
-    for router, found in zip(routers, experts):
-        hooks.append(router.register_forward_hook(lambda module, args, route, found=found: found.append(route.expert_TK)))
-    for batch in batches:
-        ids_BT, targets_BT = OBJECTIVES[model.config.objective].pose(model, batch.inputs_BT, batch.targets_BT)
-        logits_BTV = model(ids_BT, doc_ids_BT=model.documents(batch.inputs_BT, None, None)).logits
-        seen["token_N"].append(torch.where(targets_BT < 0, batch.inputs_BT, targets_BT).flatten())
-        seen["right_N"].append(torch.where(targets_BT < 0, -1, logits_BTV.argmax(-1) == targets_BT).to(torch.int8).flatten())
-    for hook in hooks:
-        hook.remove()
-    model.train(training)
+    def of_router(found, module, args, route: Route):
+        found.append(route.expert_TK.unflatten(0, args[0].shape[:2])[:, meta:].flatten(0, 1))
+
+    routers = [module.router for module in model.modules() if isinstance(module, MoE)] if once else []
+    model.eval()
+    try:
+        hooks.append(model.depth.register_forward_hook(of_depth))
+        hooks += [router.register_forward_hook(functools.partial(of_router, found)) for router, found in zip(routers, experts)]
+        for batch in batches:
+            ids_BT, targets_BT = OBJECTIVES[model.config.objective].pose(model, batch.inputs_BT, batch.targets_BT)
+            with torch.compiler.set_stance("force_eager"):  # a compiled block would run past the hooks
+                logits_BTV = model(ids_BT, doc_ids_BT=model.documents(batch.inputs_BT, None, None)).logits
+            seen["token_N"].append(torch.where(targets_BT < 0, batch.inputs_BT, targets_BT).flatten())
+            seen["right_N"].append(torch.where(targets_BT < 0, -1, logits_BTV.argmax(-1) == targets_BT).to(torch.int8).flatten())
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
     arrays = {name: torch.cat(parts, -1).cpu().numpy() for name, parts in seen.items() if parts}
-    if once and routers:
+    if routers:
         arrays |= {"expert_LTK": torch.stack([torch.cat(parts) for parts in experts]).cpu().numpy(), "experts": model.config.num_experts}
     pool = model.config.tiled("looped").count("o")
     return arrays | {"layers": pool, "identities": model.config.identity_layers}

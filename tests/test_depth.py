@@ -83,7 +83,7 @@ def test_halting_leaks_nothing_and_decodes_as_it_trains(halt, loop_keys, router)
 
 
 HALTING = [dict(halt=halt, loop_keys=keys, **more) for halt, keys, more in (
-    ("act", "latest", dict(attention="KL")), ("act", "per_loop", dict(attention="AS", window="L", residual="average")),
+    ("act", "latest", dict(attention="KL")), ("act", "per_loop", dict(attention="AASA", window="L", residual="average")),
     ("act", "share_first", dict(reinject=0.3)), ("stick_breaking", "latest", dict(norms="R", num_meta_tokens=2)),
     ("stick_breaking", "per_loop", dict(attn_softmax="ssmax")), ("threshold", "latest", dict(residual="average_keep_embedding", attention="AA-A")),
     ("threshold", "share_first", dict(looped="oo..", attention="KAAS", window="L")),
@@ -103,6 +103,23 @@ def test_packed_loops_equal_all_loops_for_all_tokens_in_logits_and_gradients(cha
     grads = gradients(net, net(x, y).loss - net(x, y).stats["local_loss"] * training)
     for name, grad in gradients(net, F.cross_entropy(want.flatten(0, 1), y.flatten())).items():
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("residual", sorted(M.RESIDUALS))
+def test_a_token_that_ponder_lets_go_at_once_is_trained_as_it_is_evaluated(residual):
+    """What comes after the loop takes up each loop's state with as many terms as that loop has."""
+    net, x = restless(halt="ponder", residual=residual, bias=50.0, pattern="D", halt_threshold=0.0), text(2, 20, 6)
+    assert far(net.train()(x, x).stats["ce"], net.eval()(x, x).stats["ce"]) < 1e-5
+
+
+@pytest.mark.parametrize("field, changes, legal", (
+    ("attention", dict(halt="act", attention="AAAS", window="L"), "without S in layers .3., after the loop"),
+    ("halt", dict(halt="exit", pattern="MDDM") | EXITS, "an exit among the experts of some layer of the loop"),
+    ("router_residual", dict(router_residual=0.5), "0 with depth loop")))  # fmt: skip
+def test_what_a_loop_cannot_have_is_refused(field, changes, legal):
+    with pytest.raises(ConfigError, match=f"^{field} is .*{legal}"):
+        Config(**TINY | LOOP | changes)
+    Config(**TINY | LOOP | changes | dict(halt="none", router_residual=0.0))
 
 
 def test_ponder_weighs_each_loops_loss_by_the_chance_that_it_is_the_last():
@@ -482,6 +499,26 @@ def test_picked_layers_compute_keys_for_all_and_the_rest_for_those_who_picked_th
     assert seen["aten.mm"] == pytest.approx(2 * (2 * (3 * keys + layer) + counts["head"]), rel=1e-6)
     more = M.flops_per_token(config, T) - M.flops_per_token(dataclasses.replace(config, loops=1), T)
     assert more == pytest.approx(6 * (3 * keys + layer) + 12 * M.mean_keys(config, "L", T) * 32)
+
+
+def test_a_layer_that_nobody_picks_leaves_the_entropy_of_the_others():
+    net = tiny(**POOL | dict(entropy_coef=0.1, controller="fixed")).eval()
+    assert net(PACKED, PACKED).stats["local_loss"] < 0, "less entropy of what rows choose, of the layers that were picked"
+
+
+def test_tokens_that_have_left_pick_no_layer():
+    """Neither in the routes nor in the balance of layers."""
+    net = picky(halt="act", loops=4)
+    deep = deep_of(net.eval(), PACKED)
+    left_SBT = torch.arange(len(deep.choices_SBT))[:, None, None] >= deep.loops_BT
+    assert left_SBT.any() and torch.equal(deep.choices_SBT < 0, left_SBT)
+    prob_SBTN = torch.rand(4, 2, 18, 5, generator=rng(1))
+    choice_SBT = torch.randint(5, (4, 2, 18), generator=rng(2))
+    gone_SBT = torch.rand(4, 2, 18, generator=rng(3)) < 0.5
+    net.depth.group, seen = slice(0, 4), ~gone_SBT
+    real_N, share_N = prob_SBTN[seen].mean(0)[:4], F.one_hot(choice_SBT[seen], 5).float().mean(0)[:4]
+    want = 4 * (share_N / share_N.sum() * real_N / real_N.sum()).sum()
+    assert far(net.depth.unevenness(prob_SBTN, choice_SBT.where(seen, -1)), want) < 1e-5
 
 
 @pytest.mark.parametrize("controller, can", (("linear", True), ("lstm", True), ("memoryless", False)))

@@ -2,7 +2,7 @@
 
 CPU, no network: `pytest tests/test_domains.py`."""
 
-import collections
+import functools
 import itertools
 import json
 import math
@@ -374,6 +374,26 @@ def test_rows_that_fill_up_are_not_counted(monkeypatch):
         whole, alone = net(ids, ids, real_B=torch.tensor([True, False, True])), net(ids[::2], ids[::2])
     assert torch.equal(whole.stats["counts_LE"], alone.stats["counts_LE"])
     assert torch.allclose(whole.stats["entropy"], alone.stats["entropy"])
+
+
+def test_rows_that_do_not_count_stay_where_experts_are_shared_by_ranks(tmp_path):
+    """They have no expert, so no row of theirs travels. A group of one rank, whose experts are the whole layer's."""
+    net, ids = M.GPT(M.Config(**SMALL)).eval(), torch.randint(0, 256, (2, 10))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.3)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for real in ([True, False], [False, False], [True, True]):
+            found = []
+            for carry in (M.stay, functools.partial(M.exchanged, None)):
+                for block in net.blocks:
+                    block.ffn.carry = carry
+                with torch.no_grad():
+                    found.append(net(ids, ids, real_B=torch.tensor(real)))
+            assert torch.equal(found[0].loss, found[1].loss) and torch.equal(found[0].stats["counts_LE"], found[1].stats["counts_LE"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_information_of_known_matrices():

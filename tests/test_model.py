@@ -1275,6 +1275,20 @@ def test_a_bad_value_is_refused_by_name_with_the_legal_values(field, value, lega
     assert message.startswith(f"{field} is {value!r}") and legal in message and "\n" not in message
 
 
+def test_a_list_of_experts_says_how_many_there_are():
+    """One name alone stands for num_experts of them."""
+    assert [Config(**TINY | dict(experts=experts, top_k=1)).num_experts for experts in ("mlp", "mlp*1", "mlp*3", "mlp,mlp")] == [4, 1, 3, 2]
+
+
+def test_the_shortest_window_holds_a_token_in_the_count_of_flops_too():
+    assert M.mean_keys(Config(**TINY | dict(window_size=1)), "S", 40) == 1
+
+
+def test_the_coldest_sampling_takes_the_likeliest():
+    logits_BV, generators = torch.randn(3, 20, generator=rng(1)), [rng(0)] * 3
+    assert torch.equal(M.picked_tokens(logits_BV, 1e-38, 0, 1.0, generators), logits_BV.argmax(-1))
+
+
 def test_every_table_field_names_all_its_keys():
     for field, table in (("router", ROUTERS), ("depth", DEPTHS), ("head", M.HEADS), ("dtype", M.DTYPES),
                          ("attn_softmax", M.SOFTMAXES), ("qk_norm", M.QK_NORMS)):  # fmt: skip

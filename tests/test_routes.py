@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_depth import picky
+from test_model import rng, tiny
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
+import model  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Arithmetic
@@ -74,6 +78,46 @@ def test_matrices_of_known_routes():
     met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
     assert logger.correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
     assert np.isnan(logger.transitions(choice, 4)[3]).all(), "nobody was at member 3"
+    choice[1:, 1] = -1  # the second token left after one step
+    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
+    assert np.allclose(logger.transitions(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
+
+
+def batches(rows: int, T: int, count: int) -> list[data.Batch]:
+    ids = torch.randint(60, (count, rows, T + 1), generator=rng(5))
+    return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows, micro.new_zeros(rows)) for i, micro in enumerate(ids)]
+
+
+def test_routes_have_a_place_for_every_token_and_none_for_meta_tokens():
+    arrays = model.collect_routes(tiny(num_meta_tokens=3), batches(2, 18, 2))
+    assert arrays["token_N"].shape == (72,) and arrays["expert_LTK"].shape == (4, 72, 2)
+
+
+def test_routes_of_batches_whose_tokens_leave_after_different_steps():
+    net = picky(halt="act", loops=4)
+    with torch.no_grad():
+        net.depth.halt.weight.normal_(generator=rng(3))
+        net.depth.halt.bias.fill_(1.0)
+    steps, hook = set(), net.depth.register_forward_hook(lambda module, args, deep: steps.add(len(deep.choices_SBT)))
+    arrays = model.collect_routes(net, batches(1, 2, 30))
+    hook.remove()
+    assert len(steps) > 1 and arrays["layer_SN"].shape == (4, 60) and ((arrays["layer_SN"] >= 0).sum(0) == arrays["loops_N"]).all()
+
+
+def test_routes_are_collected_from_blocks_that_are_compiled_already():
+    net, some = tiny().eval(), batches(1, 18, 1)
+    for block in net.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    net(some[0].inputs_BT)
+    assert model.collect_routes(net, some)["expert_LTK"].shape == (4, 18, 2)
+    torch._dynamo.reset()
+
+
+def test_a_batch_that_fails_leaves_no_hook_behind():
+    net = tiny().train()
+    with pytest.raises(AttributeError):
+        model.collect_routes(net, [None])
+    assert net.training and not net.depth._forward_hooks and not any(module._forward_hooks for module in net.modules())
 
 
 def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_no_correlation():

@@ -437,6 +437,12 @@ def is_run(folder):
     return (folder / "run.log").exists() or (folder / "metrics.jsonl").exists()
 
 
+def has_ended(folder) -> bool:
+    """Whether the run of a folder has been through to its end."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(row.get("event") == "end" for row in _read_rows(path)[1])
+
+
 def _read_rows(path):
     """The lines of a metrics.jsonl and the objects they hold, without a torn last line."""
     with _naming(path, "read"):

@@ -3674,6 +3674,14 @@ def collect_routes(model: GPT, batches) -> dict:
     return arrays | {"layers": pool, "identities": model.config.identity_layers}
 
 
+def routes_batches(config: Config, folder, tokens: int, device="cpu"):
+    """Of the first validation tokens of a folder of shards, rows one by one. Raises data.DataError at the call."""
+    import data
+
+    return data.validation_batches(folder, seq_len=min(tokens, config.window_size), rows=1, max_tokens=tokens, vocab_size=config.vocab_size,
+                                   device=device)  # fmt: skip
+
+
 def validation_routes(model: GPT, encoding: str, folder, tokens: int) -> dict:
     """collect_routes() of the first validation tokens of a folder of shards, a row at a time, and where they are problems how hard they are:
     chain_N and sum_N, of data.difficulty. Raises data.DataError."""
@@ -3681,9 +3689,7 @@ def validation_routes(model: GPT, encoding: str, folder, tokens: int) -> dict:
 
     import data
 
-    batches = data.validation_batches(folder, seq_len=min(tokens, model.config.window_size), rows=1, max_tokens=tokens,
-                                      vocab_size=model.config.vocab_size, device=model.head.device)  # fmt: skip
-    arrays = collect_routes(model, batches)
+    arrays = collect_routes(model, routes_batches(model.config, folder, tokens, model.head.device))
     if encoding == "bytes":
         text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
         arrays |= {f"{kind}_N": label for kind, label in data.difficulty(text).items() if label.any()}

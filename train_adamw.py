@@ -40,8 +40,7 @@ PRESETS = {
 def make_optimizers(tensors: dict[str, list[Tensor]], hp: Hyperparameters) -> list[torch.optim.Optimizer]:
     """kind -> the slabs this rank owns, to one AdamW over all of them."""
     matrices = [dict(params=tensors[kind], base_lr=hp.matrix_lr, weight_decay=hp.weight_decay) for kind in ("matrix", "expert") if tensors.get(kind)]
-    groups = adamw_groups(tensors, hp) + matrices
-    return [adamw(groups, hp)] if groups else []
+    return adamw(adamw_groups(tensors, hp) + matrices, hp)
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters):

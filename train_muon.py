@@ -69,7 +69,7 @@ class Common:
     num_iterations: int = 1770
     batch_tokens: int = 8 * 48 * 1024  # per optimizer step, over all ranks
     seq_len: int = 48 * 1024
-    micro_batch_tokens: int = 48 * 1024  # per rank and forward pass, at most; accumulation fills in the rest
+    micro_batch_tokens: int = 48 * 1024  # per rank and forward pass, at most, but a row at least; accumulation fills in the rest
     # evaluation and safety
     val_every: int = 125  # steps; 0 = at the end only
     val_tokens: int = 10_485_760  # 0 = all
@@ -77,7 +77,7 @@ class Common:
     checkpoint_every: int = 0  # steps; 0 = at the end only
     sample_tokens: int = 256  # generated at the end
     warmup_steps: int = 10  # untimed steps on random tokens, undone before the clock starts
-    stuck_after: float = 600.0  # seconds without progress on some rank, after which the run ends and names it
+    stuck_after: float = 600.0  # seconds without progress on one of several ranks, after which the run ends and names it
     # several ranks
     expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
     bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
@@ -124,7 +124,8 @@ class Common:
         check("domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
         check("domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
         check("bucket_mb", 0 <= self.bucket_mb < math.inf, "at least 0")
-        check("stuck_after", 1 <= self.stuck_after < math.inf, "at least 1 second")
+        check("stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
+        check("num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
         check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         check("device", self.device in (None, "cpu", "cuda")[: 2 + torch.cuda.is_available()], "one that this machine has: cpu, cuda or none")
         check("val_tokens", self.val_tokens == 0 or self.val_tokens >= self.seq_len, f"0 (all) or at least seq_len = {self.seq_len}")
@@ -256,16 +257,16 @@ def adamw_groups(tensors: dict[str, list[Tensor]], hp: Common) -> list[dict]:
     return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
 
 
-def adamw(groups: list[dict], hp: Common, **options) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True, **options)
+def adamw(groups: list[dict], hp: Common) -> list[torch.optim.Optimizer]:
+    """[AdamW] over these groups, or [] where a rank owns none of them."""
+    return [torch.optim.AdamW(groups, lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)] if groups else []
 
 
 def make_optimizers(tensors: dict[str, list[Tensor]], hp: Hyperparameters) -> list[torch.optim.Optimizer]:
     """kind -> the slabs this rank owns, to [AdamW, Muon] over those kinds that it owns any of."""
     matrices = [dict(params=tensors[kind], base_lr=hp.muon_lr) for kind in ("matrix", "expert") if tensors.get(kind)]
-    others = adamw_groups(tensors, hp)
     muon = [Muon(matrices, weight_decay=hp.weight_decay, ns_dtype=DTYPES[hp.ns_dtype])] if matrices else []
-    return ([adamw(others, hp)] if others else []) + muon
+    return adamw(adamw_groups(tensors, hp), hp) + muon
 
 
 # -----------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def make_optimizers(tensors: dict[str, list[Tensor]], hp: Hyperparameters) -> li
 
 def lr_scale(step: int, hp: Common) -> float:
     """1, then linear to final_lr_scale over the last cooldown_frac of the run."""
-    left = (hp.num_iterations - step) / max(1, hp.num_iterations) / max(hp.cooldown_frac, 1e-9)
+    left = (hp.num_iterations - step) / hp.num_iterations / max(hp.cooldown_frac, 1e-9)
     return 1.0 if left >= 1 else left + (1 - left) * hp.final_lr_scale
 
 
@@ -286,7 +287,7 @@ def window(step: int, hp: Common, config: Config) -> int:
 
 def domain_price(step: int, hp: Common) -> float:
     """domain_coef for domain_steps, then linear to 0 over domain_anneal_steps."""
-    gone = (step - hp.domain_steps + 1) / max(1, hp.domain_anneal_steps + 1)
+    gone = (step - hp.domain_steps + 1) / (hp.domain_anneal_steps + 1)
     return hp.domain_coef * min(1.0, max(0.0, 1 - gone))
 
 
@@ -328,7 +329,7 @@ class Slab(NamedTuple):
         return self.kind in ("matrix", "expert")
 
 
-TABLE_BLOCKS = 64  # row blocks that a large table is cut into, as padded vocabularies are multiples of 64; a small one into 8
+TABLE_BLOCKS = 64  # row blocks that a large table is cut into, at most; a small one into 8
 
 
 def cut_slabs(config: Config) -> list[Slab]:
@@ -486,6 +487,7 @@ def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
 
 def plan_text(config: Config, hp: Common, recipe: Recipe, world_size: int) -> str:
     """plan() for reading: the optimizer's and the communication's part of the model card."""
+    check_expert_parallel(config, hp.expert_parallel, world_size)
     p, mib = plan(config, hp, recipe, world_size), lambda number: f"{number / 2**20:,.1f} MiB"
     travelling = [bucket for bucket in p["buckets"] if len(bucket.ranks) > 1]
     sizes = [4 * bucket.part * len(bucket.ranks) for bucket in travelling]
@@ -516,10 +518,11 @@ class World(NamedTuple):
     device: torch.device
     expert_parallel: int = 1  # ranks that share the experts; rank r holds part r % expert_parallel
     run_id: str = ""  # prefix of this run's keys in the store
+    restarted: bool = False  # by torchrun, after ranks were lost
     groups: dict = {}  # ranks of a bucket -> its process group; absent: all ranks
     expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
 
-    def with_groups(self) -> "World":
+    def with_groups(self, timeout: timedelta) -> "World":
         """The process groups of the ranks that hold the same experts, and of those that share them; all ranks make all of them.
 
         Rows never travel in a bucket's group, as buckets and rows may take turns in another order on another rank."""
@@ -527,8 +530,8 @@ class World(NamedTuple):
         if step == 1:
             return self
         holding = [every[first::step] for first in range(step)]
-        sharing = [dist.new_group(every[first : first + step]) for first in range(0, self.size, step)]
-        groups = {ranks: dist.new_group(ranks) for ranks in holding if len(ranks) > 1}
+        sharing = [dist.new_group(every[first : first + step], timeout=timeout) for first in range(0, self.size, step)]
+        groups = {ranks: dist.new_group(ranks, timeout=timeout) for ranks in holding if len(ranks) > 1}
         return self._replace(groups=groups, expert_group=sharing[self.rank // step])
 
     @property
@@ -731,8 +734,7 @@ class Saver:
         try:
             if copied:
                 copied.synchronize()
-            log.sync()  # a checkpoint on the disk never goes further than the log there
-            self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self)
+            self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self, log.sync)
         except BaseException as error:  # raised again by wait(), in the thread that can stop the run
             self.error = error
 
@@ -786,20 +788,22 @@ def snapshot(exchange: Exchange, world: World) -> dict[str, dict[str, Tensor]]:
     return {name: {key: to_host(value) for key, value in slab.items()} for name, slab in slabs.items()}
 
 
-def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver) -> Path:
-    """Write this rank's file of folder/step_NNNNNN; when all are there, rank 0 writes the manifest and renames the folder into place.
+def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver, sync_log=lambda: None) -> Path:
+    """Write this rank's file of folder/step_NNNNNN; when all are there, rank 0 writes the manifest and renames the folder into place. Before it,
+    sync_log(): a checkpoint on the disk never goes further than the log there.
 
     That folder and the one before are kept. The ranks meet on the board, for collectives belong to the training thread.
     Raises RunError on every rank if one of them could not write; the checkpoints that were there stay."""
     target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
     try:
+        sync_log()
         partial.mkdir(parents=True, exist_ok=True)
         report = {"files": write_file(partial / f"rank{world.rank}.pt", lambda file: torch.save(slabs, file))}
         bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
         if bad:
             report = {"failure": f"{bad[0]} is not finite"}
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        report = {"failure": str(error)}
+    except Exception as error:  # whatever it is, the other ranks wait for a report; torch.save tells of a full disk as RuntimeError
+        report = {"failure": str(error) or type(error).__name__}
     board.tell(f"{key}/{world.rank}", json.dumps(report))
     if world.rank == 0:
         reports = [json.loads(report) for report in board.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
@@ -812,7 +816,8 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
                 sync_folder(folder)
-                for old in sorted(folder.glob("step_??????"))[:-2]:
+                there = model_file.checkpoints(folder)
+                for old in set(there) - set([path for path in there if path <= target][:2]):  # a newer one was found damaged
                     shutil.rmtree(old)
             except OSError as error:
                 failures = [str(error)]
@@ -1100,13 +1105,13 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
     """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known; of a mixture
     the same for each domain, val/<domain>/..., which experts its tokens meet, and how many bits of the domain a choice of expert tells."""
     model.eval()
-    model.set_step(hp.seed, step, window=window(step, hp, model.config))
     names, L, E = list(data.domains(hp.data)), *model.bias_LE.shape
     totals_DX = torch.zeros(len(names), 3 + L * E, dtype=torch.float64, device=world.device)  # nats, tokens, bytes, choices of experts
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
     for batch in batches:
         timer.begin("validation")
+        model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))  # objective masked hides by a token's number
         counts = batch.targets_BT >= 0
         _, loss, stats = model(batch.inputs_BT, batch.targets_BT, real_B=counts.any(1) if len(names) > 1 else None)
         nbytes = counts.sum() * 0 if token_bytes is None else (token_bytes[batch.targets_BT.clamp(min=0)] * counts).sum()
@@ -1231,25 +1236,47 @@ def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool,
         raise RunError(f"there is no {folder} to resume; start the run without --resume, or correct --experiment_name or --out_dir")
     if fresh:
         logger.refuse_existing(folder)
-    parts = hp.expert_parallel
-    if world.size % parts or config.num_experts % parts:
-        raise ConfigError(f"expert_parallel is {parts}; it must divide both the {world.size} ranks and num_experts = {config.num_experts}")
-    if parts > 1 and len(config.expert_counts) > 1:
-        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+    check_expert_parallel(config, hp.expert_parallel, world.size)
     if config.objective != "next" and hp.sample_tokens:
         raise ConfigError(f"sample_tokens is {hp.sample_tokens}; it must be 0 with objective {config.objective}, which cannot continue a text")
-    if parts > 1 and (config.depth == "routed" or config.halt != "none"):
-        raise ConfigError(f"expert_parallel is {parts}; it must be 1 where tokens go apart (depth {config.depth}, halt {config.halt}), "
-                          "as ranks would not exchange rows equally often")  # fmt: skip
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = micro_batch_rows(rows, hp, world)
-    if world.device.type == "cuda" and config.head == "fp8" and hp.seq_len % 16:
-        raise ConfigError(f"seq_len is {hp.seq_len}; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16")
+    if world.device.type == "cuda":
+        check_for_cuda(config, hp)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,
                          seed=hp.seed, vocab_size=config.vocab_size, device=world.device, mix=mix(hp), steps=hp.num_iterations)  # fmt: skip
+    data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # raises here, not after the last step
+    if hp.routes_tokens:
+        model_file.routes_batches(config, hp.data, hp.routes_tokens)
     return Prepared(data.load_meta(hp.data), loader, micro_rows, domain_experts(config, hp, world.device))
+
+
+def check_expert_parallel(config: Config, parts: int, ranks: int):
+    if ranks % parts or config.num_experts % parts:
+        raise ConfigError(f"expert_parallel is {parts}; it must divide both the {ranks} ranks and num_experts = {config.num_experts}")
+    if parts > 1 and len(config.expert_counts) > 1:
+        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+    if parts > 1 and (config.depth == "routed" or config.halt != "none"):
+        raise ConfigError(f"expert_parallel is {parts}; it must be 1 where tokens go apart (depth {config.depth}, halt {config.halt}), "
+                          "as ranks would not exchange rows equally often")  # fmt: skip
+
+
+def check_for_cuda(config: Config, hp: Common):
+    """What a GPU's matmuls and FlexAttention ask for beyond what a CPU does."""
+    for name, value, step in (("seq_len", hp.seq_len, 16), ("n_embd", config.n_embd, 16)):
+        if config.head == "fp8" and value % step:
+            raise ConfigError(f"{name} is {value}; with head fp8 on CUDA it must be a multiple of {step}, or pass --head bf16")
+    if config.head_dim < 16:
+        raise ConfigError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
+    tokens, block = hp.seq_len + config.num_meta_tokens, model_file.FlexMask.BLOCK
+    if tokens % block and tokens > MOST_MASKED:
+        raise ConfigError(f"seq_len + num_meta_tokens is {tokens}; on CUDA it must be a multiple of {block} beyond {MOST_MASKED}, or attention would "
+                          "hold a mask of all pairs")  # fmt: skip
+
+
+MOST_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
 
 
 def mix(hp: Common) -> data.Mix:
@@ -1290,7 +1317,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     fresh = not (resume or enable_profiling)
     meta, loader, micro_rows, expert_D = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
     agree_on(shared_facts(config, hp, experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling), world)
-    world = world._replace(expert_parallel=hp.expert_parallel).with_groups()
+    world = world._replace(expert_parallel=hp.expert_parallel).with_groups(collectives_timeout(hp))
     rows = hp.batch_tokens // hp.seq_len
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
 
@@ -1326,7 +1353,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 manifest = agree(world, lambda: load_checkpoint(path, exchange, config, hp))
                 loader.load_state_dict(manifest["loader"])
                 start, train_time, resume_step, validated = manifest["step"], manifest["train_time"], manifest["step"], manifest["validated"]
-                if start == hp.num_iterations:
+                if start == hp.num_iterations and gather_objects(logger.has_ended(folder), world)[0]:
                     if world.rank == 0:
                         print(f"{folder} has all its {start} steps; nothing is left to do")
                     return
@@ -1349,7 +1376,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         look_every = 1 if device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
 
         # ---- the loop: validate, checkpoint, step
-        latest, stopping = Late(torch.zeros(3)), False
+        latest, stopping, values = Late(torch.zeros(3)), False, {}
         model.train()
         synchronize(device)
         clock = time.perf_counter()
@@ -1385,6 +1412,9 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             began = time.perf_counter()
             row, signs = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer,
                                     Alarms(signals.received > 0, saver.failed), expert_D)  # fmt: skip
+            before_latest, latest = latest, Late(signs)
+            timer.begin("communication")
+            stopping = look(before_latest, step, saver, world)  # a host that is ahead of its GPU waits here
             now = time.perf_counter()
             speed = hp.batch_tokens / (now - began)
             row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
@@ -1393,9 +1423,6 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             if (step + 1) % look_every == 0:
                 run.flush()
             bar.update()
-            before_latest, latest = latest, Late(signs)
-            timer.begin("communication")  # a host that is ahead of its GPU waits here
-            stopping = look(before_latest, step, saver, world)
 
         # ---- the end: what was reached, beside what compressors need, and a sample
         bar.close()
@@ -1525,10 +1552,13 @@ def progress_bar(total: int, start: int, world: World):
 
 
 def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:
-    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to its first COMPRESSED_BYTES."""
+    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to COMPRESSED_BYTES of it."""
+    names, ids = data.domains(hp.data), {}
     most = min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES)
-    batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max(most, hp.seq_len))
-    return data.compressed_bpb(encoding.decode_bytes(torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])))
+    for batch in data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max(most, hp.seq_len * len(names))):
+        ids.setdefault(batch.domain_B[0].item(), []).append(batch.targets_BT[batch.targets_BT >= 0])
+    texts = [encoding.decode_bytes(torch.cat(parts)) for parts in ids.values()]
+    return data.compressed_bpb(b"".join(text[: data.COMPRESSED_BYTES // len(texts)] for text in texts))  # as much of each domain
 
 
 def sample(model: GPT, hp: Common, device: torch.device) -> tuple[list[int], list[int]]:
@@ -1540,6 +1570,12 @@ def sample(model: GPT, hp: Common, device: torch.device) -> tuple[list[int], lis
 
 # -----------------------------------------------------------------------------
 # Profiling
+
+
+def phase_seconds(events) -> dict[str, float]:
+    """Of each named part of a step, the host's time: on CUDA each also has an entry for what ran on the device meanwhile."""
+    names, host = ("data", "forward", "backward", "communication", "optimizer"), torch.autograd.DeviceType.CPU
+    return {e.key: e.cpu_time_total / 1e6 for e in events if e.key in names and e.device_type == host}
 
 
 def profile(folder: Path, step_function, config: Config, hp: Common, world: World):
@@ -1568,14 +1604,14 @@ def profile(folder: Path, step_function, config: Config, hp: Common, world: Worl
         torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
     events = profiler.key_averages()
-    phases = {e.key: e.cpu_time_total / 1e6 / steps for e in events if e.key in ("data", "forward", "backward", "communication", "optimizer")}
+    phases = phase_seconds(events)
     rate = hp.batch_tokens * model_file.flops_per_token(config, hp.seq_len) / seconds
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     lines = [
         f"{seconds * 1000:.1f} ms per step under the profiler, {hp.batch_tokens / seconds:,.0f} tokens/s",
         f"MFU {100 * rate / world.size / matmul_rate(world.device, config.dtype):.1f}% on active parameters",
         f"peak memory {peak_bytes(world.device) / 2**20:,.0f} MiB",
-        "share of the step: " + ", ".join(f"{name} {100 * t / sum(phases.values()):.1f}%" for name, t in phases.items()),
+        "share of the host's time: " + ", ".join(f"{name} {100 * t / sum(phases.values()):.1f}%" for name, t in phases.items()),
         events.table(sort_by=order, row_limit=10, max_name_column_width=45),
         f"trace: {folder / 'trace.json'} (open it in https://ui.perfetto.dev or chrome://tracing)",
     ]
@@ -1588,9 +1624,8 @@ def profile(folder: Path, step_function, config: Config, hp: Common, world: Worl
 
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, Common, argparse.Namespace]:
-    """Flags -> configuration, hyperparameters, and the flags that belong to neither. Nothing is allocated yet.
-
-    The vocabulary is the data folder's unless a flag says otherwise. Raises ConfigError, DataError."""
+    """Flags -> configuration, hyperparameters, and the flags that belong to neither. Nothing is allocated and no data are looked at yet.
+    Raises ConfigError."""
     parser = Parser(prog=f"train_{recipe.name}.py", description=f"Train with {recipe.name}; every field of Config and Hyperparameters is a flag.")
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
@@ -1640,6 +1675,11 @@ def keep_freed_memory():
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+def collectives_timeout(hp: Common) -> timedelta:
+    """The watchdog speaks first."""
+    return timedelta(seconds=2 * hp.stuck_after)
+
+
 def join(hp: Common) -> World:
     """This process among those that torchrun started, or alone without it."""
     keep_freed_memory()
@@ -1647,15 +1687,38 @@ def join(hp: Common) -> World:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if "RANK" not in os.environ:
-        return World(0, 1, device)
+        return World(0, 1, device, restarted=restarted)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=2 * hp.stuck_after)  # the watchdog speaks first
+    timeout = collectives_timeout(hp)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun keeps it over restarts
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    world = World(rank, size, device)
-    return world._replace(run_id=gather_objects(uuid.uuid4().hex, world)[0])
+    run_id = meet(store, rank, size, timeout)
+    dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, device, run_id=run_id, restarted=restarted or not run_id.startswith("1 "))  # its attempts: hosts may come and go
+
+
+def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that all ranks of this attempt know and none before had, "<number of the attempt> <hex>". torchrun keeps its store over restarts,
+    with what dead ranks left there, and each host counts its own restarts alone. Rank 0 answers whoever asks until all have said that they
+    heard it. Raises RunError where ranks stay away."""
+    me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", me)
+        store.wait([f"answer/{me}"], timeout)
+        run_id = store.get(f"answer/{me}").decode()
+        store.set(f"{run_id}/heard/{rank}", "")
+        return run_id
+    run_id, others, answered = f"{store.add('attempts', 1)} {me}", range(1, size), set()
+    ends = time.monotonic() + timeout.total_seconds()
+    while others and not store.check([f"{run_id}/heard/{other}" for other in others]):
+        if time.monotonic() > ends:
+            raise RunError(f"not all {size} ranks came within {timeout.total_seconds():g} s; see what ended the others")
+        for asker in {store.get(f"hello/{other}").decode() for other in others if store.check([f"hello/{other}"])} - answered:
+            store.set(f"answer/{asker}", run_id)
+            answered.add(asker)
+        time.sleep(0.02)
+    return run_id
 
 
 def main(recipe: Recipe):
@@ -1670,8 +1733,8 @@ def main(recipe: Recipe):
             logger.sink_module(name)  # is it there? Better said before training than after
         world = join(hp)
         config = agree(world, lambda: fit_to_data_and_machine(config, hp, args, world.device))
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (Path(hp.out_dir) / args.experiment_name).exists()
-        resume = args.resume or gather_objects(restarted, world)[0]
+        restarted = gather_objects(world.restarted and (Path(hp.out_dir) / args.experiment_name).exists(), world)
+        resume = args.resume or any(restarted)
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, sinks)
     except Ended as error:
         if world.rank == 0:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -421,6 +422,28 @@ def test_two_agents_on_the_loopback_train_the_run_of_one(shards, tmp_path, whole
     assert_near_series(series(tmp_path / "muon", "train/loss"), series(whole_batch(MUON)[0], "train/loss"), 1e-5)
     assert_near(state_of(tmp_path / "muon"), state_of(whole_batch(MUON)[0]), 1e-4)
     assert json.loads((tmp_path / "muon/config.json").read_text())["world_size"] == 2
+
+
+def test_a_host_that_loses_its_rank_is_joined_by_the_other_one_anew(shards, tmp_path):  # noqa: F811
+    """Each agent counts its own restarts alone, and the store still holds what the dead left there."""
+    words = flags(MUON, data=shards, out_dir=tmp_path, **LAYOUT_RUNS["muon"] | dict(num_iterations=200, checkpoint_every=20))
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = [start_agent(words, endpoint, extra=["--max-restarts=2"]) for _ in range(2)]
+    try:
+        wait_until(lambda: list((tmp_path / "muon/checkpoint").glob("step_??????")), agents)
+        [worker] = Path(f"/proc/{agents[0].pid}/task/{agents[0].pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+    finally:
+        finish_agents(agents)
+    assert "the run continues from step" in (tmp_path / "muon/run.log").read_text()
+    assert [step for step, _ in series(tmp_path / "muon", "train/loss")] == list(range(1, 201))
+
+
+def wait_until(there, agents, seconds=60):
+    ends = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < ends and all(agent.poll() is None for agent in agents), "the run came to nothing"
+        time.sleep(0.05)
 
 
 @pytest.fixture

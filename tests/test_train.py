@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -858,18 +859,98 @@ def test_a_damaged_checkpoint_is_not_sampled_from(shards, tmp_path, monkeypatch)
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monkeypatch):
-    order, sync, write = [], logger.Run.sync, train_muon.write_checkpoint
+    order, sync, write = [], logger.Run.sync, train_muon.write_file
     rows = lambda: [row["step"] for row in training_rows(tmp_path / "muon")][-1]
     monkeypatch.setattr(logger.Run, "sync", lambda self: order.append(("log", rows() >= 2)) or sync(self))
-    monkeypatch.setattr(train_muon, "write_checkpoint", lambda folder, step, *words: order.append(step) or write(folder, step, *words))
+    monkeypatch.setattr(train_muon, "write_file", lambda path, *words: order.append(path.name) or write(path, *words))
     train(tmp_path, data=shards, num_iterations=4, checkpoint_every=2)
-    assert order == [("log", True), 2, ("log", True), 4]
+    assert order == 2 * [("log", True), "rank0.pt", "manifest.json"]
+
+
+def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path):
+    """By the report that the others wait for."""
+    def full(*_):
+        raise logger.RunError("cannot write run.log: No space left on device")
+
+    board, world = train_muon.Saver.__new__(train_muon.Saver), World(0, 1, CPU)
+    board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
+    with pytest.raises(logger.RunError, match="the checkpoint of step 3 could not be written .*No space left on device"):
+        train_muon.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
+
+
+def test_a_checkpoint_that_was_found_damaged_is_not_kept_beside_those_made_since(tmp_path):
+    board, world = train_muon.Saver.__new__(train_muon.Saver), World(0, 1, CPU)
+    board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
+    for step in (100, 200, 300, 125, 150, 175):  # 200 and 300 turned out to be damaged, and the run went on from 100
+        train_muon.write_checkpoint(tmp_path, step, {"x": {"value": torch.zeros(1)}}, {}, world, board)
+        there = [int(path.name.removeprefix("step_")) for path in model.checkpoints(tmp_path)]
+        assert there == {100: [100], 200: [200, 100], 300: [300, 200], 125: [125], 150: [150, 125], 175: [175, 150]}[step]
 
 
 def test_the_latest_and_the_previous_checkpoint_are_kept(shards, tmp_path, straight):
     assert sorted(path.name for path in (straight(MUON) / "checkpoint").iterdir()) == ["step_000008", "step_000010"]
     interrupt(tmp_path, at=5, data=shards)
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_brought_to_its_end(shards, tmp_path, straight):
+    """The sample and what compressors need come after it; nothing is trained or evaluated again."""
+    run = Path(shutil.copytree(straight(MUON), tmp_path / "muon"))
+    lines, log = (run / "metrics.jsonl").read_text().splitlines(keepends=True), run / "metrics.jsonl"
+    assert json.loads(lines[-1])["event"] == "end"
+    log.write_text("".join(lines[:-1]))
+    train(tmp_path, data=shards, resume=True, **RESUMED_RUN | {"warmup_steps": 0})
+    again = log.read_text().splitlines(keepends=True)
+    strip = lambda line: {key: value for key, value in json.loads(line).items() if key != "memory/peak_bytes"}
+    assert again[:-1] == lines[:-1] and strip(again[-1]) == strip(lines[-1])
+
+
+def test_too_little_validation_text_is_said_before_the_first_step(tmp_path):
+    """Not after the last one, with nothing saved."""
+    (tmp_path / "mixed").mkdir()
+    for name in WORDS:
+        write_data(tmp_path / "mixed" / name, WORDS[name])
+    assert "each of 2 domains" in refused(tmp_path, data=tmp_path / "mixed", val_every=0, val_tokens=40, seq_len=32)
+    assert "each of 2 domains" in refused(tmp_path, data=tmp_path / "mixed", routes_tokens=20)
+    assert not (tmp_path / "muon").exists()
+
+
+def test_what_compressors_need_is_measured_on_all_domains_alike(tmp_path, monkeypatch):
+    (tmp_path / "mixed").mkdir()
+    for name in WORDS:
+        write_data(tmp_path / "mixed" / name, WORDS[name])
+    monkeypatch.setattr(data, "COMPRESSED_BYTES", 64)
+    seen = []
+    monkeypatch.setattr(data, "compressed_bpb", lambda text: seen.append(text))
+    train_muon.compressors(data.get_encoding("bytes"), hyper(MUON, data=str(tmp_path / "mixed"), seq_len=32, val_tokens=0))
+    halves = seen[0][:32].decode(), seen[0][32:].decode()
+    assert len(seen[0]) == 64 and all(any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"])))
+
+
+def test_what_is_hidden_in_evaluation_does_not_depend_on_the_micro_batch(shards):
+    net, hp, world = tiny_model(objective="masked"), hyper(MUON, data=shards, val_tokens=256), World(0, 1, CPU)
+    losses = [train_muon.evaluate(net, 3, hp, rows, None, world, logger.PhaseTimer("cpu"))["val/loss"] for rows in (1, 2, 4)]
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_the_host_s_phases_are_not_mixed_up_with_the_device_s():
+    kind = torch.autograd.DeviceType
+    entry = lambda key, device, micro: SimpleNamespace(key=key, device_type=device, cpu_time_total=micro)
+    events = [entry("forward", kind.CPU, 3e6), entry("forward", kind.CUDA, 0), entry("communication", kind.CPU, 1e6)]
+    assert train_muon.phase_seconds([*events, entry("aten::mm", kind.CPU, 5e6)]) == {"forward": 3, "communication": 1}
+
+
+@pytest.mark.parametrize("config, values, legal", (
+    (dict(head="fp8", n_embd=40), {}, "n_embd is 40; with head fp8 on CUDA it must be a multiple of 16"),
+    (dict(head="fp8"), dict(seq_len=1000, batch_tokens=4000), "seq_len is 1000"), (dict(head_dim=8), {}, "head_dim is 8; on CUDA"),
+    (dict(num_meta_tokens=8), dict(seq_len=2**14, batch_tokens=2**14), "16392; on CUDA it must be a multiple of 128"),
+    (dict(num_meta_tokens=8), {}, None)))  # fmt: skip
+def test_what_a_gpu_cannot_do_is_refused(config, values, legal):
+    words = model.Config(**dict(n_embd=64, n_head=2, head_dim=32) | config), dataclasses.replace(train_muon.PRESETS["cpu"], **values)
+    if legal is None:
+        return train_muon.check_for_cuda(*words)
+    with pytest.raises(model.ConfigError, match=legal):
+        train_muon.check_for_cuda(*words)
 
 
 def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, straight, monkeypatch):

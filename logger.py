@@ -34,11 +34,13 @@ import sys
 import time
 import uuid
 import zipfile
+import zlib
 from contextlib import contextmanager
 from fnmatch import filter as matching
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
+from urllib.parse import quote
 
 SEPARATOR = "=" * 100
 
@@ -111,7 +113,8 @@ class Run:
             return
         _append(self.path / "run.log", f"{line}\n")
         bars = sys.modules.get("tqdm")  # only where someone imported tqdm can there be a progress bar to write around
-        (bars.tqdm.write if bars else print)(str(line))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        (bars.tqdm.write if bars else print)(str(line).encode(encoding, "replace").decode(encoding))  # a sample may hold what a terminal cannot show
         sys.stdout.flush()
 
     def log(self, row: dict):
@@ -206,17 +209,17 @@ def _naming(path, verb="write"):
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot {verb} {path}: {error.strerror or error}; make room or mend the permissions there,"
-                       " or choose another --out_dir") from error
+        mend = {"write": "make room or mend the permissions there, or choose another --out_dir", "read": "restore it or mend its permissions"}[verb]
+        raise RunError(f"cannot {verb} {path}: {error.strerror or error}; {mend}") from error
 
 
-def _lock(folder, mode="a"):
+def _lock(folder):
     """An open file whose lock says that this process writes the folder. The kernel takes it back, also after kill -9."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(folder / "run.log", mode)
+    file = open(folder / "run.log", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -424,13 +427,15 @@ def read_run(folder) -> dict:
 
 
 def read_json(path) -> dict:
-    """Raises RunError where there is no JSON to read."""
-    with _naming(path, "read"):
-        text = path.read_text(encoding="utf-8")
+    """Raises RunError where there is no JSON object to read."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); restore it or delete it") from error
+        with _naming(path, "read"):
+            found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {str(found)[:20]}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is no JSON object ({error}); restore it or delete it") from error
 
 
 def is_run(folder):
@@ -482,13 +487,20 @@ TABLE = [  # title, format, which of the values, their key in the rows; losses i
 ]
 
 
+def chosen(run, text: str, choose, key: str) -> str:
+    """One of the values that a run logged under a key; '-' if it logged none, nan if it ended with one that is not finite."""
+    values = _series(run, key)[0]
+    if choose is last and final_row(run["rows"], key).get(key, 0) is None:
+        return "nan"
+    return text.format(choose(values)) if values else "-"
+
+
 def table_rows(runs) -> list[list[str]]:
     """A line of titles, then one for each run; '-' for what a run did not log."""
     lines = [["run", *(title for title, *_ in TABLE), "parameters", "active"]]
     for run in runs:
-        series = [(text, choose, _series(run, key)[0]) for _, text, choose, key in TABLE]
         parameters = run["config"].get("parameters") or {}
-        cells = [text.format(choose(values)) if values else "-" for text, choose, values in series]
+        cells = [chosen(run, *how) for _, *how in TABLE]
         cells += [f"{parameters[key]:,}" if parameters.get(key) else "-" for key in ("total", "active")]
         lines.append([run["name"], *cells])
     return lines
@@ -553,7 +565,7 @@ def plot_val_loss(figure, runs):
         for run in runs:
             xs, ys = _series(run, x, key)
             # Named in the first panel only: the legend below all three gathers every name it finds.
-            _curve(ax, run, xs, ys, f"{run['name']}  {last(_series(run, key)[0]):.4f}" if ax is axes[0] else None)
+            _curve(ax, run, xs, ys, f"{run['name']}  {chosen(run, '{:.4f}', last, key)}" if ax is axes[0] else None)
             ends += xs[-1:]
         if ends and 0 < 10 * min(ends) < max(ends):  # on a linear axis the short runs would be a wall at the left
             ax.set_xscale("log")
@@ -816,9 +828,13 @@ def saturation(expert_LTK, final_LTK):
 
 def analyse(routes, earlier=()) -> dict:
     """The numbers behind the pictures, for JSON, from the arrays of a routes file, and of `earlier` ones: (step, arrays)."""
+    import numpy as np
+
     found = {}
     if len(earlier) > 1 and "expert_LTK" in routes:
-        found["saturation"] = {step: saturation(then["expert_LTK"], earlier[-1][1]["expert_LTK"]).tolist() for step, then in earlier}
+        end = earlier[-1][1]  # a run that was resumed may have kept other tokens before
+        alike = [(step, then) for step, then in earlier if np.array_equal(then["token_N"], end["token_N"])]
+        found["saturation"] = {step: saturation(then["expert_LTK"], end["expert_LTK"]).tolist() for step, then in alike}
     if "layer_SN" in routes:
         choice, layers = routes["layer_SN"], int(routes["layers"])
         n = layers + int(routes["identities"])
@@ -910,7 +926,7 @@ def read_routes(path) -> dict:
     try:
         with np.load(path) as file:
             return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:  # cut short, or something else
         raise RunError(f"{path} cannot be read ({error}); remove it and make it again") from None
 
 
@@ -1006,7 +1022,7 @@ def report_numbers(runs, out_dir, page) -> dict:
     found = []
     for run, line in zip(runs, cells):
         folder = Path(out_dir) / run["name"]
-        files = [(name, Path(os.path.relpath(folder / name, page.parent)).as_posix()) for name in ("run.log", "metrics.jsonl", "config.json")]
+        files = [(name, quote(Path(os.path.relpath(folder / name, page.parent)).as_posix())) for name in ("run.log", "metrics.jsonl", "config.json")]
         texts = _series(run, "sample/text")[0]
         found.append({"name": run["name"], "cells": line, "files": [file for file in files if (folder / file[0]).exists()],
                       "colour": run["style"]["color"], "dash": DASHES[run["style"]["linestyle"]],
@@ -1030,7 +1046,8 @@ def write_report(runs, out_dir, page):
     template = Path(__file__).with_name("report.html")
     with _naming(template, "read"):
         html = template.read_text(encoding="utf-8")
-    numbers = json.dumps(_map(_finite, report_numbers(runs, out_dir, page)), allow_nan=False).replace("</", "<\\/")  # no text may end the script
+    numbers = json.dumps(_map(_finite, report_numbers(runs, out_dir, page)), allow_nan=False)
+    numbers = numbers.replace("<", "\\u003c")  # no text may end the script, or begin one
     html = html.replace("/* PLOTLY */", get_plotlyjs().replace("</script", "<\\/script")).replace("/* NUMBERS */", numbers)
     with _naming(page):
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -1050,7 +1067,7 @@ FOLLOWED = [  # title, format, key
 
 
 def sparkline(values, width: int = 40) -> str:
-    points = _binned(values, width).tolist()
+    points = _binned([value for value in values if math.isfinite(value)] or [0.0], width).tolist()
     low, span = min(points), (max(points) - min(points)) or 1
     return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in points)
 
@@ -1076,15 +1093,16 @@ def clock_text(seconds: float) -> str:
 
 def is_written(folder) -> bool:
     """Whether a process has the run's folder open for writing, as far as the file system tells."""
-    if not (folder / "run.log").exists():
-        return False
     try:
-        lock = _lock(folder, "r")
-    except RunError:
+        import fcntl
+
+        with open(folder / "run.log") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: asks for reading alone, and is in nobody's way
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):  # somebody has it, or nothing can be told here
         return True
-    if lock:
-        lock.close()
-    return lock is None
+    return False
 
 
 def follow(folder, every: float = 1.0, patience: float = 10.0):
@@ -1173,6 +1191,7 @@ def read_record(folder, track: dict) -> dict:
         p = p_below(values, track["target"]) if track["target"] else None
         _demand(first or p < track["p"], folder, f"p against the target {track['target']} is {p}, not below {track['p']}")
         timing = {"row": 1, "row_1": 1, "rounds": [(1, 1)] * 2} if first else read_json(folder / "timing.json")
+        _demand(len(timing["rounds"]) > 1, folder / "timing.json", "one round has no spread")
         per_step = timing["row"] / timing["row_1"], half_width([row / row_1 for row, row_1 in timing["rounds"]])
         return {"name": folder.name, "curves": curves, "steps": steps[0], "flops": float(rows[0]["train/flops"]),
                 "seconds": [float(row["train_time"]) for row in rows], "values": values, "p": p, "per_step": per_step}
@@ -1219,6 +1238,8 @@ def read_history(folder) -> tuple[dict, list[dict]]:
     """A track, and what read_record says of row 1 and then of the other records by name, so by date.
     Raises RunError for a record that breaks the rules, and for a target that is not row 1's mean + margin."""
     track = read_json(folder / "track.json")
+    missing = {"metric", "target", "margin", "row_1", "seeds", "p", "val_tokens", "encoding", "corpus_sha256"} - track.keys()
+    _demand(not missing, folder / "track.json", f"it does not say {', '.join(sorted(missing))}")
     there = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".partial")
     there.sort(key=lambda path: path.name != track["row_1"])
     if not there:
@@ -1298,7 +1319,8 @@ def main():
         if unknown:
             raise RunError(f"no experiment {unknown[0]!r} below {args.out_dir}; there are: {', '.join(there)}")
         if args.routes:
-            for name in dict.fromkeys(args.experiment_name or there):
+            has_some = lambda name: (args.out_dir / name / "routes.npz").exists() or any((args.out_dir / name / "routes").glob("step_*.npz"))
+            for name in dict.fromkeys(args.experiment_name or list(filter(has_some, there)) or there):
                 write_routes(args.out_dir / name, args.out_dir / "plots")
             return
         if args.follow:

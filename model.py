@@ -3700,7 +3700,9 @@ def write_routes(path: Path, arrays: dict):
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)
 
 
 def routes(args: dict) -> str:

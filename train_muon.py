@@ -1431,7 +1431,8 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             run.flush()
             run.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; go on with --resume")
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
-        end = {"step": hp.num_iterations, "event": "end", "memory/peak_bytes": peak_bytes(device)}
+        end = {"step": hp.num_iterations, "event": "end", "train_time": train_time, "train/flops": hp.num_iterations * hp.batch_tokens * per_token,
+               "memory/peak_bytes": peak_bytes(device)}  # fmt: skip
         run.print(f"peak memory: {end['memory/peak_bytes'] / 2**20:,.0f} MiB")
         timer.begin("sampling")
         prompt, continuation = sample(model, hp, device)  # on all ranks, as one may hold a part of the experts only

@@ -14,6 +14,7 @@ change that a plan lists in turns with its base, gives each as many steps as fit
 there it leaves alone, so the same command goes on where it was cut off, and two of them may share the seeds.
 Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the repository."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -422,6 +423,14 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
 # Command line
 
 
+def at_least_two(text: str) -> int:
+    """Rounds: one alone has no spread."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 2")
+    return number
+
+
 def parse(argv: list[str]):
     """argv up to `--` as flags of ours; what follows, a script and its flags, as `command`."""
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -442,7 +451,7 @@ def parse(argv: list[str]):
     add[ablate].add_argument("--plan", type=Path, required=True, help="a JSON file beside the track's track.json")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
     add[full].add_argument("--steps", type=model_file.positive, required=True)
-    add[full].add_argument("--rounds", type=model_file.positive, default=6, help="in which row 1 and this row are timed in turns")
+    add[full].add_argument("--rounds", type=at_least_two, default=6, help="in which row 1 and this row are timed in turns")
     for function in (compare, curve):
         add[function].add_argument("names", nargs=2)
     args = parser.parse_args(ours)

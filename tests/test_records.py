@@ -255,7 +255,7 @@ BROKEN = {  # what is done to a record: what is said of it
     "not significant": (lambda folder: [edit("seed0.jsonl", "1.4177", "1.4577")(folder), edit("seed0.log", "1.4177", "1.4577")(folder)],
                         r"p against the target 1\.435 is 0\.2.*, not below 0\.01"),  # fmt: skip
     "another form": (edit("timing.json", '"row_1"', '"row_2"'), "holds a file of another form .*row_1"),
-    "no JSON": (edit("config.json", "{", "["), r"config\.json is not JSON"),
+    "no JSON": (edit("config.json", "{", "["), r"config\.json is no JSON"),
 }
 
 

@@ -151,10 +151,13 @@ def driver():
     driver.quit()
 
 
+SAMPLE = "<!-- <script> </script><b id=bold>|> π"  # what a model of web text may say
+
+
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "logs"
-    rows = {"muon": write_run(folder, "muon", sample="</script><b id=bold>|> π"), "adamw": write_run(folder, "adamw", seed=1, n_layer=6),
+    rows = {"muon": write_run(folder, "muon", sample=SAMPLE), "adamw": write_run(folder, "adamw", seed=1, n_layer=6),
             "dense": write_run(folder, "dense", dense=True, sample=None)}  # fmt: skip
     write_routes(folder / "muon")
     done = script("--out_dir", folder, "--html", "--experiment_name", "muon", "adamw", "dense")
@@ -252,7 +255,7 @@ def test_differences_and_samples(page):
     rows = page.js("return [...document.querySelectorAll('#differences tbody tr')].map(tr => [...tr.cells].map(td => td.innerText))")
     assert rows == [["model.n_layer", "4", "6", "4"], ["hyperparameters.seed", "0", "1", "0"]]
     samples = page.js("return [...document.querySelectorAll('#samples pre')].map(p => p.innerText)")
-    assert samples == ["</script><b id=bold>|> π", "def f(x):|> return x"]
+    assert samples == [SAMPLE, "def f(x):|> return x"]
     assert page.js("return document.getElementById('bold')") is None
     before = page.js("return document.querySelectorAll('#others .js-plotly-plot').length")
     page.js("document.getElementById('others').open = true")

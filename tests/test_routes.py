@@ -143,8 +143,19 @@ def test_analyses_of_difficulty_and_load():
 def test_saturation_is_the_share_of_choices_that_stay():
     first, last = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 1]]]), np.array([[[1, 0], [3, 1]], [[2, 3], [0, 1]]])
     assert logger.saturation(first, last).tolist() == [0.75, 0.5]
-    then, now = ({"expert_LTK": choice, "experts": 4} for choice in (first, last))
+    then, now = ({"expert_LTK": choice, "experts": 4, "token_N": np.array([7, 8])} for choice in (first, last))
     assert logger.analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
+    other = then | {"token_N": then["token_N"] + 1}  # a run that was resumed with another --routes_tokens
+    assert list(logger.analyse(now, [(0, other), (3, then), (5, now)])["saturation"]) == [3, 5]
+
+
+def test_a_file_of_routes_that_is_none_is_one_sentence(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "empty.npz").touch()
+    for name in ("array.npz", "empty.npz"):
+        with pytest.raises(logger.RunError, match=f"{name} cannot be read .*; remove it and make it again"):
+            logger.read_routes(tmp_path / name)
 
 
 # -----------------------------------------------------------------------------

@@ -1201,7 +1201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
     monkeypatch.setattr(model, "softcap_nll", poisoned)
     said = refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=4)
     assert "the loss of step 6 is nan" in said and "step_000004" in said and "--experiment_name" in said
-    assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6, 7]  # read one step late
+    assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]  # read one step late
     assert training_rows(tmp_path / "muon")[5]["train/loss"] is None  # JSON knows no NaN
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000004"]
     model.read_checkpoint(tmp_path / "muon/checkpoint/step_000004")

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -3485,12 +3486,15 @@ def load_model(where: str | Path, device: str = "cpu") -> GPT:
 # Command line
 
 
-def add_flags(parser: argparse.ArgumentParser, fields_of: type):
-    """One flag per field of a dataclass, in both spellings, all defaulting to absent."""
+def add_flags(parser: argparse.ArgumentParser, fields_of: type, group: str = "the model"):
+    """One flag per field of a dataclass, in both spellings, all defaulting to absent; what it is, is said behind it in the source."""
+    source = "".join(inspect.getsource(part) for part in fields_of.__mro__ if dataclasses.is_dataclass(part))
+    said, flags = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)), parser.add_argument_group(group)
     for field in dataclasses.fields(fields_of):
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        parser.add_argument(*sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(),
-                            help=f"default {field.default!r}")  # fmt: skip
+        note = f"{said[field.name]} " if field.name in said else ""
+        flags.add_argument(*sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(),
+                           help=f"{note}(default {field.default!r})".replace("%", "%%"))  # fmt: skip
 
 
 def flag_type(annotation):
@@ -3545,7 +3549,7 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--routes", type=Path, metavar="FILE", help="write where the tokens of --data's validation text go, as .npz for logger.py")
     parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
     parser.add_argument("--tokens", type=positive, default=2**15, help="of them, for --routes")
-    add_flags(parser, Config)  # beside --checkpoint, --top_k keeps that many likeliest tokens instead
+    add_flags(parser, Config, "the model, for its card; beside --checkpoint only --top_k, which then keeps that many likeliest tokens")
     args = vars(parser.parse_args(argv))
     overrides = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
     if args["checkpoint"]:

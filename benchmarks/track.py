@@ -68,6 +68,9 @@ class Row:
             raise RunError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
         source = hashlib.sha256(b"".join(path.read_bytes() for path in train_muon.SOURCES)).hexdigest()
         self.facts = {"script": script, "flags": flags, "source_sha256": source} | pinned_corpus(track, ROOT / folder)
+        settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.hp)
+        text = json.dumps({name: value for name, value in settings.items() if name not in OURS}, sort_keys=True)
+        self.settings = hashlib.sha256(text.encode()).hexdigest()  # presets change, and the same flags then mean another run
 
     def run(self, out: Path, name: str, **settings) -> list[dict]:
         """The rows of metrics.jsonl of one run, which leaves its files in out/name. Raises RunError if it fails."""
@@ -143,6 +146,7 @@ def short(args):
     for line in earlier:  # more seeds of the same
         if (line["script"], line["flags"], line["steps"]) != (row.script, row.facts["flags"], steps) or set(line["seeds"]) & set(args.seeds):
             raise RunError(f"{args.name!r} is in {log} with other flags, or with one of these seeds; choose another --name")
+        check_settings(line, row)
     with tempfile.TemporaryDirectory() as folder:
         if steps is None:
             step_ms = row.step_ms(Path(folder), "calibration")
@@ -163,10 +167,17 @@ def short(args):
         raise failure
 
 
+def check_settings(line: dict, row: Row):
+    """Raises RunError where seeds of one name would be of two settings."""
+    if line.get("settings") != row.settings:
+        then = f"the presets of commit {line['commit'][:7]}, which have changed since or were not noted"
+        raise RunError(f"{line['name']!r} was run with {then}; choose another name")
+
+
 def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict], row_name: str | None, step_ms: float | None):
     """What some seeds of one run ended at. A seed beyond the results failed."""
-    line = {"date": today(), "name": name, "row": row_name, "commit": logger.commit_of(ROOT), **row.facts, "threads": row.track["threads"],
-            "steps": steps, "step_ms": step_ms, "seeds": seeds}  # fmt: skip
+    line = {"date": today(), "name": name, "row": row_name, "commit": logger.commit_of(ROOT), **row.facts, "settings": row.settings,
+            "threads": row.track["threads"], "steps": steps, "step_ms": step_ms, "seeds": seeds}  # fmt: skip
     for key, name in ((row.track["metric"], row.track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
         line[key] = [result[name] for result in results] + [None] * (len(seeds) - len(results))
     with open(log, "a") as file:
@@ -296,6 +307,8 @@ def ablate(args):
                 raise RunError(f"{name!r} is in {log} with other flags or steps than the plan's; choose another name for the plan")
             if any(seed in line["seeds"] for line in lines):
                 continue
+            for line in lines:
+                check_settings(line, row)
             with tempfile.TemporaryDirectory() as folder:
                 print(name, flush=True)
                 append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, None)

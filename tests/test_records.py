@@ -197,17 +197,18 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     assert set(lines[-1][:, 1]) == {1.435}
 
 
-def test_the_readme_s_curve_is_that_of_the_runs():
+@pytest.mark.parametrize("file, setting", (("README.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
+def test_a_curve_s_table_is_that_of_the_runs(file, setting):
     """Means over the seeds that both rows have; the error is that of the mean of their differences."""
-    table = r"^\| ((?:momentum [\d.]+, )?[\d,]+ s) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$"
-    rows, runs = re.findall(table, (ROOT / "README.md").read_text(), re.M), {}
+    table, runs = r"^\| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$", {}
+    rows = re.findall(table, (ROOT / file).read_text(), re.M)
     for line in lines_of(ROOT / "records/cpu"):
         runs.setdefault(line["name"], {}).update(zip(line["seeds"], line["val/bpb"]))
-    both = {name.partition(", ")[2] for name in runs if re.fullmatch(r"dense Muon, .*\d+ s", name) and name.replace("dense", "MoE") in runs}
-    labels = [re.sub(r"(\d),(\d)", r"\1\2", label) for label, *_ in rows]
-    assert both and labels == sorted(both, key=lambda label: (not label.startswith("momentum"), int(label.split()[-2])))
-    for label, (_, *cells) in zip(labels, rows):
-        dense, moe = (runs[f"{name} Muon, {label}"] for name in ("dense", "MoE"))
+    found = [re.fullmatch(rf"dense Muon, {setting}(\d+) s", name) for name in runs if name.replace("dense", "MoE") in runs]
+    lengths = [int(name[1]) for name in found if name]
+    assert lengths and [int(row[0].replace(",", "")) for row in rows] == sorted(lengths)
+    for length, (_, *cells) in zip(sorted(lengths), rows):
+        dense, moe = (runs[f"{name} Muon, {setting}{length} s"] for name in ("dense", "MoE"))
         seeds = dense.keys() & moe.keys()
         differences = [dense[seed] - moe[seed] for seed in seeds]
         error = f"{stdev(differences) / len(seeds) ** 0.5:.4f}" if len(seeds) > 1 else ""
@@ -397,6 +398,9 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     assert status == 0 and out.splitlines()[-1] == f"mean {mean(differences):+.4f}, standard error {error:.4f}, n = 2"
     assert "share no seed" in refused("compare", "--track", folder, "MoE", "sparse")
     assert "with other flags, or with one of these seeds" in refused(*short("MoE", 1), *tiny_command(corpus))
+    log = folder / "tuning.jsonl"
+    log.write_text(log.read_text().replace(lines[0]["settings"], "0" * 64))  # as if a preset had been another one
+    assert "which have changed since" in refused(*short("MoE", 5), *tiny_command(corpus))
     assert "13 short runs" in refused(*short("x", *range(11), "--row", "MoE Muon"), *tiny_command(corpus))
     # a run that diverges is listed too
     wild = tiny_command(corpus, "train_adamw.py", embed_lr=1e29, router_lr=1e29, lr_warmup=0)

@@ -1029,7 +1029,7 @@ def test_flags_are_the_fields_of_config_and_hyperparameters(recipe):
     assert status == 0
     fields = {field.name for cls in (Config, recipe.hyperparameters) for field in dataclasses.fields(cls)}
     own = {"experiment_name", "preset", "resume", "enable_profiling"}
-    offered = set(re.findall(r"--([a-z][\w-]*)", text))
+    offered = set(re.findall(r"(?:^  |, )--([a-z][\w-]*)", text, re.M))
     assert {name for name in fields | own} <= offered
     assert {name.replace("_", "-") for name in fields | own} <= offered
     assert {name.replace("-", "_") for name in offered} - fields - own <= {"help", "plan", "world_size", *logger.SINKS}
@@ -1821,3 +1821,13 @@ def test_a_run_keeps_the_memory_that_its_tensors_give_back():
              for before in ("", join)]  # fmt: skip
     given_back, kept = (int(run.stdout) for run in asked)
     assert kept < 1000 < 10_000 < given_back  # pages of 4 KiB
+
+
+def test_every_flag_says_what_it_is(capsys):
+    """What the comment behind a field says, out of the source; of Common's fields, of the recipe's own and of the model's."""
+    with pytest.raises(SystemExit):
+        train_muon.parse(MUON, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("steps; 0 = at the end only (default 125)", "tiled over depth: M = mixture of experts, D = dense MLP (default 'M')"):
+        assert text in said
+    assert len(re.findall(r"\(default ", said)) == len(dataclasses.fields(Config)) + len(dataclasses.fields(MUON.hyperparameters))

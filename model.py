@@ -2603,13 +2603,16 @@ class Loop(nn.Module):
         x_BTD, trail = run_blocks(blocks[before], embedding_BTD.clone(), embedding_BTD, contexts[before], Trail())
         states, runs, cost, loops_BT, kv, choices_SBT = self.run_loops(blocks[group], x_BTD, embedding_BTD, contexts[group], place, trail.kv)
         outputs, ends = [], []
-        for loops, (x_BTD, weight_BT) in enumerate(states, start=1):
-            loops_so_far_BT = loops_BT if len(states) == 1 else torch.full_like(loops_BT, loops)  # halt ponder: a state of each loop
+        for (x_BTD, weight_BT), loops_so_far_BT in zip(states, self.loops_of(states, loops_BT)):
             contexts_after = [ctx._replace(terms=self.terms(ctx, loops_so_far_BT)) for ctx in contexts[after]]
             x_BTD, end = run_blocks(blocks[after], x_BTD, embedding_BTD, contexts_after, Trail([], kv))
             outputs.append((x_BTD, weight_BT))
             ends.append(end.stats)
         return Deep(outputs, trail.stats + merged(runs) + merged(ends), cost, loops_BT, choices_SBT)
+
+    def loops_of(self, states: list, loops_BT: Tensor) -> list[Tensor]:
+        """That tokens have gone through in each state: the one state is that of their ends, several (of halt ponder) come from loop to loop."""
+        return [loops_BT] if len(states) == 1 else [torch.full_like(loops_BT, loops) for loops in range(1, len(states) + 1)]
 
     def terms(self, ctx: Context, loops_BT: Tensor) -> Tensor | None:
         """How many terms the stream has after the loop, where a residual asks: a token that left early has fewer."""
@@ -3486,10 +3489,16 @@ def load_model(where: str | Path, device: str = "cpu") -> GPT:
 # Command line
 
 
+@functools.cache
+def field_notes(fields_of: type) -> dict[str, str]:
+    """Field of a dataclass -> the comment behind it in the source."""
+    source = "".join(inspect.getsource(part) for part in fields_of.__mro__ if dataclasses.is_dataclass(part))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+
+
 def add_flags(parser: argparse.ArgumentParser, fields_of: type, group: str = "the model"):
     """One flag per field of a dataclass, in both spellings, all defaulting to absent; what it is, is said behind it in the source."""
-    source = "".join(inspect.getsource(part) for part in fields_of.__mro__ if dataclasses.is_dataclass(part))
-    said, flags = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)), parser.add_argument_group(group)
+    said, flags = field_notes(fields_of), parser.add_argument_group(group)
     for field in dataclasses.fields(fields_of):
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         note = f"{said[field.name]} " if field.name in said else ""

@@ -114,7 +114,7 @@ class Stepper:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         hp = dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.tokens, seq_len=args.seq_len, micro_batch_tokens=args.micro,
-                                 num_iterations=10**6, window_start=config.window_size)  # fmt: skip
+                                 num_iterations=10**5, window_start=config.window_size)  # fmt: skip
         self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
         rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, train_muon.World(0, 1, DEVICE))

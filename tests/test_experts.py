@@ -259,7 +259,7 @@ def test_the_order_of_the_list_changes_nothing():
 @pytest.mark.parametrize("experts, said", (
     ("mlp*2,identiti", "experts is 'mlp\\*2,identiti'; it must be names out of mlp, swiglu, kan, identity"),
     ("", "it must be names out of"), ("mlp,,zero", "it must be names out of"), ("mlp*x", "it must be names out of"),
-    ("zero,identity", "at least one that has matmuls: mlp, swiglu or kan"),
+    ("zero,identity", "at least one that has matmuls: mlp, swiglu, kan, relu"),
     ("mlp*2,kan", "without kan: next to an mlp of hidden width 64 its own, a multiple of 8, would be 8 and its FLOPs 1.12 times"),
     ("mlp", "top_k is 5; it must be at most num_experts = 4"),
 ))  # fmt: skip

@@ -930,14 +930,19 @@ def read_routes(path) -> dict:
         raise RunError(f"{path} cannot be read ({error}); remove it and make it again") from None
 
 
+def routes_files(run_folder) -> list[Path]:
+    """What a run has of its tokens' ways, the one to show first: its routes.npz, then what its evaluations kept, newest first."""
+    return [*run_folder.glob("routes.npz"), *sorted((run_folder / "routes").glob("step_*.npz"), reverse=True)]
+
+
 def write_routes(run_folder, folder):
     """Writes <run>_routes.json and the pictures it has numbers for into `folder`, and prints their paths. They come from the run's routes.npz, or
     else from the last evaluation that kept some. Raises RunError where there is neither."""
-    path, kept = run_folder / "routes.npz", sorted((run_folder / "routes").glob("step_*.npz"))
-    if not path.exists() and not kept:
+    files, path = routes_files(run_folder), run_folder / "routes.npz"
+    if not files:
         raise RunError(f"{path} is not there; make it with `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`")
-    earlier = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in kept]
-    routes = read_routes(path) if path.exists() else earlier[-1][1]
+    earlier = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in reversed(files) if file != path]
+    routes = read_routes(path) if files[0] == path else earlier[-1][1]
     found = analyse(routes, earlier)
     with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -996,9 +1001,8 @@ def load_frames(run, most: int) -> dict | None:
 
 def coactivation(folder) -> list | None:
     """analyse()'s, of the run's routes.npz or of the last evaluation that kept routes."""
-    path = next((path for path in [folder / "routes.npz", *sorted((folder / "routes").glob("step_*.npz"), reverse=True)] if path.exists()), None)
-    found = analyse(read_routes(path)).get("coactivation") if path else None
-    return _map(_finite, found)
+    files = routes_files(folder)
+    return _map(_finite, analyse(read_routes(files[0])).get("coactivation")) if files else None
 
 
 def _settings(config: dict, prefix="") -> dict:
@@ -1319,8 +1323,8 @@ def main():
         if unknown:
             raise RunError(f"no experiment {unknown[0]!r} below {args.out_dir}; there are: {', '.join(there)}")
         if args.routes:
-            has_some = lambda name: (args.out_dir / name / "routes.npz").exists() or any((args.out_dir / name / "routes").glob("step_*.npz"))
-            for name in dict.fromkeys(args.experiment_name or list(filter(has_some, there)) or there):
+            with_routes = [name for name in there if routes_files(args.out_dir / name)]
+            for name in dict.fromkeys(args.experiment_name or with_routes or there):
                 write_routes(args.out_dir / name, args.out_dir / "plots")
             return
         if args.follow:

@@ -1105,13 +1105,14 @@ def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Te
     """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known; of a mixture
     the same for each domain, val/<domain>/..., which experts its tokens meet, and how many bits of the domain a choice of expert tells."""
     model.eval()
+    window_now = window(step, hp, model.config)
     names, L, E = list(data.domains(hp.data)), *model.bias_LE.shape
     totals_DX = torch.zeros(len(names), 3 + L * E, dtype=torch.float64, device=world.device)  # nats, tokens, bytes, choices of experts
     batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
                                       world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
     for batch in batches:
         timer.begin("validation")
-        model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))  # objective masked hides by a token's number
+        model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window_now)  # objective masked hides by a token's number
         counts = batch.targets_BT >= 0
         _, loss, stats = model(batch.inputs_BT, batch.targets_BT, real_B=counts.any(1) if len(names) > 1 else None)
         nbytes = counts.sum() * 0 if token_bytes is None else (token_bytes[batch.targets_BT.clamp(min=0)] * counts).sum()

@@ -1,6 +1,6 @@
 """logger.py: what a run leaves on disk, what survives a kill, and that the table and the plots tell what was logged.
 
-    pytest tests/test_logger.py
+    pytest tests/core/test_logger.py
 """
 
 import errno
@@ -18,7 +18,7 @@ from statistics import median
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import logger  # noqa: E402

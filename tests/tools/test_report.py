@@ -1,6 +1,6 @@
 """What shows a run besides the table and the plots: the page of logger.py --html in a headless browser, --follow, TensorBoard and Weights & Biases.
 
-CPU, no network: `pytest tests/test_report.py`. The page's tests need Chromium, chromedriver and selenium, those of the dashboards their packages,
+CPU, no network: `pytest tests/tools/test_report.py`. The page's tests need Chromium, chromedriver and selenium, those of the dashboards their packages,
 and are skipped without (`apt-get install chromium chromium-driver`, `pip install selenium tensorboard wandb`)."""
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402
 from logger import Run, RunError  # noqa: E402
@@ -400,7 +400,7 @@ def test_wandb_itself_takes_it_offline(tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     code = f"from test_report import write_run; write_run({str(tmp_path)!r}, 'muon', sinks=['wandb'])"
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, env=env)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "muon/wandb").glob("offline-run-*/*.wandb"))
 

@@ -1,6 +1,6 @@
 """Where tokens went: the toy source with its difficulties, the numbers behind the pictures on routes that are known, and the two commands.
 
-CPU, no network: `pytest tests/test_routes.py`."""
+CPU, no network: `pytest tests/tools/test_routes.py`."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import torch
 from test_depth import picky
 from test_model import rng, tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402

@@ -1,6 +1,6 @@
 """records/: the README's table says what the logs say, broken records are named, and benchmarks/track.py keeps the rules.
 
-    pytest tests/test_records.py
+    pytest tests/tools/test_records.py
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import arithmetic  # noqa: E402
 import domains  # noqa: E402

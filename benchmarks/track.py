@@ -40,6 +40,7 @@ import model as model_file  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from logger import RunError  # noqa: E402
+from tools import records  # noqa: E402
 
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
@@ -114,7 +115,7 @@ def check_gpu(track: dict):
 def pinned_corpus(track: dict, folder: Path) -> dict:
     """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
     version, pins = data.torch_version(), track["corpus_sha256"]
-    pinned = logger.corpus_pin(track, version)
+    pinned = records.corpus_pin(track, version)
     if pinned is None:
         raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
     meta = data.load_meta(folder)
@@ -389,7 +390,7 @@ def full(args):
                "--seeds", *map(str, args.seeds), "--", *args.command]  # fmt: skip
     template = f"# {folder.name}\n\nWhat changed against the row before, and why it helps:\n\n```bash\n{shlex.join(command)}\n```\n"
     (partial / "README.md").write_text(template)
-    values = logger.read_record(partial, track)["values"]
+    values = records.read_record(partial, track)["values"]
     os.replace(partial, folder)
     if not track["row_1"]:
         target = round(statistics.mean(values) + track["margin"], 4)

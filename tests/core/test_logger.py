@@ -613,32 +613,12 @@ def test_a_run_that_ends_in_nan_is_not_shown_with_the_loss_before(tmp_path):
     assert [cells[titles.index(title)] for title in ("val loss", "best", "bits/byte")] == ["nan", "2.0000", "nan"]
 
 
-def test_a_sparkline_leaves_out_what_is_not_finite():
-    assert logger.sparkline([1.0, math.nan, math.inf, 2.0]) == "▁█"
-
-
 @pytest.mark.parametrize("content", (b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b"{"), ids=("bytes", "list", "null", "deep", "torn"))
 def test_a_configuration_that_is_none_is_one_sentence(tmp_path, content):
     rows_written(tmp_path, "muon", {"step": 1})
     (tmp_path / "muon" / "config.json").write_bytes(content)
     with pytest.raises(RunError, match="config.json is no JSON object .*; restore it or delete it"):
         logger.read_run(tmp_path / "muon")
-
-
-def test_a_run_is_written_as_long_as_somebody_holds_it_and_where_nothing_can_be_told(tmp_path, monkeypatch):
-    import fcntl
-
-    folder = tmp_path / "muon"
-    assert not logger.is_written(folder)
-    with Run(tmp_path, "muon", config={}, sources=[]):
-        assert logger.is_written(folder)
-    assert not logger.is_written(folder)
-
-    def refuse(file, how):
-        raise OSError(errno.EBADF if how & fcntl.LOCK_EX else errno.ENOLCK, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert logger.is_written(folder), "a living run must not be called stopped"
 
 
 def test_a_line_that_the_terminal_cannot_show_is_in_the_log_all_the_same(tmp_path, monkeypatch):

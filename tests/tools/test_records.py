@@ -35,6 +35,7 @@ import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
 from logger import RunError  # noqa: E402
 from model import Config  # noqa: E402
+from tools.records import ANY_TORCH, half_width, p_below, plot_history, read_history, read_record, student, tracks  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -57,21 +58,21 @@ def t_test(values, target):
 
 def test_student_t_has_known_quantiles_and_tails():
     for dof, t in T_975.items():
-        assert logger.student(t, dof) == pytest.approx(0.975, abs=1e-5) and logger.student(-t, dof) == pytest.approx(0.025, abs=1e-5)
+        assert student(t, dof) == pytest.approx(0.975, abs=1e-5) and student(-t, dof) == pytest.approx(0.025, abs=1e-5)
     for dof in (1, 2, 3, 4, 9, 31):
         for t in (-20.0, -4.54, -1.0, 0.0, 0.3, 6.0):
-            assert logger.student(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
-    assert logger.half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
-    assert logger.p_below([1.0, 1.0], 2.0) == 0 and logger.p_below([1.0, 1.0], 0.5) == 1
+            assert student(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
+    assert half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
+    assert p_below([1.0, 1.0], 2.0) == 0 and p_below([1.0, 1.0], 0.5) == 1
 
 
 def test_student_t_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for values in ([1.2, 1.21, 1.19, 1.25], [1.31, 1.3], [0.9, 1.1, 1.3, 1.2, 1.0]):
         for target in (1.0, 1.22, 1.4):
-            assert logger.p_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
+            assert p_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
         low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
-        assert 2 * logger.half_width(values) == pytest.approx(high - low, rel=1e-9)
+        assert 2 * half_width(values) == pytest.approx(high - low, rel=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -185,8 +186,8 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     printed(planted)
     assert (planted / "records/cpu/history.png").read_bytes().startswith(b"\x89PNG")
     figure = Figure()
-    track, records = logger.read_history(planted / "records/cpu")
-    logger.plot_history(figure, track["target"], records)
+    track, records = read_history(planted / "records/cpu")
+    plot_history(figure, track["target"], records)
     [ax] = figure.axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
         "1  2026-01-02_DenseAdamW: 601 s", "2  2026-01-01_MoEMuon: 220 s", "3  2026-01-02_DenseMuon: 282 s", "target 1.4350"]  # fmt: skip
@@ -265,15 +266,15 @@ def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
     rules, folder = planted / "records/cpu/track.json", planted / "records/cpu/2026-01-01_MoEMuon"
     track_rules = json.loads(rules.read_text())
     del track_rules["threads"]
-    pins = {logger.ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
+    pins = {ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
     track_rules |= {"gpu": "NVIDIA H200", "corpus_sha256": pins}
     with pytest.raises(RunError, match="it ran with gpu none, its track with NVIDIA H200"):
-        logger.read_record(folder, track_rules)
+        read_record(folder, track_rules)
     for log in folder.glob("seed*.log"):
         edit(log.name, "gpu       none", "gpu       NVIDIA H200")(folder)
-    assert logger.read_record(folder, track_rules)["p"] < 0.01
+    assert read_record(folder, track_rules)["p"] < 0.01
     with pytest.raises(RunError, match="not the one pinned for torch 2.13.0"):
-        logger.read_record(folder, track_rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}})
+        read_record(folder, track_rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}})
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -281,14 +282,14 @@ def test_a_broken_record_is_named(planted, what):
     breaks, said = BROKEN[what]
     breaks(planted / "records/cpu/2026-01-01_MoEMuon")
     with pytest.raises(RunError, match=said) as stopped:
-        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
+        [read_history(folder) for folder in tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
     with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
-        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
+        [read_history(folder) for folder in tracks(planted / "records")]
     done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
 
@@ -489,12 +490,12 @@ def test_a_corpus_of_files_is_pinned_by_its_shards(tmp_path, corpus):
     del meta["corpus_sha256"]  # which only the source of torch has
     (folder / "meta.json").write_text(json.dumps(meta))
     pin = track.shards_sha256(meta)
-    rules = dict(source="python", encoding="bytes", prepare="python data.py --source files --path x.txt", corpus_sha256={logger.ANY_TORCH: pin})
+    rules = dict(source="python", encoding="bytes", prepare="python data.py --source files --path x.txt", corpus_sha256={ANY_TORCH: pin})
     assert track.pinned_corpus(rules, folder)["corpus_sha256"] == pin
     meta["shards"][0]["sha256"] = "0" * 64
     assert track.shards_sha256(meta) != pin
     with pytest.raises(RunError, match="run `python data.py --source files --path x.txt --out"):
-        track.pinned_corpus(rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}}, folder)
+        track.pinned_corpus(rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}}, folder)
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "records").glob("*/track.json")))

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+from tools.routes import analyse, correlation, joint, lift, read_routes, saturation, transitions, use_by_step  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Arithmetic
@@ -70,17 +71,17 @@ def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
 def test_matrices_of_known_routes():
     """Four tokens in three steps among three members: 0 0 1, 0 1 1, 2 2 2, 0 0 2."""
     choice = np.array([[0, 0, 1], [0, 1, 1], [2, 2, 2], [0, 0, 2]]).T
-    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
-    assert np.allclose(logger.transitions(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
-    both = logger.joint(choice, 3)
+    assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
+    assert np.allclose(transitions(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
+    both = joint(choice, 3)
     assert np.isnan(np.diag(both)).all() and both[0, 1] == 0.5 and both[0, 2] == 0.25 and both[1, 2] == 0
-    assert logger.lift(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
+    assert lift(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
     met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
-    assert logger.correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
-    assert np.isnan(logger.transitions(choice, 4)[3]).all(), "nobody was at member 3"
+    assert correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
+    assert np.isnan(transitions(choice, 4)[3]).all(), "nobody was at member 3"
     choice[1:, 1] = -1  # the second token left after one step
-    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
-    assert np.allclose(logger.transitions(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
+    assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
+    assert np.allclose(transitions(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
 
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
@@ -124,16 +125,16 @@ def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_
     rng = np.random.default_rng(0)
     choice = rng.choice(3, p=[0.5, 0.3, 0.2], size=(1, 20000))
     choice = np.concatenate([choice, rng.choice([3, 4], size=(1, 20000))])  # one of 0 1 2, then one of 3 4
-    lift, correlation = logger.lift(choice, 5), logger.correlation(choice, 5)
-    assert np.abs(lift[:3, 3:] - 1).max() < 0.05 and np.abs(correlation[:3, 3:]).max() < 0.03
-    assert lift[0, 1] == 0 and correlation[3, 4] == pytest.approx(-1)
+    lifts, correlations = lift(choice, 5), correlation(choice, 5)
+    assert np.abs(lifts[:3, 3:] - 1).max() < 0.05 and np.abs(correlations[:3, 3:]).max() < 0.03
+    assert lifts[0, 1] == 0 and correlations[3, 4] == pytest.approx(-1)
 
 
 def test_analyses_of_difficulty_and_load():
     routes = {"layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]), "layers": 2, "identities": 1, "chain_N": np.array([1, 2, 1, 0]),
               "right_N": np.array([1, 0, -1, 1], np.int8),
               "loops_N": np.array([1, 3, 2, 3]), "expert_LTK": np.array([[[0, 1], [0, 2], [1, 0], [0, 1]]]), "experts": 3}  # fmt: skip
-    found = logger.analyse(routes)
+    found = analyse(routes)
     assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"]["chain"] == {1: 1.0, 2: 0.0}
     assert found["loops"] == {1: 0.25, 2: 0.25, 3: 0.5} and found["loops_by_difficulty"] == {"chain": {1: 1.5, 2: 3.0}}
     assert found["accuracy"] == pytest.approx(2 / 3) and found["accuracy_by_difficulty"] == {"chain": {1: 1.0, 2: 0.0}}
@@ -142,11 +143,11 @@ def test_analyses_of_difficulty_and_load():
 
 def test_saturation_is_the_share_of_choices_that_stay():
     first, last = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 1]]]), np.array([[[1, 0], [3, 1]], [[2, 3], [0, 1]]])
-    assert logger.saturation(first, last).tolist() == [0.75, 0.5]
+    assert saturation(first, last).tolist() == [0.75, 0.5]
     then, now = ({"expert_LTK": choice, "experts": 4, "token_N": np.array([7, 8])} for choice in (first, last))
-    assert logger.analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
+    assert analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
     other = then | {"token_N": then["token_N"] + 1}  # a run that was resumed with another --routes_tokens
-    assert list(logger.analyse(now, [(0, other), (3, then), (5, now)])["saturation"]) == [3, 5]
+    assert list(analyse(now, [(0, other), (3, then), (5, now)])["saturation"]) == [3, 5]
 
 
 def test_a_file_of_routes_that_is_none_is_one_sentence(tmp_path):
@@ -155,7 +156,7 @@ def test_a_file_of_routes_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / "empty.npz").touch()
     for name in ("array.npz", "empty.npz"):
         with pytest.raises(logger.RunError, match=f"{name} cannot be read .*; remove it and make it again"):
-            logger.read_routes(tmp_path / name)
+            read_routes(tmp_path / name)
 
 
 # -----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ import model as model_file  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from logger import RunError  # noqa: E402
-from tools import records  # noqa: E402
+from tools import plots, records  # noqa: E402
 
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
@@ -236,10 +236,10 @@ def curve(args):
         raise RunError(f"no runs named {wanted} have a length and a seed in common; make them with short")
     for seconds in both:
         print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
-    with logger.drawing(folder / "curve.png") as figure:
+    with plots.drawing(folder / "curve.png") as figure:
         figure.set_size_inches(8, 4.5)
         ax = figure.subplots()
-        for (name, runs), colour in zip(ends.items(), logger.COLOURS):
+        for (name, runs), colour in zip(ends.items(), plots.COLOURS):
             values = [list(runs[seconds].values()) for seconds in both]
             ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
             for seconds, points in zip(both, values):

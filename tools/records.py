@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
-from logger import COLOURS, SEPARATOR, RunError, _binned, _read_rows, drawing, final_row, read_json
+from logger import SEPARATOR, RunError, _read_rows, final_row, read_json
+from tools.plots import COLOURS, _binned, drawing
 
 
 def student(t: float, dof: int) -> float:

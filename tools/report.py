@@ -10,23 +10,8 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from logger import (
-    COLOURS,
-    DASHES,
-    RunError,
-    _binned,
-    _finite,
-    _map,
-    _naming,
-    _series,
-    _write_atomically,
-    drawing,
-    last,
-    plot_val_loss,
-    read_run,
-    style,
-    table_rows,
-)
+from logger import RunError, _finite, _map, _naming, _series, _write_atomically, last, read_run, table_rows
+from tools.plots import COLOURS, DASHES, _binned, drawing, plot_val_loss, style
 from tools.routes import analyse, read_routes, routes_files
 
 # -----------------------------------------------------------------------------

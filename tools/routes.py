@@ -7,7 +7,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from logger import COLOURS, RunError, _finite, _map, _naming, _write_atomically, drawing
+from logger import RunError, _finite, _map, _naming, _write_atomically
+from tools.plots import COLOURS, _matrix, drawing
 
 
 def use_by_step(choice_SN, n: int):
@@ -108,18 +109,6 @@ def analyse(routes, earlier=()) -> dict:
         asked_N = routes["right_N"] >= 0
         found |= {"accuracy": float(routes["right_N"][asked_N].mean()), "accuracy_by_difficulty": by_difficulty(routes, routes["right_N"], asked_N)}
     return found
-
-
-def _matrix(figure, ax, values, title, xlabel, ylabel, **how):
-    import numpy as np
-
-    values = np.array([[np.nan if v is None else v for v in row] for row in values], float)
-    image = ax.imshow(values, aspect="auto", **{"cmap": "viridis"} | how)
-    figure.colorbar(image, ax=ax)
-    ax.grid(visible=False)
-    ax.set_title(title, fontsize=10, loc="left")
-    ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(0, values.shape[1], max(1, values.shape[1] // 8)),
-           yticks=range(0, values.shape[0], max(1, values.shape[0] // 8)))
 
 
 def plot_layers(figure, routes, found):

@@ -91,7 +91,7 @@ def run(args):
             words = ["train_muon.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
             if track.launch(words, args.threads):
                 raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
-            row = logger.final_row(logger.read_run(folder)["rows"], "val/bpb")
+            row = logger.get_final_row(logger.read_run(folder)["rows"], "val/bpb")
             config, hp, _ = train_muon.parse(train_muon.MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
             line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": data.torch_version(),
                     "parameters": model_file.count_parameters(config)["total"], "flops_per_token": model_file.flops_per_token(config, hp.seq_len) / 3,

@@ -81,7 +81,7 @@ def test_long_runs_are_averaged_not_sampled():
     import numpy as np
 
     values = np.random.default_rng(0).random((1234, 2))
-    short = plots._binned(values)
+    short = plots.bin_means(values)
     assert short.shape == (300, 2)
     np.testing.assert_allclose(short[0], values[:5].mean(0))
-    np.testing.assert_array_equal(plots._binned(values[:7]), values[:7])
+    np.testing.assert_array_equal(plots.bin_means(values[:7]), values[:7])

@@ -35,7 +35,7 @@ import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
 from logger import RunError  # noqa: E402
 from model import Config  # noqa: E402
-from tools.records import ANY_TORCH, half_width, p_below, plot_history, read_history, read_record, student, tracks  # noqa: E402
+from tools.records import ANY_TORCH, confidence_half_width, t_test_below, plot_history, read_history, read_record, student_t_cdf, find_tracks  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -58,21 +58,21 @@ def t_test(values, target):
 
 def test_student_t_has_known_quantiles_and_tails():
     for dof, t in T_975.items():
-        assert student(t, dof) == pytest.approx(0.975, abs=1e-5) and student(-t, dof) == pytest.approx(0.025, abs=1e-5)
+        assert student_t_cdf(t, dof) == pytest.approx(0.975, abs=1e-5) and student_t_cdf(-t, dof) == pytest.approx(0.025, abs=1e-5)
     for dof in (1, 2, 3, 4, 9, 31):
         for t in (-20.0, -4.54, -1.0, 0.0, 0.3, 6.0):
-            assert student(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
-    assert half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
-    assert p_below([1.0, 1.0], 2.0) == 0 and p_below([1.0, 1.0], 0.5) == 1
+            assert student_t_cdf(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
+    assert confidence_half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
+    assert t_test_below([1.0, 1.0], 2.0) == 0 and t_test_below([1.0, 1.0], 0.5) == 1
 
 
 def test_student_t_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for values in ([1.2, 1.21, 1.19, 1.25], [1.31, 1.3], [0.9, 1.1, 1.3, 1.2, 1.0]):
         for target in (1.0, 1.22, 1.4):
-            assert p_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
+            assert t_test_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
         low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
-        assert 2 * half_width(values) == pytest.approx(high - low, rel=1e-9)
+        assert 2 * confidence_half_width(values) == pytest.approx(high - low, rel=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -243,17 +243,17 @@ BROKEN = {  # what is done to a record: what is said of it
     "a seed left out": (lambda folder: [(folder / f"seed0.{kind}").unlink() for kind in ("log", "jsonl")], r"seed0\.log is missing"),
     "no timing": (lambda folder: (folder / "timing.json").unlink(), r"timing\.json is missing"),
     "no readme": (lambda folder: (folder / "README.md").unlink(), r"README\.md is missing"),
-    "few seeds": (lambda folder: [(folder / f"seed3.{kind}").unlink() for kind in ("log", "jsonl")], "it has 3 seeds, its track asks for 4"),
+    "few seeds": (lambda folder: [(folder / f"seed3.{kind}").unlink() for kind in ("log", "jsonl")], "it has 3 seeds, the track requires 4"),
     "other step": (lambda folder: [edit("seed2.jsonl", '"step": 400', '"step": 390')(folder), edit("seed2.log", "step:400/", "step:390/")(folder)],
                    "stopped at steps 400, 400, 390, 400"),  # fmt: skip
     "other source": (edit("seed3.log", "9c1f", "9c2f"), "the logs of its seeds hold different sources"),
     "other corpus": (edit("config.json", "02e0de8d", "12e0de8d"), r"seed0\.log: its corpus is not the one pinned for torch 2\.13\.0"),
     "other torch": (edit("seed1.log", "2.13.0+cpu", "2.12.0"), r"seed1\.log: its corpus is not the one pinned for torch 2\.12\.0"),
-    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "it ran with threads 16, its track with 2"),
-    "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in its track 262144"),
+    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "threads is 16, in the track 2"),
+    "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in the track 262144"),
     "null": (edit("seed1.jsonl", "1.4202", "null"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
     "NaN": (edit("seed1.jsonl", "1.4202", "NaN"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
-    "an edited result": (edit("seed1.jsonl", "1.4202", "1.4102"), r"seed1\.log: it does not say what seed1\.jsonl says"),
+    "an edited result": (edit("seed1.jsonl", "1.4202", "1.4102"), r"seed1\.log: its val/bpb at step 400 is not that of seed1\.jsonl"),
     "not significant": (lambda folder: [edit("seed0.jsonl", "1.4177", "1.4577")(folder), edit("seed0.log", "1.4177", "1.4577")(folder)],
                         r"p against the target 1\.435 is 0\.2.*, not below 0\.01"),  # fmt: skip
     "another form": (edit("timing.json", '"row_1"', '"row_2"'), "holds a file of another form .*row_1"),
@@ -268,7 +268,7 @@ def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
     del track_rules["threads"]
     pins = {ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
     track_rules |= {"gpu": "NVIDIA H200", "corpus_sha256": pins}
-    with pytest.raises(RunError, match="it ran with gpu none, its track with NVIDIA H200"):
+    with pytest.raises(RunError, match="gpu is none, in the track NVIDIA H200"):
         read_record(folder, track_rules)
     for log in folder.glob("seed*.log"):
         edit(log.name, "gpu       none", "gpu       NVIDIA H200")(folder)
@@ -282,14 +282,14 @@ def test_a_broken_record_is_named(planted, what):
     breaks, said = BROKEN[what]
     breaks(planted / "records/cpu/2026-01-01_MoEMuon")
     with pytest.raises(RunError, match=said) as stopped:
-        [read_history(folder) for folder in tracks(planted / "records")]
+        [read_history(folder) for folder in find_tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
     with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
-        [read_history(folder) for folder in tracks(planted / "records")]
+        [read_history(folder) for folder in find_tracks(planted / "records")]
     done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
 

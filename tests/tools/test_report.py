@@ -73,7 +73,7 @@ def test_long_runs_are_averaged_and_fifty_runs_stay_small(tmp_path):
     for i in range(50):
         write_run(tmp_path, f"run{i:02}", steps=600, seed=i, sample="x" * 1000)
     runs = [logger.read_run(path) for path in sorted(tmp_path.iterdir())]
-    numbers = report.report_numbers(runs, tmp_path, tmp_path / "plots/report.html")
+    numbers = report.page_data(runs, tmp_path, tmp_path / "plots/report.html")
     assert len(json.dumps(numbers)) < 12e6
     part = next(part for part in numbers["runs"][7]["parts"] if "train/loss" in part["y"])
     x, y = np.array(part["x"]["step"]), np.array(part["y"]["train/loss"])
@@ -89,10 +89,10 @@ def test_a_value_that_is_missing_ends_no_curve(tmp_path):
         for step in range(4):
             loss = math.nan if step == 2 else 1.0 - step
             run.log({"step": step, "train_time": 1.0 * step, "train/loss": loss, "word": "x", "moe/load": []})
-    numbers = report.report_numbers([logger.read_run(tmp_path / "odd")], tmp_path, tmp_path / "report.html")
+    numbers = report.page_data([logger.read_run(tmp_path / "odd")], tmp_path, tmp_path / "report.html")
     (part,) = [part for part in numbers["runs"][0]["parts"] if "train/loss" in part["y"]]
     assert part == {"x": {"step": [0, 1, 3], "seconds": [0, 1, 3]}, "y": {"train/loss": [1, 0, -2]}}
-    assert numbers["runs"][0]["load"] is None and numbers["curves"] == [("train/loss", report.REPORT_CURVES["train/loss"])]
+    assert numbers["runs"][0]["load"] is None and numbers["curves"] == [("train/loss", report.CURVES["train/loss"])]
 
 
 def test_without_plotly_it_says_so(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_the_page_holds_the_runs_their_curves_and_links_to_their_logs(page, logs
     assert files == {f"{run}/{name}" for run in rows for name in ("run.log", "metrics.jsonl", "config.json")}
     assert all((folder / name).exists() for name in files)
     titles = page.js("return [...document.querySelectorAll('#curves .chart')].map(div => div.layout.title.text)")
-    assert titles == list(report.REPORT_CURVES.values())
+    assert titles == list(report.CURVES.values())
     for name, (x, y) in page.traces("val/bpb").items():
         assert x == [0, 10, 20, 30, 40] and y == pytest.approx([row["val/bpb"] for row in rows[name] if "val/bpb" in row], rel=1e-4)
     assert list(page.traces("moe/router_entropy")) == ["muon", "adamw"]
@@ -303,11 +303,11 @@ def test_the_status_of_a_run(tmp_path):
     write_run(tmp_path, "muon", steps=40, end=False)
     run = logger.read_run(tmp_path / "muon")
     run["rows"] = [row for row in run["rows"] if row["step"] <= 10]
-    lines = report.status(run)
+    lines = report.format_status(run)
     assert lines[0] == "muon  step 10/40  0:02 of training, about 0:06 left"
     assert re.fullmatch(r"  training loss +5\.\d{4}  [▁▂▃▄▅▆▇█]{10}", lines[1]) and re.fullmatch(r"  bits per byte +2\.8000  █▁", lines[2])
     assert report.sparkline([1, 1]) == "▁▁" and report.sparkline(list(range(8))) == report.BARS and len(report.sparkline(list(range(999)))) == 40
-    assert [report.clock_text(seconds) for seconds in (0, 59.6, 3599, 3600, 86399)] == ["0:00", "1:00", "59:59", "1:00:00", "23:59:59"]
+    assert [report.format_duration(seconds) for seconds in (0, 59.6, 3599, 3600, 86399)] == ["0:00", "1:00", "59:59", "1:00:00", "23:59:59"]
 
 
 @pytest.mark.parametrize("terminal", (False, True))
@@ -324,7 +324,7 @@ def test_following_ends_with_the_run(tmp_path, terminal, monkeypatch, capsys):
     writer.start()
     started.wait()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    report.follow(tmp_path / "muon", every=0.02, patience=60)
+    report.follow(tmp_path / "muon", poll_seconds=0.02, patience=60)
     writer.join()
     out = capsys.readouterr().out
     assert "muon  step 30/30  0:30 of training" in out.splitlines()[-2] and "training loss" in out.splitlines()[-1]
@@ -335,12 +335,12 @@ def test_following_ends_with_the_run(tmp_path, terminal, monkeypatch, capsys):
 
 def test_following_a_run_that_was_killed_says_so(tmp_path, capsys):
     write_run(tmp_path, "muon", end=False)
-    report.follow(tmp_path / "muon", every=0.02, patience=0.1)
-    assert capsys.readouterr().out.splitlines()[-1] == f"nobody is writing {tmp_path}/muon: the run was stopped; go on with --resume"
+    report.follow(tmp_path / "muon", poll_seconds=0.02, patience=0.1)
+    assert capsys.readouterr().out.splitlines()[-1] == f"no process is writing {tmp_path}/muon: the run was stopped; continue it with --resume"
     run = Run(tmp_path, "alive", config={}, sources=[])
-    assert report.is_written(run.path)
+    assert report.is_locked(run.path)
     run.close()
-    assert not report.is_written(run.path)
+    assert not report.is_locked(run.path)
 
 
 def test_follow_from_the_command_line(tmp_path):
@@ -359,16 +359,16 @@ def test_a_run_is_written_as_long_as_somebody_holds_it_and_where_nothing_can_be_
     import fcntl
 
     folder = tmp_path / "muon"
-    assert not report.is_written(folder)
+    assert not report.is_locked(folder)
     with Run(tmp_path, "muon", config={}, sources=[]):
-        assert report.is_written(folder)
-    assert not report.is_written(folder)
+        assert report.is_locked(folder)
+    assert not report.is_locked(folder)
 
     def refuse(file, how):
         raise OSError(errno.EBADF if how & fcntl.LOCK_EX else errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert report.is_written(folder), "a living run must not be called stopped"
+    assert report.is_locked(folder), "a living run must not be called stopped"
 
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
-from tools.routes import analyse, correlation, joint, lift, read_routes, saturation, transitions, use_by_step  # noqa: E402
+from tools.routes import analyse, correlation_matrix, joint_matrix, lift_matrix, read_routes, saturation, transition_matrix, use_by_step  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Arithmetic
@@ -72,16 +72,16 @@ def test_matrices_of_known_routes():
     """Four tokens in three steps among three members: 0 0 1, 0 1 1, 2 2 2, 0 0 2."""
     choice = np.array([[0, 0, 1], [0, 1, 1], [2, 2, 2], [0, 0, 2]]).T
     assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
-    assert np.allclose(transitions(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
-    both = joint(choice, 3)
+    assert np.allclose(transition_matrix(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
+    both = joint_matrix(choice, 3)
     assert np.isnan(np.diag(both)).all() and both[0, 1] == 0.5 and both[0, 2] == 0.25 and both[1, 2] == 0
-    assert lift(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
+    assert lift_matrix(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
     met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
-    assert correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
-    assert np.isnan(transitions(choice, 4)[3]).all(), "nobody was at member 3"
+    assert correlation_matrix(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
+    assert np.isnan(transition_matrix(choice, 4)[3]).all(), "nobody was at member 3"
     choice[1:, 1] = -1  # the second token left after one step
     assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
-    assert np.allclose(transitions(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
+    assert np.allclose(transition_matrix(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
 
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
@@ -125,7 +125,7 @@ def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_
     rng = np.random.default_rng(0)
     choice = rng.choice(3, p=[0.5, 0.3, 0.2], size=(1, 20000))
     choice = np.concatenate([choice, rng.choice([3, 4], size=(1, 20000))])  # one of 0 1 2, then one of 3 4
-    lifts, correlations = lift(choice, 5), correlation(choice, 5)
+    lifts, correlations = lift_matrix(choice, 5), correlation_matrix(choice, 5)
     assert np.abs(lifts[:3, 3:] - 1).max() < 0.05 and np.abs(correlations[:3, 3:]).max() < 0.03
     assert lifts[0, 1] == 0 and correlations[3, 4] == pytest.approx(-1)
 

@@ -1,6 +1,6 @@
 """tools/plots.py: the plots show what was logged.
 
-    pytest tests/tools/test_plots.py
+pytest tests/tools/test_plots.py
 """
 
 import sys

@@ -38,7 +38,7 @@ SEPARATOR = "=" * 100  # in run.log, around the environment
 
 
 class RunError(RuntimeError):
-    """An error that the user can mend: one sentence that says what is wrong, where, and how to mend it."""
+    """An error that the user can mend. Its message is one sentence: what is wrong, where, and how to mend it."""
 
 
 # -----------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Run:
         if resume_step is None:
             refuse_existing(self.path)
         make_folder(self.path)
-        self._lock = _lock(self.path)
+        self._lock = _lock_folder(self.path)
 
         metrics = self.path / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
@@ -186,7 +186,7 @@ def find_commit(folder) -> str:
     return _read_command("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def _lock(folder):
+def _lock_folder(folder):
     """An open file that locks the folder for this process. The kernel releases the lock at exit, also after kill -9."""
     try:
         import fcntl
@@ -315,11 +315,10 @@ def sink_module(name: str):
 
 
 def _finite_numbers(value) -> list:
-    """The numbers in nested lists, without NaN and infinity; [] for any other value."""
-    if not isinstance(value, (list, tuple)):
-        return []
-    parts = [_finite_numbers(item) if isinstance(item, (list, tuple)) else [item] for item in finite_or_none(value)]
-    return [number for part in parts for number in part if number is not None]
+    """The numbers in nested lists as one flat list, without None, NaN and infinity."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _finite_numbers(item)]
+    return [value] if isinstance(value, (int, float)) and math.isfinite(value) else []
 
 
 # -----------------------------------------------------------------------------

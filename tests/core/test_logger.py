@@ -524,7 +524,7 @@ def test_script_without_runs_and_with_a_wrong_flag(tmp_path, monkeypatch, capsys
 def test_import_needs_the_standard_library_only():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logger; "
-        "print({'torch', 'numpy', 'matplotlib', 'tqdm', 'model', 'data', 'train_muon'} & set(sys.modules))"
+        "print({'torch', 'numpy', 'matplotlib', 'tqdm', 'tools', 'model', 'data', 'train_muon'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 

@@ -40,6 +40,7 @@ import model as model_file  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from logger import RunError  # noqa: E402
+from tools import plots, records  # noqa: E402
 
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
@@ -89,7 +90,7 @@ class Row:
     def result(self, out: Path, seed: int, steps: int) -> dict:
         """The row with the final evaluation of one seed's run, in out/seed<N>."""
         rows = self.run(out, f"seed{seed}", seed=seed, num_iterations=steps, val_tokens=self.track["val_tokens"])
-        row = logger.final_row(rows, self.track["metric"])
+        row = logger.get_final_row(rows, self.track["metric"])
         print(f"seed {seed}: {self.track['metric']} {row[self.track['metric']]:.4f} after {steps} steps, {row['train_time']:.1f} s", flush=True)
         return row
 
@@ -114,7 +115,7 @@ def check_gpu(track: dict):
 def pinned_corpus(track: dict, folder: Path) -> dict:
     """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
     version, pins = data.torch_version(), track["corpus_sha256"]
-    pinned = logger.corpus_pin(track, version)
+    pinned = records.find_pinned_corpus(track, version)
     if pinned is None:
         raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
     meta = data.load_meta(folder)
@@ -176,7 +177,7 @@ def check_settings(line: dict, row: Row):
 
 def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict], row_name: str | None, step_ms: float | None):
     """What some seeds of one run ended at. A seed beyond the results failed."""
-    line = {"date": today(), "name": name, "row": row_name, "commit": logger.commit_of(ROOT), **row.facts, "settings": row.settings,
+    line = {"date": today(), "name": name, "row": row_name, "commit": logger.find_commit(ROOT), **row.facts, "settings": row.settings,
             "threads": row.track["threads"], "steps": steps, "step_ms": step_ms, "seeds": seeds}  # fmt: skip
     for key, name in ((row.track["metric"], row.track["metric"]), ("seconds", "train_time"), ("flops", "train/flops")):
         line[key] = [result[name] for result in results] + [None] * (len(seeds) - len(results))
@@ -235,10 +236,10 @@ def curve(args):
         raise RunError(f"no runs named {wanted} have a length and a seed in common; make them with short")
     for seconds in both:
         print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
-    with logger.drawing(folder / "curve.png") as figure:
+    with plots.open_figure(folder / "curve.png") as figure:
         figure.set_size_inches(8, 4.5)
         ax = figure.subplots()
-        for (name, runs), colour in zip(ends.items(), logger.COLOURS):
+        for (name, runs), colour in zip(ends.items(), plots.COLOURS):
             values = [list(runs[seconds].values()) for seconds in both]
             ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
             for seconds, points in zip(both, values):
@@ -389,7 +390,7 @@ def full(args):
                "--seeds", *map(str, args.seeds), "--", *args.command]  # fmt: skip
     template = f"# {folder.name}\n\nWhat changed against the row before, and why it helps:\n\n```bash\n{shlex.join(command)}\n```\n"
     (partial / "README.md").write_text(template)
-    values = logger.read_record(partial, track)["values"]
+    values = records.read_record(partial, track)["values"]
     os.replace(partial, folder)
     if not track["row_1"]:
         target = round(statistics.mean(values) + track["margin"], 4)
@@ -429,7 +430,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
             print(f"round {i}: {ms['row'][-1]:.1f} ms per step, row 1 {ms['row_1'][-1]:.1f} ms", flush=True)
     medians = {name: statistics.median(values) for name, values in ms.items()}
     return medians | {"rounds": list(zip(ms["row"], ms["row_1"])), "steps_per_round": TIMED_STEPS, "date": today(),
-                      "commit": logger.commit_of(ROOT)}  # fmt: skip
+                      "commit": logger.find_commit(ROOT)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1413,7 +1413,7 @@ def expert_parallel_acts(shards, tmp_path, monkeypatch):  # tests/test_distribut
     assert alone["held"] > shared["held"] and alone["rows_bytes"] == 0 < shared["rows_bytes"]
 
 
-def routes_tokens_acts(shards, tmp_path, monkeypatch):  # tests/test_routes.py looks into the files
+def routes_tokens_acts(shards, tmp_path, monkeypatch):  # tests/tools/test_routes.py looks into the files
     for tokens in (0, 64):
         train(tmp_path / str(tokens), data=shards, num_iterations=1, routes_tokens=tokens)
     assert [path.name for path in tmp_path.rglob("step_*.npz")] == ["step_000001.npz"]

@@ -1,19 +1,19 @@
 """same_bits.py: does the working tree compute the same bits as an earlier commit? CPU, no network:
 `python tests/same_bits.py BASE [--only model|runs] [--builds SUBSTRING] [--cpu N]`
 
-BASE is the commit to compare with. It is checked out into a temporary git worktree, which is removed at the end. The old
-code (BASE) and the new code (the tree that this file lies in) run side by side, in processes with one thread each.
-Nothing is stored from one call to the next, because bits depend on the CPU and on the version of PyTorch.
+BASE is the commit to compare with. It is checked out into a temporary git worktree, which is removed at the end.
+The old code (BASE) and the new code (the tree that this file lies in) run side by side, in processes with one thread
+each. Nothing is stored from one call to the next, because bits depend on the CPU and on the version of PyTorch.
 
-Part `model` (2 to 4 minutes): many tiny models, in fp32 and bf16. Compared are names, order, kinds and initial values of
-the parameters; loss, statistics, gradients, parameters, optimizer state and buffers of three training steps; logits in
-evaluation, logits decoded with a cache, and generated ids. A model that the new code can build from its core alone is
-built a second time that way and marked "(core)".
-Part `runs` (3 to 4 minutes): whole trainings of 50 steps on one and two ranks. Compared are the numbers in metrics.jsonl
-and every slab of the checkpoints.
+Part `model` (2 to 4 minutes): many tiny models, in fp32 and bf16. Compared are names, order, kinds and initial values
+of the parameters; loss, statistics, gradients, parameters, optimizer state and buffers of three training steps; logits
+in evaluation, logits decoded with a cache, and generated ids. Between initial values and training, noise is added to
+all parameters. A model that the new code can build from its core alone is built a second time that way, "(core)".
+Part `runs` (3 to 4 minutes): whole trainings of 50 steps on one and two ranks. Compared are the numbers in
+metrics.jsonl and every slab of the checkpoints.
 
-The table has one line for each case: the number of values compared, and `equal` or the first difference. The exit status
-is 1 if anything differs or fails."""
+The table has one line for each case: the number of values compared, and `equal` or the first difference. The exit
+status is 1 if anything differs or fails."""
 import argparse
 import contextlib
 import copy
@@ -119,7 +119,7 @@ BUILDS += [POOL | options for options in (
     dict(controller="memoryless", halt="stick_breaking", norms="R", loops=4),
     dict(controller="learned", attention="R", num_meta_tokens=2), dict(attn_softmax="ssmax", reinject=0.5),
     dict(controller="fixed"), dict(route_training="straight_through", step_loss="mean"),
-    dict(route_training="anneal", anneal_steps=2, step_loss="cumulative"), dict(layer_balance_coef=0.1),
+    dict(route_training="anneal", anneal_steps=2, step_loss="mean"), dict(layer_balance_coef=0.1),
     dict(num_shared_experts=1, mlp_ratio=3.0, shared="conv"), dict(halt="act", route_by="first_token"))]  # fmt: skip
 # presets, with another size; "told": one row has an expert to choose, the other one is only there to fill up the batch
 SMALL = dict(vocab_size=VOCAB, eot_token=EOT, n_layer=4, n_embd=64, n_head=2, head_dim=16, window_size=16)
@@ -168,8 +168,8 @@ def digest(value) -> str:
 
 
 def makers(build: dict) -> dict:
-    """Ways to build a case: "" or " (core)" -> (function that returns the model, class of its cache). Without zoo/ there is
-    one way alone."""
+    """Ways to build a case: "" or " (core)" -> (function that returns the model, class of its cache). Without zoo/
+    there is one way alone."""
     import model
 
     zoo = importlib.import_module("zoo") if Path("zoo/__init__.py").exists() else None
@@ -195,7 +195,7 @@ def makers(build: dict) -> dict:
 
 def computed(make, cache_kind, build: dict, side: str):
     """Yields (key, value) of everything that is compared, in the order in which it is computed."""
-    from muon_shim import Muon
+    from train_muon import Muon
 
     new_name = renamed if side == "old" else str
     generator = torch.Generator().manual_seed(SEED)
@@ -207,7 +207,8 @@ def computed(make, cache_kind, build: dict, side: str):
         told = dict(expert_B=torch.tensor([1, -1]), real_B=torch.tensor([True, False]))
     parameters, kinds = {new_name(name): p for name, p in net.named_parameters()}, net.parameter_kinds()
     saved = net.state_dict().keys()
-    buffers = {new_name(name): buffer for name, buffer in net.named_buffers() if name in saved and name != "counted_LE"}
+    saved -= {"counted_LE"}  # the core has no such buffer
+    buffers = {new_name(name): buffer for name, buffer in net.named_buffers() if name in saved}
     yield "kinds of parameters", sorted(f"{new_name(name)}: {kind}" for name, kind in kinds.items())
     for name, value in (parameters | buffers).items():
         yield f"initial {name}", value
@@ -215,7 +216,7 @@ def computed(make, cache_kind, build: dict, side: str):
         for name, p in parameters.items():
             own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             p.add_(torch.randn(p.shape, generator=own), alpha=0.2 if p.ndim < 2 else p.size(-1) ** -0.5)
-    by_muon = lambda wanted: [p for name, p in net.named_parameters() if (kinds[name] in ("matrix", "expert")) is wanted]
+    by_muon = lambda yes: [p for name, p in net.named_parameters() if (kinds[name] in ("matrix", "expert")) is yes]
     rates = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     optimizers = [torch.optim.AdamW(by_muon(False), **rates), Muon(by_muon(True), lr=0.02)]
     for step in range(3):
@@ -223,7 +224,7 @@ def computed(make, cache_kind, build: dict, side: str):
         _, loss, stats = net(x_BT, y_BT, **told)
         (loss + 0.1 * stats["domain_loss"] if told else loss).backward()
         yield f"step {step}: loss", loss
-        for name, value in compared_stats(stats, build, side):
+        for name, value in compared_stats(stats, build):
             yield f"step {step}: {name}", value
         for name, p in reversed(parameters.items()):  # as backward goes: the first difference is near its cause
             yield f"step {step}: gradient of {name}", ["none"] if p.grad is None else p.grad
@@ -241,7 +242,7 @@ def computed(make, cache_kind, build: dict, side: str):
         yield "evaluation: loss", net(x_BT, y_BT).loss
         logits, _, stats = net(x_BT)
         yield "evaluation: logits", logits
-        for name, value in compared_stats(stats, build, side):
+        for name, value in compared_stats(stats, build):
             yield f"evaluation: {name}", value
         if build.get("objective") == "masked":  # cannot continue a text
             return
@@ -251,12 +252,13 @@ def computed(make, cache_kind, build: dict, side: str):
         yield "generated: ids", net.generate(x_BT[:, :5], 4, temperature=0.8, top_k=20, seed=SEED)
 
 
-def compared_stats(stats, build, side):
+def compared_stats(stats: dict, build: dict):
+    """Statistics under their new names, without those that one side alone returns."""
     for name, value in stats.items():
         name = RENAMED_STATS.get(name, name)
-        if (name == "domain_loss" and not build.get("told")) or (name == "depth/loops" and build.get("depth", "stack") == "stack"):
-            continue
-        yield name, value.float() if torch.is_tensor(value) else torch.tensor(float(value))
+        needed = {"domain_loss": "told" in build, "depth/loops": build.get("depth", "stack") != "stack"}
+        if needed.get(name, True):
+            yield name, torch.as_tensor(value).float()
 
 
 def model_results(side: str, asked: str, result: str):
@@ -388,9 +390,9 @@ def compare_models(trees: dict, folder: Path, cases: list[str], at_once: int) ->
 # -----------------------------------------------------------------------------
 # Whole runs
 
-FLAGS = """--preset cpu --device cpu --experiment_name run --num_iterations 50 --n_embd 64 --head_dim 32 --ngram_rows 1024
-           --bucket_mb 0.1 --seq_len 256 --batch_tokens 2048 --micro_batch_tokens 512 --val_every 25 --val_tokens 4096
-           --sample_tokens 8 --warmup_steps 1""".split()
+FLAGS = """--preset cpu --device cpu --experiment_name run --num_iterations 50 --n_embd 64 --head_dim 32
+           --ngram_rows 1024 --bucket_mb 0.1 --seq_len 256 --batch_tokens 2048 --micro_batch_tokens 512 --val_every 25
+           --val_tokens 4096 --sample_tokens 8 --warmup_steps 1""".split()
 LOOPED = "--depth loop --loops 2 --looped .oo. --halt act"
 RUNS = {  # name -> script, ranks, further flags
     "run, 1 rank": ("train_muon.py", 1, ""),
@@ -466,6 +468,8 @@ def main():
     parser.add_argument("--cpu", type=int, default=2, metavar="N",
                         help="jobs at a time, each of one side: all its models, or a run (default: 2)")  # fmt: skip
     args = parser.parse_args()
+    if not any(args.builds in name for name in CASES | RUNS):
+        parser.error(f"no case has {args.builds!r} in its name")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an exception, so that the worktree is removed
     equal = True
     with checked_out(args.base) as (folder, tree):

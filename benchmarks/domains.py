@@ -24,6 +24,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
+from tools import sources  # noqa: E402
 
 STEPS, VAL_TOKENS = 400, 6 * 2**14
 PACE = 1.334  # of a MoE step on one core, in dense steps, measured side by side
@@ -65,7 +66,7 @@ def run(args):
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
                     "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,
-                    "torch": data.torch_version(), "val/bpb": rows[-1]["val/bpb"],
+                    "torch": sources.torch_version(), "val/bpb": rows[-1]["val/bpb"],
                     "domains": {domain: rows[-1][f"val/{domain}/bpb"] for domain in corpus},
                     "information": {row["step"]: row["moe/domain_information"] for row in rows if "moe/domain_information" in row}}  # fmt: skip
             add_line(args.results, line)

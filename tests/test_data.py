@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import DataError, Loader, get_encoding, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
+from tools import prepare, sources  # noqa: E402
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -127,7 +128,7 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
     """meta.json promises a sha256 for each shard; the ranks of a host share the looking."""
     make_shards(tmp_path, [500, 600, 700], vocab=257)
     make_shards(tmp_path, [500], split="val", vocab=257)
-    (tmp_path / "meta.json").write_text(json.dumps(data.describe(tmp_path, get_encoding("bytes"))))
+    (tmp_path / "meta.json").write_text(json.dumps(prepare.describe(tmp_path, get_encoding("bytes"))))
     whole = data.fingerprint(tmp_path)
     assert len(whole) == 4 and all(digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]])
     for rank in range(3):
@@ -227,10 +228,10 @@ def test_missing_ranks_are_one_sentence(tmp_path):
 # The split and the python source
 
 def test_split_hash_is_the_contract():
-    assert data.split_hash(b"torch/nn/modules/linear.py") == 0x2a19d05e5b981696
-    assert data.split_hash(b"torch/nn/modules/linear.py", 7) == 0x03ac18ebdc17dead
-    assert data.split_hash(b"a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big")
-    assert 150 < sum(data.split_hash(b"%d" % i) % 50 == 0 for i in range(10_000)) < 250
+    assert sources.split_hash(b"torch/nn/modules/linear.py") == 0x2a19d05e5b981696
+    assert sources.split_hash(b"torch/nn/modules/linear.py", 7) == 0x03ac18ebdc17dead
+    assert sources.split_hash(b"a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big")
+    assert 150 < sum(sources.split_hash(b"%d" % i) % 50 == 0 for i in range(10_000)) < 250
 
 
 def test_split_does_not_depend_on_order(tmp_path):
@@ -240,7 +241,7 @@ def test_split_does_not_depend_on_order(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
         cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
         held_out.append({bytes(ids) for ids in documents(tmp_path / name, "val")})
-    assert held_out[0] == held_out[1] == {b"document %d" % i for i in range(400) if data.split_hash(b"document %d" % i) % 50 == 0}
+    assert held_out[0] == held_out[1] == {b"document %d" % i for i in range(400) if sources.split_hash(b"document %d" % i) % 50 == 0}
 
 
 def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
@@ -250,12 +251,12 @@ def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(body)
     order = sorted(files)
-    pairs, digest = data.python_corpus(site)
+    pairs, digest = sources.python_corpus(site)
     assert [name for name, _ in pairs] == order
     assert digest == hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in order)).hexdigest()
 
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(site / name / "__init__.py")}))
-    data.main(["--source", "python", "--encoding", "bytes", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(site / name / "__init__.py")}))
+    prepare.main(["--source", "python", "--encoding", "bytes", "--out", str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert "not comparable" in captured.err and load_meta(tmp_path / "out")["corpus_is_pinned"] is False
     chosen = [name for name in order if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 50 == 0]
@@ -289,9 +290,9 @@ def test_python_source_by_its_command(tmp_path):
 
 
 def test_this_torch_is_pinned():
-    if data.torch_version() not in data.TORCH_CORPUS:
-        pytest.skip(f"torch {data.torch_version()} is not pinned")
-    assert data.python_corpus(Path(torch.__file__).parents[1])[1] == data.TORCH_CORPUS[data.torch_version()]
+    if sources.torch_version() not in sources.TORCH_CORPUS:
+        pytest.skip(f"torch {sources.torch_version()} is not pinned")
+    assert sources.python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,17 +322,17 @@ def test_long_text_streams_in_whole_characters(tmp_path):
         tokens_field = None
     (tmp_path / "long.txt").write_text("x" + "é" * 400_000 + "\n" + "line\n" * 100_000, encoding="utf-8")
     with open(tmp_path / "long.txt", "rb") as file:
-        pieces = [body for _, body in data.text_documents(file, "long.txt", Args, None)]
+        pieces = [body for _, body in sources.text_documents(file, "long.txt", Args, None)]
     assert b"".join(pieces) == (tmp_path / "long.txt").read_bytes() and len(pieces) > 4
-    assert max(map(len, pieces)) <= 2 * data.PIECE and all(piece.decode() is not None for piece in pieces)
+    assert max(map(len, pieces)) <= 2 * sources.PIECE and all(piece.decode() is not None for piece in pieces)
 
 
 def test_small_corpus_still_gets_a_validation_document(tmp_path):
     bodies = [b"%d " % i * 20 for i in range(8)]
-    assert all(data.split_hash(body) % 50 for body in bodies)
+    assert all(sources.split_hash(body) % 50 for body in bodies)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": body.decode()}) + "\n" for body in bodies))
     cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.jsonl", "--shard_tokens", 50, "--out", tmp_path / "out")
-    held_out = min(bodies, key=data.split_hash)
+    held_out = min(bodies, key=sources.split_hash)
     assert [bytes(ids) for ids in documents(tmp_path / "out", "val")] == [held_out]
     assert [bytes(ids) for ids in documents(tmp_path / "out", "train")] == [body for body in bodies if body != held_out]
     assert max(shard["tokens"] for shard in load_meta(tmp_path / "out")["shards"]) == 50
@@ -347,7 +348,7 @@ def test_tokens_field(tmp_path):
     command = ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "t.jsonl", "--out", tmp_path / "out", "--tokens-field")
     cli(*command, "input_ids")
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == [[1, 2], [3], [4], [5] * 9]
-    assert data.has_text((b" \n", np.array([0x0A20], np.uint16)))  # whitespace as bytes, a token as an id
+    assert sources.has_text((b" \n", np.array([0x0A20], np.uint16)))  # whitespace as bytes, a token as an id
     (tmp_path / "t.jsonl").write_text('{"input_ids": [1, 257]}\n')
     wrong = sentence(cli(*command[:-2], tmp_path / "bad", command[-1], "input_ids", expect=1))
     assert "t.jsonl, line 1" in wrong and "256" in wrong
@@ -362,7 +363,7 @@ def test_tokens_field(tmp_path):
 def test_bad_files_are_named(tmp_path, capsys, name, body, message):
     (tmp_path / name).write_bytes(body)
     with pytest.raises(SystemExit) as stop:
-        data.main(["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / name), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1 and not (tmp_path / "out").exists()
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
@@ -444,7 +445,7 @@ def test_processes_do_not_change_the_shards(tmp_path, gpt2):
     for processes in (1, 2):
         cli("--source", "files", "--path", tmp_path / "a.jsonl", "--num_proc", processes, "--out", tmp_path / str(processes))
     one, two = (load_meta(tmp_path / name) for name in "12")
-    assert one["shards"] == two["shards"] and len(one["shards"]) == 2 and one["splits"]["train"]["bytes"] > 2 * data.CHUNK
+    assert one["shards"] == two["shards"] and len(one["shards"]) == 2 and one["splits"]["train"]["bytes"] > 2 * prepare.CHUNK
     first = next(json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:])
     assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
 
@@ -456,10 +457,10 @@ def test_reading_never_runs_far_ahead_of_writing(gpt2):
         nonlocal read
         for i in range(400):
             read += 1
-            body = b"%d " % i * (data.CHUNK // 40)
+            body = b"%d " % i * (prepare.CHUNK // 40)
             yield body, body
 
-    encoded, furthest = data.encode_documents(source(), gpt2, 2, 0), 0
+    encoded, furthest = prepare.encode_documents(source(), gpt2, 2, 0), 0
     for written, (_, ids) in enumerate(encoded):
         assert gpt2.decode(ids[:40]).startswith(f"{written} {written} ")
         furthest = max(furthest, read - written)
@@ -476,9 +477,9 @@ class Bomb:
 
 def test_worker_errors_reach_the_user(gpt2):
     with pytest.raises(ValueError, match="word"):
-        list(data.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
+        list(prepare.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
     with pytest.raises(DataError, match="smaller --num_proc"):
-        list(data.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
+        list(prepare.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
@@ -516,7 +517,7 @@ def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, 
     (["--source", "hf", "--dataset", "d", "--text_field", "a", "--tokens_field", "b"], "not allowed with")])
 def test_bad_flags_exit_2(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
-        data.parse(words)
+        prepare.parse(words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -696,7 +697,7 @@ def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
     while line := file.readline(piece):
         while len(line) < piece + 3 and line[-1:] != b"\n" and (file.peek(1)[:1] or b" ")[0] & 0xC0 == 0x80:
             line += file.read(1)
-        separator = line.strip() == data.SEPARATOR
+        separator = line.strip() == sources.SEPARATOR
         lines.append(b"" if separator else line)
         if separator or sum(map(len, lines)) >= piece:
             found.append(b"".join(lines))
@@ -706,13 +707,13 @@ def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
 
 @pytest.mark.parametrize("piece, read", [(30, 7), (30, 64), (50, 1000), (2**18, 50)])
 def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", piece)
-    monkeypatch.setattr(data, "READ", read)
+    monkeypatch.setattr(sources, "PIECE", piece)
+    monkeypatch.setattr(sources, "READ", read)
     random, args = np.random.default_rng(0), SimpleNamespace(tokens_field=None)
     parts = ["\n", "\n", "a<|endoftext|>b", "\n<|endoftext|>\n", "\n \t<|endoftext|> \r\n", "word ", "\u20ac\u4e2d\U0001f600", "x" * 17, "\r\n"]
     for _ in range(300):
         text = "".join(random.choice(parts, random.integers(0, 40))).encode()
-        found = [body for _, body in data.text_documents(io.BytesIO(text), "here", args, None)]
+        found = [body for _, body in sources.text_documents(io.BytesIO(text), "here", args, None)]
         assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text
 
 
@@ -760,6 +761,6 @@ def test_out_may_be_a_link_and_no_module_missing_is_a_traceback(tmp_path):
     command = ("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 400, "--out")
     cli(*command, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "meta.json").exists()
-    code = f"import sys; sys.modules['tqdm'] = None; import data; data.main({[*map(str, command), str(tmp_path / 'x')]!r})"
+    code = f"import sys; sys.modules['tqdm'] = None; from tools import prepare; prepare.main({[*map(str, command), str(tmp_path / 'x')]!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "needs tqdm: `pip install -r requirements.txt`" in done.stderr and "Traceback" not in done.stderr

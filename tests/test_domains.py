@@ -22,6 +22,7 @@ import model as M  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from data import DataError, Loader, Mix, Mixture  # noqa: E402
+from tools import prepare, sources  # noqa: E402
 
 NAMES = ["a", "b", "c"]
 
@@ -119,7 +120,7 @@ def write_domain(folder: Path, first_id: int, tokens: int, val: int = 40):
     for split, n in (("train", tokens), ("val", val)):
         data.write_shard(folder / f"x_{split}_000001.bin", first_id + np.arange(n) % 80)
     facts = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256, "token_bytes": [1] * 256 + [0]}
-    data.write_meta(folder, {"source": "test", "request": {}, "splits": {}, "shards": None, **facts})
+    prepare.write_meta(folder, {"source": "test", "request": {}, "splits": {}, "shards": None, **facts})
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_a_mixture_is_checked_like_a_folder(three, tmp_path):
     assert list(data.fingerprint(three))[:2] == ["a/x_train_000001.bin", "a/x_val_000001.bin"] and len(data.fingerprint(three)) == 6
     meta = json.loads((three / "b" / "meta.json").read_text()) | {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}
     del meta["sha256"]
-    data.write_meta(three / "b", meta)
+    prepare.write_meta(three / "b", meta)
     with pytest.raises(DataError, match="domain b has encoding gpt2, a has bytes"):
         data.load_meta(three)
     with pytest.raises(DataError, match="holds no token shards"):
@@ -209,7 +210,7 @@ def texts(folder: Path, name: str, count: int = 120) -> Path:
 
 
 def make(tmp_path, *words, out="out") -> Path:
-    data.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / out), *map(str, words)])
+    prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / out), *map(str, words)])
     return tmp_path / out
 
 
@@ -231,7 +232,7 @@ def test_local_domains(tmp_path, capsys):
 
 def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
     paths = [f"{name}={texts(tmp_path, name)}" for name in ("birds", "stars")]
-    tokenise, made = data.tokenise, []
+    tokenise, made = prepare.tokenise, []
 
     def failing(source, args, folder):
         made.append(args.source)
@@ -239,7 +240,7 @@ def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
             raise DataError("cut off")
         return tokenise(source, args, folder)
 
-    monkeypatch.setattr(data, "tokenise", failing)
+    monkeypatch.setattr(prepare, "tokenise", failing)
     with pytest.raises(SystemExit):
         make(tmp_path, "--path", *paths)
     assert not (tmp_path / "out").exists()
@@ -262,7 +263,7 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
 
     def load_dataset(name, subset, split, streaming):
         asked.append((name, subset, split, streaming))
-        fields = [part.fields for parts in data.DOMAINS.values() for part in parts if part.dataset == name][0]
+        fields = [part.fields for parts in sources.DOMAINS.values() for part in parts if part.dataset == name][0]
         return ({field: f"{name} {field} {i}" if i % 3 else "" for field in fields} for i in itertools.count())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -276,8 +277,8 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
 
 
 def test_the_six_domains():
-    assert list(data.DOMAINS) == ["math", "python", "web", "science", "legal", "chat"] and 5e6 <= data.DOMAIN_TOKENS <= 50e6
-    assert data.parse(["--source", "domains"]).path is None
+    assert list(sources.DOMAINS) == ["math", "python", "web", "science", "legal", "chat"] and 5e6 <= sources.DOMAIN_TOKENS <= 50e6
+    assert prepare.parse(["--source", "domains"]).path is None
 
 
 @pytest.mark.parametrize("words, sentence", [

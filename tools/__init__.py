@@ -1,1 +1,1 @@
-"""Before and after training: text to shards."""
+"""What is done before and after training; imports the core and is imported by command lines only."""

@@ -62,7 +62,7 @@ def clone(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    for name in ("tests", "benchmarks", "records", "tools"):
+    for name in ("tests", "benchmarks", "records", "tools", "zoo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

@@ -86,7 +86,7 @@ def test_matrices_of_known_routes():
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
     ids = torch.randint(60, (count, rows, T + 1), generator=rng(5))
-    return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows, micro.new_zeros(rows)) for i, micro in enumerate(ids)]
+    return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(ids)]
 
 
 def test_routes_have_a_place_for_every_token_and_none_for_meta_tokens():

@@ -24,7 +24,6 @@ from data import (
     GPT2,
     Compressors,
     DataError,
-    domains,
     explained,
     get_encoding,
     load_meta,
@@ -337,8 +336,9 @@ def prepare(args):
     if args.path:
         request["inputs"] = stamps(word.partition("=")[2] if args.source == "domains" else word for word in args.path)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if (out / "meta.json").exists() and was_asked(load_meta(out), request):
-            tokens = sum(len(tokens) for part in domains(out).values() for split in ("train", "val") for _, tokens in open_split(part, split))
+        if (out / "meta.json").exists() and was_asked(meta := read_meta(out), request):
+            parts = [out / name for name in meta.get("domains") or [""]]
+            tokens = sum(len(tokens) for part in parts for split in ("train", "val") for _, tokens in open_split(part, split))
             return f"{out} is ready: {tokens:,} tokens, made by this same command"
         raise DataError(f"{out} already exists and was made by another command or of other text: remove it or choose another --out")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it warns at each retry

@@ -462,8 +462,8 @@ def texts_of(folder, split="train") -> list[str]:
 def test_local_domains(tmp_path, capsys):
     paths = [f"{name}={write_text(tmp_path, name)}" for name in ("birds", "stars")]
     out = prepare_domains(tmp_path, "--path", *paths, f"birds={write_text(tmp_path, 'finches')}")
-    meta = data.load_meta(out)
-    assert list(data.domains(out)) == list(meta["domains"]) == ["birds", "stars"] and meta["encoding"] == "bytes"
+    meta = data.read_meta(out)
+    assert list(meta["domains"]) == ["birds", "stars"] and meta["encoding"] == "bytes"
     birds = texts_of(out / "birds") + texts_of(out / "birds", "val")
     assert len(birds) == 240 and {text.split()[0] for text in birds} == {"birds", "finches"}
     assert meta["splits"]["train"]["documents"] == sum(meta["domains"][name]["splits"]["train"]["documents"] for name in meta["domains"])
@@ -485,7 +485,7 @@ def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
         prepare_domains(tmp_path, "--path", *paths)
     assert not (tmp_path / "out").exists()
     prepare_domains(tmp_path, "--path", *paths)
-    assert made == ["birds", "stars", "stars"] and list(data.domains(tmp_path / "out")) == ["birds", "stars"]
+    assert made == ["birds", "stars", "stars"] and list(data.read_meta(tmp_path / "out")["domains"]) == ["birds", "stars"]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["birds", "meta.json", "stars"]
 
 
@@ -508,12 +508,12 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = prepare_domains(tmp_path, "--domains", "math", "chat", "--max_tokens", 4000)
-    assert list(data.domains(out)) == ["math", "chat"]
+    assert list(data.read_meta(out)["domains"]) == ["math", "chat"]
     assert [ask[:2] for ask in asked] == [("openai/gsm8k", "main"), ("databricks/databricks-dolly-15k", None)] and all(ask[3] for ask in asked)
     first = texts_of(out / "math")[0]
     assert first.splitlines() == ["openai/gsm8k question 1", "openai/gsm8k answer 1"], "empty rows are left out"
     assert sum(len(tokens) for split in ("train", "val") for _, tokens in data.open_split(out / "math", split)) == 4000
-    assert data.load_meta(out)["domains"]["math"]["datasets"] == ["openai/gsm8k", "open-web-math/open-web-math"]
+    assert data.read_meta(out)["domains"]["math"]["datasets"] == ["openai/gsm8k", "open-web-math/open-web-math"]
 
 
 def test_the_six_domains():

@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -62,7 +61,7 @@ def plain(paths: list[str], encoding: str) -> tuple[float, int, dict[str, str]]:
     import tiktoken
 
     bpe, known = tiktoken.get_encoding(encoding), data.get_encoding(encoding)
-    documents, _ = sources.files_documents(SimpleNamespace(path=paths, text_field="text", tokens_field=None), known)
+    documents, _ = sources.read_files(paths, known)
     digests, tokens, seconds = {"train": hashlib.sha256(), "val": hashlib.sha256()}, 0, 0.0
     for key, body in documents:
         text = body.decode("utf-8", "replace")

@@ -35,10 +35,10 @@ def test_problems_are_right_and_as_hard_as_they_say():
     rng = np.random.default_rng(3)
     lengths, digits = set(), set()
     for _ in range(300):
-        problem, answer = sources.chain(rng).split("=")
+        problem, answer = sources.make_chain(rng).split("=")
         assert run_chain(problem) == answer
         lengths.add(len(problem) - 1)
-        a, b, total = map(int, sources.addition(rng).replace("+", "=").split("="))
+        a, b, total = map(int, sources.make_sum(rng).replace("+", "=").split("="))
         assert a + b == total
         digits.add(max(len(str(a)), len(str(b))))
     assert lengths == set(range(1, 9)) and digits == {1, 2, 3, 4}

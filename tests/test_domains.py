@@ -20,6 +20,7 @@ import model as M  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from tools import prepare  # noqa: E402
+from zoo import mixture  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # data.py --source domains
@@ -206,7 +207,7 @@ def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
     assert {f"val/{name}/bpb" for name in STRIDES} <= rows[-1].keys()
     load = np.array(rows[1]["moe/domain_load"])  # domains x layers x experts, after the round robin
     assert load.shape == (4, 2, 5) and np.allclose(load.sum(-1), 1)
-    own = [list(data.domains(walks)).index(name) for name in ("fives", "ones", "twos")]
+    own = [list(mixture.domains(walks)).index(name) for name in ("fives", "ones", "twos")]
     assert all(load[d, :, i].min() > 0.7 for i, d in enumerate(own)), "experts in the order of the domains, the trunk's left out"
     assert rows[1]["moe/domain_information"] > 0.8 and rows[2]["moe/domain_information"] > 0.3, "and it stays when nobody asks any more"
 

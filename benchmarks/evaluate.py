@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import model as model_file  # noqa: E402
+from tools import sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
 
@@ -107,10 +108,11 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
 def read_questions(path: Path) -> list[dict]:
     """Raises DataError where a line is not a question."""
     questions = []
-    with data.explained(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
+    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
-        with data.explained(f"{path}, line {number} is no question ({{error}}): mend or remove it", ValueError, KeyError, TypeError, AttributeError):
+        mend = f"{path}, line {number} is no question ({{error}}): mend or remove it"
+        with data.as_data_error(mend, ValueError, KeyError, TypeError, AttributeError):
             question = json.loads(line)
             if not (isinstance(question["context"], str) and all(isinstance(choice, str) and choice for choice in question["choices"])):
                 raise ValueError("context is a text, choices are texts that are not empty")
@@ -124,7 +126,7 @@ def read_questions(path: Path) -> list[dict]:
 
 def harness_model(model, encoding):
     """The model as the harness wants it. Raises DataError where that is not installed."""
-    with data.explained("the harness is not installed: `pip install -r benchmarks/requirements-harness.txt`", ImportError):
+    with data.as_data_error("the harness is not installed: `pip install -r benchmarks/requirements-harness.txt`", ImportError):
         from lm_eval.api.model import TemplateLM
 
     longest = context_length(model)
@@ -173,7 +175,7 @@ def harness_model(model, encoding):
 def measure_bpb(model, encoding, args):
     for path in args.path:
         began = time.perf_counter()
-        documents, _ = data.files_documents(argparse.Namespace(path=[path], text_field=args.text_field, tokens_field=None), encoding)
+        documents, _ = sources.read_files([path], encoding, args.text_field)
         try:
             bits, size, tokens = bits_per_byte(model, encoding, (text for _, text in documents), args.seq_len or context_length(model))
         except data.DataError as error:

@@ -187,7 +187,8 @@ def makers(build: dict) -> dict:
         core = {field.name for field in dataclasses.fields(model.Config)}
         chosen = {field: value for field, value in fields.items() if field in core or value != usual[field]}
         with contextlib.suppress(model.ConfigError):  # a value that only the zoo has
-            if set(chosen) <= core:
+            core_names = fields.get("experts", "mlp") == "mlp" and not build.get("told")  # else other names or arguments
+            if set(chosen) <= core and core_names:
                 config = model.Config(**chosen)
                 found[" (core)"] = (lambda: model.build(config), next(filter(None, caches[2:] + caches)))
     return found
@@ -206,7 +207,7 @@ def computed(make, cache_kind, build: dict, side: str):
     if build.get("told"):
         told = dict(expert_B=torch.tensor([1, -1]), real_B=torch.tensor([True, False]))
     parameters, kinds = {new_name(name): p for name, p in net.named_parameters()}, net.parameter_kinds()
-    saved = net.state_dict().keys()
+    saved = set(net.state_dict())
     saved -= {"counted_LE"}  # the core has no such buffer
     buffers = {new_name(name): buffer for name, buffer in net.named_buffers() if name in saved}
     yield "kinds of parameters", sorted(f"{new_name(name)}: {kind}" for name, kind in kinds.items())

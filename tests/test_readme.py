@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import data
 import logger
 import model
 import train_adamw
 import train_muon
 from benchmarks import evaluate, gpu, track
+from tools import prepare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,7 +62,7 @@ def clone(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    for name in ("tests", "tools", "benchmarks", "records"):
+    for name in ("tests", "benchmarks", "records", "tools", "zoo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -105,7 +105,7 @@ PARSERS = {
     "train_muon.py": lambda argv: train_muon.parse(train_muon.MUON, argv),
     "train_adamw.py": lambda argv: train_muon.parse(train_adamw.ADAMW, argv),
     "profile.sh": lambda argv: train_muon.parse(train_muon.MUON, argv),
-    "data.py": data.parse,
+    "data.py": prepare.parse,
     "model.py": model.parse,
     "logger.py": logger.parse,
     "evaluate.py": evaluate.parse,

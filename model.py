@@ -137,6 +137,10 @@ class Config:
         pattern = getattr(self, field)
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
 
+    def describe_experts(self) -> str:
+        shared = f"; {self.num_shared_experts} shared, {self.shared_width} wide together" if self.num_shared_experts else ""
+        return f"{self.num_experts} x {self.hidden_size} wide {self.experts}{shared}"
+
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 64) * 64

@@ -146,7 +146,7 @@ def run_card(where: Path) -> tuple[str, dict[str, bytes]]:
 
     steps = checkpoint.checkpoints(where)
     is_run = steps and logger.is_run(steps[0].parent.parent)
-    return report.card(steps[0].parent.parent) if is_run else ("", {})
+    return report.make_card_section(steps[0].parent.parent) if is_run else ("", {})
 
 
 def import_hub():

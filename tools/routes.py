@@ -5,6 +5,7 @@ Array suffixes: S depth steps, N or T tokens, L MoE layers, K experts per token.
 a pool with its identities, or experts of a layer. In layer_SN, -1 marks the steps after a token has halted.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -234,3 +235,112 @@ def plot_saturation(figure, routes, found):
         ax.plot(steps, shares, "o-", color=colour, label=f"MoE layer {layer}")
     ax.set(xlabel="step", ylabel="share of final assignments", ylim=(0, 1.02))
     ax.legend()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting
+
+
+def save_validation_routes(checkpoint_folder, data_folder, num_tokens: int, path: Path) -> str:
+    """Write the routes of a checkpoint on a folder's first validation tokens; returns a line about the file.
+
+    Raises CheckpointError or DataError."""
+    import checkpoint
+
+    net, manifest = checkpoint.load_model_from_run(checkpoint_folder, "cuda" if torch_has_cuda() else "cpu")
+    arrays = collect_validation_routes(net, manifest["encoding"], data_folder, num_tokens)
+    write_routes(path, arrays)
+    return f"{path}: {len(arrays['token_N']):,} tokens; draw them with `python logger.py --routes`"
+
+
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) -> dict:
+    """collect_routes of the first validation tokens, a row at a time. Raises DataError."""
+    import data
+
+    config = net.config
+    batches = data.validation_batches(
+        data_folder, seq_len=min(num_tokens, config.window_size), rows=1, max_tokens=num_tokens, vocab_size=config.vocab_size,
+        device=net.head.device)  # fmt: skip
+    return add_difficulty(collect_routes(net, batches), encoding)
+
+
+def add_difficulty(arrays: dict, encoding: str) -> dict:
+    """The arrays, and where the text holds arithmetic problems how hard each is: chain_N and sum_N."""
+    import numpy as np
+
+    from tools import sources
+
+    if encoding != "bytes":
+        return arrays
+    text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
+    return arrays | {f"{kind}_N": label for kind, label in sources.difficulty(text).items() if label.any()}
+
+
+def collect_routes(net, batches) -> dict:
+    """Arrays of the routes of batches of data.Batch, without meta-tokens.
+
+    layer_SN: the layer of each step with depth routed, -1 once halted. loops_N: iterations with depths that have loops.
+    expert_LTK: experts of each MoE layer, where a layer runs once. token_N: the target of each position. right_N: 1 if the
+    likeliest id was the target, 0 if not, -1 without a target."""
+    import torch
+    import torch.nn.functional as F
+
+    meta, is_stack = getattr(net.config, "num_meta_tokens", 0), net.config.depth == "stack"
+    make_inputs = net.objective.make_inputs if hasattr(net, "objective") else lambda net, *batch: batch
+    found = {"layer_SN": [], "loops_N": [], "token_N": [], "right_N": []}
+    experts, hooks = [[] for _ in range(net.config.num_moe_layers)], []
+    run_blocks, training = net.run_blocks, net.training
+
+    def run_blocks_recorded(*inputs):
+        trunk = run_blocks(*inputs)
+        if not is_stack and trunk.choices_SBT is not None:  # fewer steps where all tokens have halted
+            missing = net.eval_loops - len(trunk.choices_SBT)
+            choices_SBT = F.pad(trunk.choices_SBT, (0, 0) * 2 + (0, missing), value=-1)
+            found["layer_SN"].append(choices_SBT[..., meta:].flatten(-2))
+        if not is_stack:
+            found["loops_N"].append(trunk.loops_BT[:, meta:].flatten())
+        return trunk
+
+    def record_route(expert_TK: list, router, inputs, route):
+        expert_TK.append(route.expert_TK.unflatten(0, inputs[0].shape[:2])[:, meta:].flatten(0, 1))
+
+    routers = [block.ffn.router for block in net.blocks if hasattr(block.ffn, "router")] if is_stack else []
+    net.eval()
+    net.run_blocks = run_blocks_recorded
+    try:
+        for router, expert_TK in zip(routers, experts):
+            hooks.append(router.register_forward_hook(functools.partial(record_route, expert_TK)))
+        for batch in batches:
+            ids_BT, targets_BT = make_inputs(net, batch.inputs_BT, batch.targets_BT)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled block would skip the hooks
+                logits_BTV = net(ids_BT, doc_ids_BT=net.documents(batch.inputs_BT, None)).logits
+            right_BT = (logits_BTV.argmax(-1) == targets_BT).to(torch.int8)
+            found["token_N"].append(torch.where(targets_BT < 0, batch.inputs_BT, targets_BT).flatten())
+            found["right_N"].append(right_BT.where(targets_BT >= 0, -1).flatten())
+    finally:
+        del net.run_blocks
+        for hook in hooks:
+            hook.remove()
+        net.train(training)
+    arrays = {name: torch.cat(parts, -1).cpu().numpy() for name, parts in found.items() if parts}
+    if routers:
+        expert_LTK = torch.stack([torch.cat(parts) for parts in experts])
+        arrays |= {"expert_LTK": expert_LTK.cpu().numpy(), "experts": net.config.num_experts}
+    layers = net.config.n_layer if is_stack else net.config.per_layer("looped").count("o")
+    return arrays | {"layers": layers, "identities": getattr(net.config, "identity_layers", 0)}
+
+
+def write_routes(path: Path, arrays: dict):
+    """Write the arrays as a compressed .npz, in place of an older one only once complete."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)

@@ -1,9 +1,13 @@
 """zoo.Config: the fields of every option of the zoo. Each file of the zoo adds its tables and the checks of its fields."""
 
+import dataclasses
+import functools
+import math
 import re
 from dataclasses import dataclass
 
 import model
+import torch
 
 TABLES = {}  # field -> table of its legal values
 LETTERS = {}  # field of one letter per layer -> its legal letters
@@ -87,6 +91,25 @@ class Config(model.Config):
     def model_class(self) -> type:
         return TABLES["depth"][self.depth]
 
+    def describe_experts(self) -> str:
+        """The experts on the model card."""
+        kinds = [f"{count} x {width_of(kind, self.hidden_size)[0]} wide {kind}" if has_matmuls(kind) else f"{count} x {kind}"
+                 for kind, count in self.expert_counts.items()]  # fmt: skip
+        text = ", ".join(kinds)
+        if self.expert_share * self.num_experts != self.top_k or len(kinds) > 1:
+            count = sum(count for kind, count in self.expert_counts.items() if has_matmuls(kind))
+            text += f" (a token uses {self.expert_share * count:.2f} with matmuls at even load)"
+        if self.num_shared_experts:
+            text += f"; {self.num_shared_experts} shared {self.shared}, routed sum x {routed_scale(self):.3f}"
+        return text
+
+    def describe_depth(self, seq_len: int) -> str:
+        """The loop or pool on the model card."""
+        longer = dataclasses.replace(self, loops=self.loops + 1)
+        more = model.flops_per_token(longer, seq_len) - model.flops_per_token(self, seq_len)
+        looped = f"{self.depth}, layers {self.per_layer('looped')}, {self.loops} times at most, halt {self.halt}"
+        return f"{looped}; each time {more / 3:,.0f} FLOPs forward per token, no parameters"
+
     @property
     def mask_token(self) -> int:
         """Id of a hidden token: the first one past the vocabulary."""
@@ -152,5 +175,29 @@ def is_list(experts: str) -> bool:
     return bool(set(experts) & set("*,"))
 
 
+def width_of(kind: str, hidden_size: int) -> tuple[int, float]:
+    """Hidden width of a kind beside an MLP of hidden_size, and its FLOPs over the MLP's."""
+    width = getattr(TABLES["experts"][kind], "width", None)
+    return width(hidden_size) if width else (hidden_size, 1.0)
+
+
 def has_matmuls(kind: str) -> bool:
     return getattr(TABLES["experts"][kind], "has_matmuls", True)
+
+
+@functools.cache
+def routed_scale(config: Config) -> float:
+    """Factor on the sum of the routed experts. auto makes that sum as long as the shared one (kexue.fm/archives/10945).
+
+    auto is the mean of sqrt(shared experts) / |gates| for 2^14 tokens of normal logits and this router's own rule, for experts
+    of equal length at right angles; 1 without shared experts."""
+    if config.routed_scale != "auto":
+        return config.routed_scale
+    if not config.num_shared_experts:
+        return 1.0
+    if config.router == "hash":  # equal gates
+        return math.sqrt(config.num_shared_experts * config.top_k)
+    score, generator = TABLES["router_score"][config.router_score], torch.Generator("cpu").manual_seed(0)
+    logits_TE = torch.randn(2**14, config.num_experts, generator=generator, device="cpu")
+    weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
+    return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()

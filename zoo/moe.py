@@ -1,7 +1,6 @@
 """The MoE layer with the zoo's options: pools of several expert kinds, shared experts, masked tokens, further statistics."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 import model
 import ops
 from model import PARAMETER_RULES, KVCache, ParameterRule, init_uniform
-from zoo.config import CHECKS, TABLES, Config, has_matmuls, is_list, listed_kinds
-from zoo.routers import SCORES, stack_taps
+from zoo.config import CHECKS, TABLES, Config, has_matmuls, is_list, listed_kinds, routed_scale, width_of
+from zoo.routers import stack_taps
 from zoo.stats import mean_over, route_stats
 
 # -----------------------------------------------------------------------------
@@ -46,24 +45,6 @@ class SharedConv(nn.Module):
 
 
 SHARED = {"mlp": SharedMLP, "conv": SharedConv}
-
-
-@functools.cache
-def routed_scale(config: Config) -> float:
-    """Factor on the sum of the routed experts. auto makes that sum as long as the shared one (kexue.fm/archives/10945).
-
-    auto is the mean of sqrt(shared experts) / |gates| for 2^14 tokens of normal logits and this router's own rule, for experts
-    of equal length at right angles; 1 without shared experts."""
-    if config.routed_scale != "auto":
-        return config.routed_scale
-    if not config.num_shared_experts:
-        return 1.0
-    if config.router == "hash":  # equal gates
-        return math.sqrt(config.num_shared_experts * config.top_k)
-    score, generator = SCORES[config.router_score], torch.Generator("cpu").manual_seed(0)
-    logits_TE = torch.randn(2**14, config.num_experts, generator=generator, device="cpu")
-    weight_TK = score.gates(logits_TE, score.of(logits_TE).topk(config.top_k).indices, config.norm_topk_prob)
-    return (math.sqrt(config.num_shared_experts) / weight_TK.norm(dim=-1)).mean().item()
 
 
 # -----------------------------------------------------------------------------
@@ -167,12 +148,6 @@ def exchange_rows(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     count = int(ends_E[-1])
     rows_out_RD = model.expert_all_to_all(group, experts, rows_RD[:count], ends_E)
     return F.pad(rows_out_RD, (0, 0, 0, len(rows_RD) - count))
-
-
-def width_of(kind: str, hidden_size: int) -> tuple[int, float]:
-    """Hidden width of a kind beside an MLP of hidden_size, and its FLOPs over the MLP's."""
-    width = getattr(TABLES["experts"][kind], "width", None)
-    return width(hidden_size) if width else (hidden_size, 1.0)
 
 
 TABLES["shared"] = SHARED

@@ -3155,6 +3155,11 @@ def check_config(config: Config):
 # -----------------------------------------------------------------------------
 # Presets
 
+
+def build(config: Config, ranks: ExpertRanks = ALL_HERE) -> GPT:
+    return GPT(config, ranks)
+
+
 PRESETS = {
     # a laptop: bytes, 2 cores, minutes
     "cpu": Config(vocab_size=257, eot_token=256, n_layer=4, n_embd=192, n_head=2, head_dim=64, mlp_ratio=1.0, attention="K", window="EELE",
@@ -3303,98 +3308,6 @@ def model_card(config: Config, seq_len: int) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints, reading side (train_muon.py writes them)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The steps saved inside `folder`, newest first (or `folder` itself if it is one step's)."""
-    if (folder / "manifest.json").exists():
-        return [folder]
-    return sorted(folder.glob("step_??????"), reverse=True)  # no half-written step_NNNNNN.partial
-
-
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest step inside `folder`. Raises CheckpointError if there is none."""
-    steps = checkpoints(folder)
-    if not steps:
-        raise CheckpointError(f"{folder} holds no checkpoint; train first, or name another folder")
-    return steps[0]
-
-
-def manifest_sha256(manifest: dict) -> str:
-    """What a manifest holds besides under "sha256"."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(manifest)), sort_keys=True).encode()).hexdigest()
-
-
-def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
-    """The manifest of one step's folder, after the size and sha256 of every file (of every world_size-th, if ranks share the work)
-    were found to be what it says. Raises CheckpointError."""
-    import hashlib
-
-    mend = f"remove {folder} to fall back on the previous step, or start over under another name"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest.pop("sha256") != manifest_sha256(manifest):
-            raise ValueError("it does not match its own sha256")
-        files = sorted(manifest["files"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
-    for name, expected in files[rank::world_size]:
-        path = folder / name
-        if not path.exists() or path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} is missing or cut short; {mend}")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise CheckpointError(f"{path} does not match its sha256; {mend}")
-    return manifest
-
-
-def read_slabs(folder: Path, manifest: dict) -> dict[str, dict[str, Tensor]]:
-    """Slab name -> its tensors, memory-mapped: only what is looked at is read."""
-    slabs = {}
-    for name in manifest["files"]:
-        slabs |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-    return slabs
-
-
-def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """(manifest, slab name -> its tensors) of one step's folder; every file is verified before any is opened."""
-    manifest = verified_manifest(folder)
-    return manifest, read_slabs(folder, manifest)
-
-
-def slab_part(name: str) -> tuple[str, int | slice]:
-    """Which tensor a slab is of and which part of dimension 0: `a.b` is all of it, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8."""
-    base, _, part = name.rstrip("]").partition("[")
-    start, _, stop = part.partition(":")
-    return base, int(start) if start and not stop else slice(int(start) if start else None, int(stop) if stop else None)
-
-
-def slab_view(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The part of a named tensor that a slab covers."""
-    base, part = slab_part(name)
-    return tensors[base][part]
-
-
-def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
-    """The trained model in evaluation mode, and its checkpoint's manifest."""
-    manifest, slabs = read_checkpoint(latest_checkpoint(Path(folder)))
-    model = GPT(Config(**manifest["model"]))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, slab in slabs.items():
-            slab_view(tensors, name).copy_(slab["value"])
-    model.encoding = manifest["encoding"]
-    return model.to(device).eval(), manifest
-
-
-# -----------------------------------------------------------------------------
 # The Hugging Face Hub: huggingface_hub comes with datasets, and is imported only by who asks for it
 
 HUB = "hf://"  # before the name of a repository, where a folder could stand as well
@@ -3426,6 +3339,8 @@ def on_the_hub() -> type:
     try:
         from huggingface_hub import ModelCard, PyTorchModelHubMixin
     except ImportError:
+        from checkpoint import CheckpointError
+
         raise CheckpointError("the Hub's folders need huggingface_hub and safetensors: `pip install huggingface_hub safetensors`") from None
 
     class HubGPT(PyTorchModelHubMixin, GPT, library_name="modded-nanomoe", pipeline_tag="text-generation", license="mit", tags=["moe"]):
@@ -3473,9 +3388,11 @@ def first_line(error: Exception) -> str:
 def load_model(where: str | Path, device: str = "cpu") -> GPT:
     """The trained model in evaluation mode, with its `encoding`, from a run's checkpoint folder, from a folder of save_pretrained(), or from the Hub
     (hf://user/name). Raises CheckpointError."""
+    from checkpoint import CheckpointError, load_model_from_run
+
     name = str(where)
     if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
-        return load_checkpoint(Path(where), device)[0]
+        return load_model_from_run(Path(where), device)[0]
     mend = "check its name, your connection, and `hf auth login` if it is private" if name.startswith(HUB) else "write it again"
     try:
         return GPT.from_pretrained(name.removeprefix(HUB)).to(device)
@@ -3569,6 +3486,8 @@ def parse(argv: list[str] | None = None) -> dict:
 
 
 def main():
+    from checkpoint import CheckpointError
+
     try:
         args = parse()
         if args["save_pretrained"] or args["push_to_hub"]:
@@ -3587,6 +3506,7 @@ def main():
 
 def sample(args: dict):
     """Print the prompt and its continuations, the first of them as it comes; how fast it went goes to stderr."""
+    from checkpoint import CheckpointError
     from data import DataError, get_encoding
 
     model = load_model(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu").for_inference()
@@ -3620,6 +3540,7 @@ def show(text: str):
 def share(args: dict):
     """Write a checkpoint as the Hub's files, or upload them. Raises CheckpointError where other files are in the way."""
     import logger  # for the run's numbers and curve on the card
+    from checkpoint import CheckpointError, checkpoints
 
     folder = args["save_pretrained"]
     if not args["checkpoint"]:
@@ -3721,10 +3642,11 @@ def write_routes(path: Path, arrays: dict):
 def routes(args: dict) -> str:
     """Raises CheckpointError without a checkpoint or data."""
     import data
+    from checkpoint import CheckpointError, load_model_from_run
 
     if not args["checkpoint"] or not args["data"]:
         raise CheckpointError("--routes needs --checkpoint, a run's folder, and --data, a folder of shards")
-    model, manifest = load_checkpoint(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
+    model, manifest = load_model_from_run(args["checkpoint"], "cuda" if torch.cuda.is_available() else "cpu")
     try:
         arrays = validation_routes(model, manifest["encoding"], args["data"], args["tokens"])
     except data.DataError as error:
@@ -3734,4 +3656,6 @@ def routes(args: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    import model  # the module that checkpoint.py imports, rather than a second copy of its classes
+
+    model.main()

@@ -19,22 +19,17 @@ owners balanced by cost as in Megatron's layer-wise optimizer, with padding kept
 import argparse
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
 import heapq
 import itertools
-import json
 import math
 import os
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,8 +43,22 @@ from torch.profiler import record_function
 import data
 import logger
 import model as model_file
+from checkpoint import OTHER_RATES, Saver, last_good, latest_valid_checkpoint, load_checkpoint, slab_part, slab_view
+from guards import (
+    MISTAKES,
+    AsyncHostCopy,
+    Ended,
+    StepFlags,
+    StopSignals,
+    Watchdog,
+    World,
+    agree,
+    agree_on,
+    gather_objects,
+    init_distributed,
+)
 from logger import PhaseTimer, Run, RunError
-from model import DTYPES, GPT, CheckpointError, Config, ConfigError, ExpertRanks, Parser, add_flags, on_cuda_a_kernel
+from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, on_cuda_a_kernel
 
 # -----------------------------------------------------------------------------
 # Hyperparameters: every field is a flag
@@ -350,7 +359,7 @@ def cut_slabs(config: Config) -> list[Slab]:
             names = [f"{name}[{a}:{b}]" for a, b in zip(edges, edges[1:])] if p.ndim == 2 and len(p) >= blocks else [name]
             cost = p.numel() // len(names)
         tensors = {name: p}
-        slabs += [Slab(slab, kinds[name], model_file.slab_view(tensors, slab).numel(), cost) for slab in names]
+        slabs += [Slab(slab, kinds[name], slab_view(tensors, slab).numel(), cost) for slab in names]
     return slabs
 
 
@@ -396,7 +405,7 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
     def holders(slab: Slab) -> tuple[int, ...]:
         first = 0
         if slab.kind == "expert":
-            first = model_file.slab_part(slab.name)[1] * expert_parallel // config.num_experts
+            first = slab_part(slab.name)[1] * expert_parallel // config.num_experts
         return tuple(range(first, world_size, expert_parallel if slab.kind == "expert" else 1))
 
     waiting, buckets, work = {}, [], collections.Counter()  # work: (family, rank) -> cost so far
@@ -512,41 +521,6 @@ def plan_text(config: Config, hp: Common, recipe: Recipe, world_size: int) -> st
 # The exchange: gradients go to their owners during backward, new values come back during the updates
 
 
-class World(NamedTuple):
-    rank: int
-    size: int
-    device: torch.device
-    expert_parallel: int = 1  # ranks that share the experts; rank r holds part r % expert_parallel
-    run_id: str = ""  # prefix of this run's keys in the store
-    restarted: bool = False  # by torchrun, after ranks were lost
-    groups: dict = {}  # ranks of a bucket -> its process group; absent: all ranks
-    expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
-
-    def with_groups(self, timeout: timedelta) -> "World":
-        """The process groups of the ranks that hold the same experts, and of those that share them; all ranks make all of them.
-
-        Rows never travel in a bucket's group, as buckets and rows may take turns in another order on another rank."""
-        every, step = tuple(range(self.size)), self.expert_parallel
-        if step == 1:
-            return self
-        holding = [every[first::step] for first in range(step)]
-        sharing = [dist.new_group(every[first : first + step], timeout=timeout) for first in range(0, self.size, step)]
-        groups = {ranks: dist.new_group(ranks, timeout=timeout) for ranks in holding if len(ranks) > 1}
-        return self._replace(groups=groups, expert_group=sharing[self.rank // step])
-
-    @property
-    def expert_ranks(self) -> ExpertRanks:
-        return ExpertRanks(self.rank % self.expert_parallel, self.expert_parallel, self.expert_group)
-
-    def store(self) -> dist.Store:
-        """A connection of one's own to the store that all ranks share; a blocking read holds it."""
-        if self.size == 1:
-            return dist.HashStore()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
-        return dist.PrefixStore(self.run_id, client)
-
-
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -576,9 +550,9 @@ class Transfer:
         padded = bucket.part if self.travels else 0
         self.parts = torch.zeros(len(bucket.ranks), padded, device=world.device)  # to each owner, later from each
         self.mine = torch.zeros(padded, device=world.device)  # sums of the gradients that this rank owns, later their new values
-        self.pieces, ends = [], collections.Counter()
+        self.slabs, ends = [], collections.Counter()
         for slab, owner in zip(bucket.slabs, bucket.owners):
-            name, part = model_file.slab_part(slab.name)
+            name, part = slab_part(slab.name)
             parameter = model.get_parameter(name)
             if slab.kind == "expert":
                 part -= model.ranks.first(model.config.num_experts)
@@ -586,10 +560,10 @@ class Transfer:
             ends[owner] = place.stop
             packed = self.parts[bucket.ranks.index(owner), place].view(value.shape) if self.travels else None
             mine = self.mine[place].view(value.shape) if self.travels and owner == world.rank else None
-            self.pieces.append(Piece(slab, parameter, part, value, packed, mine))
-        self.parameters = list({id(piece.parameter): piece.parameter for piece in self.pieces}.values())
-        self.owned = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner == world.rank]
-        self.others = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner != world.rank]
+            self.slabs.append(Piece(slab, parameter, part, value, packed, mine))
+        self.parameters = list({id(piece.parameter): piece.parameter for piece in self.slabs}.values())
+        self.owned = [piece for piece, owner in zip(self.slabs, bucket.owners) if owner == world.rank]
+        self.others = [piece for piece, owner in zip(self.slabs, bucket.owners) if owner != world.rank]
         self.optimizers = []
 
     def owned_by_kind(self) -> dict[str, list[Tensor]]:
@@ -611,8 +585,8 @@ class Transfer:
     def send_gradients(self):
         """Begin to sum each slab's gradient on its owner; a parameter without a gradient here adds zero."""
         if self.travels:
-            there = [piece for piece in self.pieces if piece.parameter.grad is not None]
-            if len(there) < len(self.pieces):
+            there = [piece for piece in self.slabs if piece.parameter.grad is not None]
+            if len(there) < len(self.slabs):
                 self.parts.zero_()
             copy_all([piece.packed for piece in there], [piece.parameter.grad[piece.part] for piece in there])
             for parameter in self.parameters:
@@ -708,394 +682,6 @@ class Exchange:
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints: a folder per step, each rank's file holds the slabs it owns
-
-
-class Saver:
-    """Saves in a thread: `save` copies what this rank owns and returns, the files are written while training goes on.
-
-    What the thread meets (a full disk, values that are not finite) is raised by the next save() or wait()."""
-
-    def __init__(self, folder: Path, exchange: Exchange, world: World):
-        self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
-        self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
-
-    def save(self, step: int, facts: dict, log: Run):
-        """facts: what the manifest holds besides the files (model, hyperparameters, loader position, clock ...)."""
-        self.wait()
-        slabs = snapshot(self.exchange, self.world)
-        copied = torch.cuda.Event() if self.world.device.type == "cuda" else None
-        if copied:
-            copied.record()
-        self.thread = threading.Thread(target=self.run, args=(step, slabs, copied, facts, log), daemon=True)
-        self.thread.start()
-
-    def run(self, step: int, slabs: dict, copied, facts: dict, log: Run):
-        try:
-            if copied:
-                copied.synchronize()
-            self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self, log.sync)
-        except BaseException as error:  # raised again by wait(), in the thread that can stop the run
-            self.error = error
-
-    @property
-    def failed(self) -> bool:
-        return self.error is not None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *exception):
-        if kind is not None:
-            self.abandoned.set()  # the other ranks may be gone, and what they have to say with them
-        self.join()
-
-    def join(self):
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-
-    def tell(self, key: str, words: str):
-        self.store.set(key, words)
-
-    def wait_for(self, keys: list[str]) -> list[str]:
-        """What other threads told, once all of it is there. No blocking read: a thread inside one could not end with its process."""
-        while not self.store.check(keys):
-            if self.abandoned.wait(0.02):
-                raise RunError("the run ended while a checkpoint was being written; the one before is complete")
-        return [self.store.get(key).decode() for key in keys]
-
-    def wait(self):
-        """Until what was begun is on disk. Raises what the thread met."""
-        self.join()
-        if isinstance(self.error, RunError):
-            stop(self.world, str(self.error))
-        if self.error is not None:
-            raise self.error
-
-
-def snapshot(exchange: Exchange, world: World) -> dict[str, dict[str, Tensor]]:
-    """Slab name -> copies on the host of its value and optimizer state, for what this rank owns; rank 0 adds the model's buffers."""
-    slabs = {piece.slab.name: {"value": piece.value} for piece in exchange.owned}
-    for transfer in exchange.transfers:
-        for piece in transfer.owned:
-            for optimizer in transfer.optimizers:
-                slabs[piece.slab.name] |= optimizer.state.get(piece.value, {})
-    if world.rank == 0:
-        buffers = dict(exchange.model.named_buffers())
-        slabs |= {name: {"value": buffers[name]} for name in exchange.model.state_dict() if name in buffers}
-    to_host = lambda value: value.to("cpu", non_blocking=True, copy=True)  # on CUDA into pinned memory, behind the step's kernels
-    return {name: {key: to_host(value) for key, value in slab.items()} for name, slab in slabs.items()}
-
-
-def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver, sync_log=lambda: None) -> Path:
-    """Write this rank's file of folder/step_NNNNNN; when all are there, rank 0 writes the manifest and renames the folder into place. Before it,
-    sync_log(): a checkpoint on the disk never goes further than the log there.
-
-    That folder and the one before are kept. The ranks meet on the board, for collectives belong to the training thread.
-    Raises RunError on every rank if one of them could not write; the checkpoints that were there stay."""
-    target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
-    try:
-        sync_log()
-        partial.mkdir(parents=True, exist_ok=True)
-        report = {"files": write_file(partial / f"rank{world.rank}.pt", lambda file: torch.save(slabs, file))}
-        bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
-        if bad:
-            report = {"failure": f"{bad[0]} is not finite"}
-    except Exception as error:  # whatever it is, the other ranks wait for a report; torch.save tells of a full disk as RuntimeError
-        report = {"failure": str(error) or type(error).__name__}
-    board.tell(f"{key}/{world.rank}", json.dumps(report))
-    if world.rank == 0:
-        reports = [json.loads(report) for report in board.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
-        failures = [report["failure"] for report in reports if "failure" in report]
-        if not failures:
-            manifest = {"step": step, **facts, "files": {name: file for report in reports for name, file in report["files"].items()}}
-            try:
-                manifest["sha256"] = model_file.manifest_sha256(manifest)
-                write_file(partial / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-                sync_folder(folder)
-                there = model_file.checkpoints(folder)
-                for old in set(there) - set([path for path in there if path <= target][:2]):  # a newer one was found damaged
-                    shutil.rmtree(old)
-            except OSError as error:
-                failures = [str(error)]
-        if failures:
-            shutil.rmtree(partial, ignore_errors=True)
-        board.tell(f"{key}/outcome", " ".join(failures[:1]))
-    [failure] = board.wait_for([f"{key}/outcome"])
-    if failure:
-        mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
-        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failure}); {last_good(folder)}; {mend}")
-    return target
-
-
-OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
-
-
-def last_good(folder: Path) -> str:
-    return next((f"the last good checkpoint is {path}" for path in model_file.checkpoints(folder)), "there is no checkpoint")
-
-
-def sync_folder(folder: Path):
-    """See a rename in it onto the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, write) -> dict[str, dict]:
-    """Write a file through write(file) and see it onto the disk; {name: its size and sha256}."""
-    with open(path, "wb+") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}
-
-
-def soundest_checkpoint(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all what its manifest says, and what is wrong with newer ones. The ranks share the work.
-
-    None if there is no checkpoint at all; ends the run if there are some and none is sound."""
-    complaints = []
-    for path in model_file.checkpoints(folder):
-        complaint = ""
-        try:
-            model_file.verified_manifest(path, world.rank, world.size)
-        except CheckpointError as error:
-            complaint = str(error).partition(";")[0]
-        found = [complaint for complaint in gather_objects(complaint, world) if complaint]
-        if not found:
-            return path, complaints
-        complaints += found[:1]
-    if complaints:
-        stop(world, f"{'; '.join(complaints)}; no checkpoint in {folder} is sound, so start over under another --experiment_name")
-    return None, []
-
-
-def load_checkpoint(path: Path, exchange: Exchange, config: Config, hp: Common) -> dict:
-    """Put a verified checkpoint's values and optimizer state in place, at any number of ranks and of expert parts; returns the manifest.
-
-    Raises RunError when it was saved by another configuration."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    check_same_run(manifest, config, hp, path)
-    slabs, buffers = model_file.read_slabs(path, manifest), dict(exchange.model.named_buffers())
-    missing = [piece.slab.name for transfer in exchange.transfers for piece in transfer.pieces if piece.slab.name not in slabs]
-    if missing:
-        raise RunError(f"{path} lacks {missing[0]}, so another version of this code wrote it; resume with that, or start another --experiment_name")
-    for name in exchange.model.state_dict().keys() & buffers.keys():
-        buffers[name].copy_(slabs[name]["value"])
-    for transfer in exchange.transfers:
-        owner_of = {tensor: optimizer for optimizer in transfer.optimizers for group in optimizer.param_groups for tensor in group["params"]}
-        for piece in transfer.pieces:
-            piece.value.copy_(slabs[piece.slab.name]["value"])
-        for piece in transfer.owned:
-            state = {key: value.to(piece.value.device, copy=True) for key, value in slabs[piece.slab.name].items() if key != "value"}
-            if state:
-                owner_of[piece.value].state[piece.value] = state
-    return manifest
-
-
-RESUME_FREE = set("""data out_dir device compile micro_batch_tokens val_every val_tokens routes_tokens checkpoint_every sample_tokens warmup_steps
-                     expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
-
-
-def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
-    """A resumed run must be the run that was saved: RunError names the first field that differs."""
-    now = dataclasses.asdict(config) | {k: v for k, v in dataclasses.asdict(hp).items() if k not in RESUME_FREE}
-    then = manifest["model"] | manifest["hyperparameters"]
-    for field, value in now.items():
-        if then.get(field) != value:
-            was = then.get(field)
-            raise RunError(f"{path} was saved with {field} = {was}, not {value}; pass --{field} {was}, or another --experiment_name")
-
-
-# -----------------------------------------------------------------------------
-# Guards: ranks that agree, signals, a loss read late, and who keeps whom waiting
-
-
-def gather_objects(value, world: World) -> list:
-    """Every rank's value, on every rank."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-class Ended(RunError):
-    """An error that all ranks end with; rank 0 says it."""
-
-
-def stop(world: World, message: str):
-    """End the run where all ranks know that it ends."""
-    raise Ended(message)
-
-
-MISTAKES = (ConfigError, CheckpointError, data.DataError, RunError)
-
-
-def agree(world: World, prepare):
-    """prepare() on every rank and its result; if one of them fails, all stop, and rank 0 says whose complaint it is."""
-    result, complaint = None, None
-    try:
-        result = prepare()
-    except MISTAKES as error:
-        if world.size == 1:
-            raise
-        complaint = f"{error} (on {socket.gethostname()})"
-    complaints = gather_objects(complaint, world)
-    for rank, complaint in enumerate(complaints):
-        if complaint:
-            stop(world, f"rank {rank}: {complaint}")
-    return result
-
-
-def agree_on(facts: dict, world: World):
-    """Stop before training if the ranks differ in one of these facts, and name it."""
-    everyone = gather_objects(facts, world)
-    for rank, theirs in enumerate(everyone):
-        for name in sorted(everyone[0].keys() | theirs.keys()):
-            here, there = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
-            if here != there:
-                stop(world, f"the ranks differ: {name} is {there} on rank {rank} and {here} on rank 0; "
-                            "start all of them with the same flags, data and code")  # fmt: skip
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for a checkpoint and an end. Alone, a second Ctrl-C ends at once; torchrun repeats signals by itself."""
-
-    def __init__(self, world: World):
-        self.world, self.received, self.before = world, 0, {}
-
-    def note(self, number, frame):
-        self.received = number
-        if self.world.size == 1:
-            signal.signal(number, self.before[number])
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Late:
-    """The values of a small tensor, for a host that asks for them a step later and so waits for nothing."""
-
-    def __init__(self, values: Tensor):
-        self.host = values.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if values.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-    def tolist(self) -> list[float]:
-        if self.copied:
-            self.copied.synchronize()
-        return self.host.tolist()
-
-
-class Watchdog:
-    """A thread that tells the other ranks every second that this one lives and what it does.
-
-    When this rank gets no further for stuck_after seconds, it ends the run and names the ranks that keep the others waiting:
-    those that are silent, else those that are busy with something else than waiting. A rank that loses a peer in the middle of
-    a collective asks for the silent ones at once."""
-
-    BEAT = 1.0  # seconds
-
-    def __init__(self, world: World, timer: PhaseTimer, stuck_after: float):
-        self.world, self.timer, self.stuck_after = world, timer, stuck_after
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def __enter__(self):
-        self.store = self.world.store()
-        if self.world.size > 1:
-            self.thread.start()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        lost_peer = self.world.size > 1 and isinstance(error, RuntimeError) and not isinstance(error, RunError)  # what collectives raise
-        silent = {}
-        if lost_peer:
-            try:
-                silent = self.silent_ranks()
-            except RuntimeError as gone:
-                self.end_alone(gone)
-        self.closed.set()
-        if self.world.size > 1:
-            self.thread.join(2 * self.BEAT)  # a thread that its process ends inside torch takes the exit status with it
-        if silent:
-            self.tell(f"{self.names(silent)} no longer there")
-            raise SystemExit(1) from error
-
-    def run(self):
-        try:
-            self.beat()
-            while not self.closed.wait(self.BEAT):
-                self.beat()
-                if time.monotonic() - self.timer.place[1] > self.stuck_after:
-                    self.accuse()
-        except RuntimeError as error:
-            if not self.closed.is_set():
-                self.end_alone(error)
-
-    def beat(self):
-        words = [time.monotonic(), self.timer.place[0], f"{socket.gethostname()}, pid {os.getpid()}"]
-        self.store.set(f"beat/{self.world.rank}", json.dumps(words))
-
-    def end_alone(self, error: RuntimeError):
-        """Without torchrun nobody would restart this process, and a second one could write beside it."""
-        reason = str(error).splitlines()[0]
-        print(f"\nerror: rank {self.world.rank} ends, for the store of torchrun is gone ({reason})", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def beats(self) -> dict[int, list]:
-        ranks = [rank for rank in range(self.world.size) if self.store.check([f"beat/{rank}"])]
-        return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in ranks}
-
-    def silent_ranks(self) -> dict[int, list]:
-        """rank -> its last words, of the ranks that say nothing for three beats."""
-        before = self.beats()
-        for _ in range(4):  # others look at this rank too
-            time.sleep(self.BEAT)
-            self.beat()
-        now = self.beats()
-        silent = [rank for rank in range(self.world.size) if rank != self.world.rank and now.get(rank) == before.get(rank)]
-        return {rank: now.get(rank, [0, "the start", "unknown host"]) for rank in silent}
-
-    def accuse(self):
-        silent = self.silent_ranks()
-        busy = {rank: words for rank, words in self.beats().items() if not words[1].endswith("communication")}
-        if time.monotonic() - self.timer.place[1] > self.stuck_after:  # still
-            waited = f"after {self.stuck_after:g} s without progress"
-            if silent:
-                self.tell(f"{self.names(silent)} no longer there, {waited}")
-            elif busy:
-                self.tell(f"{self.names(busy)} stuck, {waited}")
-            else:
-                self.tell(f"all ranks wait for one another, {waited}: the network between them may have failed")
-            os._exit(1)  # the training thread may be inside a collective that never returns
-
-    def names(self, ranks: dict[int, list]) -> str:
-        return ", ".join(f"rank {rank} ({here}; {place})" for rank, (_, place, here) in ranks.items()) + (" is" if len(ranks) == 1 else " are")
-
-    def tell(self, message: str):
-        """The first rank that finds out says it; the others give it the time."""
-        if self.store.add("told", 1) == 1:
-            print(f"\nerror: {message}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * self.BEAT)
-
-
-# -----------------------------------------------------------------------------
 # Evaluation
 
 
@@ -1158,12 +744,11 @@ def phase(timer: PhaseTimer, name: str):
 
 
 TOTALS = ("ce", "balance_loss", "z_loss", "entropy", "loops", "domain_loss")  # sums over the global batch, beside the counts
-Alarms = NamedTuple("Alarms", [("signal", bool), ("disk", bool)])  # of one rank; where their sum is not zero, all ranks act
-QUIET = Alarms(False, False)
+NO_FLAGS = StepFlags()
 
 
 def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
-               timer: PhaseTimer, alarms: Alarms = QUIET, expert_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+               timer: PhaseTimer, alarms: StepFlags = NO_FLAGS, expert_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """One optimizer step over the global batch; returns its statistics, and [loss, *alarms] summed over ranks, on the device.
 
     next_step() gives this rank's micro-batches; expert_D each domain's own expert, -1 for none, or is None where nobody is told. While the last
@@ -1300,7 +885,7 @@ def domain_experts(config: Config, hp: Common, device: torch.device) -> Tensor |
     return torch.tensor([own.index(name) if name in own else -1 for name in names], device=device)
 
 
-SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py")]
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in "train_muon train_adamw model kernels checkpoint guards data logger".split()]
 
 
 def shared_facts(config: Config, hp: Common, **others) -> dict:
@@ -1318,7 +903,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
     fresh = not (resume or enable_profiling)
     meta, loader, micro_rows, expert_D = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
     agree_on(shared_facts(config, hp, experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling), world)
-    world = world._replace(expert_parallel=hp.expert_parallel).with_groups(collectives_timeout(hp))
+    world = world.with_expert_groups(hp.expert_parallel, collectives_timeout(hp))
     rows = hp.batch_tokens // hp.seq_len
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
 
@@ -1336,19 +921,19 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
         random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
         for _ in range(hp.warmup_steps):
-            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer, QUIET, expert_D)
+            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer, NO_FLAGS, expert_D)
         model.load_state_dict(before)
         for optimizer in optimizers:
             optimizer.state.clear()
         if enable_profiling:
-            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer, QUIET, expert_D)
+            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer, NO_FLAGS, expert_D)
             return profile(folder / "profile", one_step, config, hp, world)
 
         # ---- where a resumed run goes on
         start, train_time, resume_step, validated, notes = 0, 0.0, None, False, []
         if resume:
             timer.begin("resuming")
-            path, notes = soundest_checkpoint(folder / "checkpoint", world)
+            path, notes = latest_valid_checkpoint(folder / "checkpoint", world)
             resume_step = -1  # a run that left no checkpoint starts over
             if path is not None:
                 manifest = agree(world, lambda: load_checkpoint(path, exchange, config, hp))
@@ -1366,6 +951,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
                  "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
                  "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
+        config_class = f"{type(config).__module__}.{type(config).__qualname__}"
         run = opened.enter_context(Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step,
                                        active=world.rank == 0, sinks=sinks))  # fmt: skip
         for note in notes:
@@ -1377,7 +963,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         look_every = 1 if device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
 
         # ---- the loop: validate, checkpoint, step
-        latest, stopping, values = Late(torch.zeros(3)), False, {}
+        latest, stopping, values = AsyncHostCopy(torch.zeros(3)), False, {}
         model.train()
         synchronize(device)
         clock = time.perf_counter()
@@ -1387,7 +973,7 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
             validate_now = due and (last or not stopping) and not (step == resume_step and validated)
             save_now = (last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)) and step not in (0, resume_step)
             if validate_now or save_now:
-                look(latest, step, saver, world)
+                check_health(latest, step, saver)
                 synchronize(device)
             if validate_now:
                 train_time += time.perf_counter() - clock
@@ -1407,15 +993,16 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
                 timer.begin("saving")
                 run.flush()
                 seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-                saver.save(step, facts | {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}, run)
+                progress = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
+                saver.save(step, facts | {"config_class": config_class} | progress, run)
             if last or stopping:
                 break
             began = time.perf_counter()
             row, signs = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer,
-                                    Alarms(signals.received > 0, saver.failed), expert_D)  # fmt: skip
-            before_latest, latest = latest, Late(signs)
+                                    StepFlags(signals.received > 0, saver.failed), expert_D)  # fmt: skip
+            before_latest, latest = latest, AsyncHostCopy(signs)
             timer.begin("communication")
-            stopping = look(before_latest, step, saver, world)  # a host that is ahead of its GPU waits here
+            stopping = check_health(before_latest, step, saver)  # a host that is ahead of its GPU waits here
             now = time.perf_counter()
             speed = hp.batch_tokens / (now - began)
             row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
@@ -1456,15 +1043,15 @@ def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resu
         gather_objects("done", world)  # no rank takes the shared store with it while another still needs it
 
 
-def look(signs: Late, step: int, saver: Saver, world: World) -> bool:
-    """Was a rank asked to stop? Ends the run when the loss of `step` is not finite or a checkpoint could not be written."""
-    loss, signalled, disk = signs.tolist()
+def check_health(flags: AsyncHostCopy, step: int, saver: Saver) -> bool:
+    """Whether a rank received a signal to stop. Raises Ended if the loss of `step` is not finite, or a checkpoint could not be written."""
+    loss, stop, disk = flags.tolist()
     if not math.isfinite(loss):
         saver.join()
-        stop(world, f"the loss of step {step} is {loss}; {last_good(saver.folder)}; {OTHER_RATES}")
+        raise Ended(f"the loss of step {step} is {loss}; {last_good(saver.folder)}; {OTHER_RATES}")
     if disk:
         saver.wait()
-    return signalled > 0
+    return stop > 0
 
 
 def micro_batch_rows(rows: int, hp: Common, world: World) -> int:
@@ -1665,62 +1252,9 @@ def cpu_has_bf16() -> bool:
     return supported() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
-def keep_freed_memory():
-    """Let malloc keep what tensors give back. By default glibc returns blocks above 32 MiB to the kernel, and each next one is
-    paged in anew: at 16k tokens of width 1024 that was a third of an MLP's time. Other systems' allocators are left alone."""
-    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(malloc, "mallopt"):
-        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            malloc.mallopt(option, size)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
 def collectives_timeout(hp: Common) -> timedelta:
     """The watchdog speaks first."""
     return timedelta(seconds=2 * hp.stuck_after)
-
-
-def join(hp: Common) -> World:
-    """This process among those that torchrun started, or alone without it."""
-    keep_freed_memory()
-    device = torch.device(hp.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if "RANK" not in os.environ:
-        return World(0, 1, device, restarted=restarted)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = collectives_timeout(hp)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    run_id = meet(store, rank, size, timeout)
-    dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, device, run_id=run_id, restarted=restarted or not run_id.startswith("1 "))  # its attempts: hosts may come and go
-
-
-def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that all ranks of this attempt know and none before had, "<number of the attempt> <hex>". torchrun keeps its store over restarts,
-    with what dead ranks left there, and each host counts its own restarts alone. Rank 0 answers whoever asks until all have said that they
-    heard it. Raises RunError where ranks stay away."""
-    me = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"hello/{rank}", me)
-        store.wait([f"answer/{me}"], timeout)
-        run_id = store.get(f"answer/{me}").decode()
-        store.set(f"{run_id}/heard/{rank}", "")
-        return run_id
-    run_id, others, answered = f"{store.add('attempts', 1)} {me}", range(1, size), set()
-    ends = time.monotonic() + timeout.total_seconds()
-    while others and not store.check([f"{run_id}/heard/{other}" for other in others]):
-        if time.monotonic() > ends:
-            raise RunError(f"not all {size} ranks came within {timeout.total_seconds():g} s; see what ended the others")
-        for asker in {store.get(f"hello/{other}").decode() for other in others if store.check([f"hello/{other}"])} - answered:
-            store.set(f"answer/{asker}", run_id)
-            answered.add(asker)
-        time.sleep(0.02)
-    return run_id
 
 
 def main(recipe: Recipe):
@@ -1733,7 +1267,7 @@ def main(recipe: Recipe):
         sinks = [name for name in logger.SINKS if vars(args)[name]]
         for name in sinks:
             logger.sink_module(name)  # is it there? Better said before training than after
-        world = join(hp)
+        world = init_distributed(hp.device, collectives_timeout(hp))
         config = agree(world, lambda: fit_to_data_and_machine(config, hp, args, world.device))
         restarted = gather_objects(world.restarted and (Path(hp.out_dir) / args.experiment_name).exists(), world)
         resume = args.resume or any(restarted)

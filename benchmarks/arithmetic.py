@@ -26,6 +26,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
+from tools import sources  # noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
 DATA = "data.py --source arithmetic --encoding bytes --max_tokens 4_000_000".split()
@@ -93,7 +94,7 @@ def run(args):
                 raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
             row = logger.final_row(logger.read_run(folder)["rows"], "val/bpb")
             config, hp, _ = train_muon.parse(train_muon.MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
-            line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": data.torch_version(),
+            line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
                     "parameters": model_file.count_parameters(config)["total"], "flops_per_token": model_file.flops_per_token(config, hp.seq_len) / 3,
                     "threads": args.threads, "seconds": row["train_time"], "val/bpb": row["val/bpb"], **answers(folder)}  # fmt: skip
             add_line(args.results, line)

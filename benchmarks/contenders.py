@@ -61,7 +61,7 @@ def ours(optimizer: str, shape):
         exchange = train_muon.Exchange(model, world, hp.bucket_mb)
         exchange.equip(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
-        batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows, ids.new_zeros(len(ids)))
+        batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows)
         batches = [[batch(i, part) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
 
         def step(i: int):

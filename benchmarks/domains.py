@@ -26,6 +26,8 @@ import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
 from guards import World  # noqa: E402
+from tools import sources  # noqa: E402
+from zoo import mixture  # noqa: E402
 
 STEPS, VAL_TOKENS = 400, 6 * 2**14
 PACE = 1.334  # of a MoE step on one core, in dense steps, measured side by side
@@ -51,7 +53,7 @@ def begun(folder: Path) -> bool:
 
 
 def run(args):
-    corpus = {name: track.shards_sha256(data.load_meta(folder)) for name, folder in data.domains(args.data).items()}
+    corpus = {name: track.shards_sha256(data.load_meta(folder)) for name, folder in mixture.domains(args.data).items()}
     for seed in args.seeds:
         for name in args.variants:
             flags, pace = VARIANTS[name]
@@ -67,7 +69,7 @@ def run(args):
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
                     "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,
-                    "torch": data.torch_version(), "val/bpb": rows[-1]["val/bpb"],
+                    "torch": sources.torch_version(), "val/bpb": rows[-1]["val/bpb"],
                     "domains": {domain: rows[-1][f"val/{domain}/bpb"] for domain in corpus},
                     "information": {row["step"]: row["moe/domain_information"] for row in rows if "moe/domain_information" in row}}  # fmt: skip
             add_line(args.results, line)
@@ -80,7 +82,7 @@ def off(args):
     for seed in args.seeds:
         net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"warm_{seed}" / "checkpoint")
         hp = train_muon.parse(train_muon.MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"])[1]
-        nbytes, names = torch.tensor(data.load_meta(args.data)["token_bytes"]), list(data.domains(args.data))
+        nbytes, names = torch.tensor(mixture.load_meta(args.data)["token_bytes"]), list(mixture.domains(args.data))
 
         def losses() -> list[float]:
             world = World(0, 1, torch.device("cpu"))

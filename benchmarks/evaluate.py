@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import model as model_file  # noqa: E402
 from checkpoint import CheckpointError  # noqa: E402
+from tools import sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
 
@@ -174,7 +175,7 @@ def harness_model(model, encoding):
 def measure_bpb(model, encoding, args):
     for path in args.path:
         began = time.perf_counter()
-        documents, _ = data.files_documents(argparse.Namespace(path=[path], text_field=args.text_field, tokens_field=None), encoding)
+        documents, _ = sources.files_documents(argparse.Namespace(path=[path], text_field=args.text_field, tokens_field=None), encoding)
         try:
             bits, size, tokens = bits_per_byte(model, encoding, (text for _, text in documents), args.seq_len or context_length(model))
         except data.DataError as error:

@@ -181,7 +181,7 @@ def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) 
         return made
     shape = (hp.batch_tokens // hp.seq_len // rows, rows, hp.seq_len + 1)
     ids = [torch.randint(config.eot_token, shape, device=DEVICE) for _ in range(steps)]
-    return [[data.Batch(micro[:, :-1], micro[:, 1:], i * rows, micro.new_zeros(len(micro))) for i, micro in enumerate(step)] for step in ids]
+    return [[data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(step)] for step in ids]
 
 
 def measured(name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str) -> dict:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import Parser, positive  # noqa: E402
+from tools import sources  # noqa: E402
 
 
 def resident_bytes(pid: int) -> int:
@@ -61,7 +62,7 @@ def plain(paths: list[str], encoding: str) -> tuple[float, int, dict[str, str]]:
     import tiktoken
 
     bpe, known = tiktoken.get_encoding(encoding), data.get_encoding(encoding)
-    documents, _ = data.files_documents(SimpleNamespace(path=paths, text_field="text", tokens_field=None), known)
+    documents, _ = sources.files_documents(SimpleNamespace(path=paths, text_field="text", tokens_field=None), known)
     digests, tokens, seconds = {"train": hashlib.sha256(), "val": hashlib.sha256()}, 0, 0.0
     for key, body in documents:
         text = body.decode("utf-8", "replace")
@@ -69,7 +70,7 @@ def plain(paths: list[str], encoding: str) -> tuple[float, int, dict[str, str]]:
         ids = [bpe.eot_token, *bpe.encode_ordinary(text)]
         seconds += time.perf_counter() - began
         tokens += len(ids)
-        digests["train" if data.split_hash(key) % 50 else "val"].update(np.array(ids, "<u2").tobytes())
+        digests["train" if sources.split_hash(key) % 50 else "val"].update(np.array(ids, "<u2").tobytes())
     return seconds, tokens, {split: digest.hexdigest() for split, digest in digests.items()}
 
 

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 from model import CONTROLLERS, GPT, HALTS, ROUTE_TRAINING, Config, Parser, norm  # noqa: E402
+from tools import sources  # noqa: E402
 
 
 def minimise(net: GPT, parameters, loss_of, steps: int, lr: float) -> GPT:
@@ -240,7 +240,7 @@ def chains(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
     for _ in range(rows):
         text = ""
         while len(text) <= ROW:
-            text += "\n" + data.chain(rng)
+            text += "\n" + sources.chain(rng)
         ids.append([EOT if letter == "\n" else ord(letter) for letter in text[: ROW + 1]])
     return torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
 

@@ -41,6 +41,7 @@ import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from guards import World  # noqa: E402
 from logger import RunError  # noqa: E402
+from tools import sources  # noqa: E402
 
 RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
@@ -114,7 +115,7 @@ def check_gpu(track: dict):
 
 def pinned_corpus(track: dict, folder: Path) -> dict:
     """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
-    version, pins = data.torch_version(), track["corpus_sha256"]
+    version, pins = sources.torch_version(), track["corpus_sha256"]
     pinned = logger.corpus_pin(track, version)
     if pinned is None:
         raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")

@@ -42,6 +42,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
+from tools import prepare  # noqa: E402
 
 STEPS, EVERY = 60, 4  # of a run, and between its checkpoints
 TINY = dict(preset="cpu", device="cpu", n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, mlp_ratio=4.0, attention="AK",
@@ -139,7 +140,7 @@ def write_data(folder: Path, words: list[str]) -> Path:
     folder.mkdir()
     data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(30)]))
     data.write_shard(folder / "words_val_000000.bin", np.concatenate([document() for _ in range(4)]))
-    (folder / "meta.json").write_text(json.dumps(data.describe(folder, encoding)))
+    (folder / "meta.json").write_text(json.dumps(prepare.describe(folder, encoding)))
     return folder
 
 

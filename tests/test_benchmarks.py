@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
@@ -24,6 +23,7 @@ from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
 from model import GPT, Config  # noqa: E402
+from tools import prepare  # noqa: E402
 
 TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2, value_embeds=0, window_size=64)
 SHAPES = {
@@ -378,7 +378,7 @@ def benchmark(name: str, *words) -> str:
 
 
 def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
-    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")])
+    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")])
     results = ["--results", tmp_path / "results.jsonl"]
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--tokens", 512, "--seeds", 0]
     benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "loop2x2", "--steps", 2)
@@ -392,7 +392,7 @@ def test_domains_trains_switches_experts_off_and_compares(tmp_path):
     for name in ("birds", "web"):
         (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{name} {i * i} says {i}" for i in range(400)))
     paths = [f"{name}={tmp_path / f'{name}.txt'}" for name in ("birds", "web")]
-    data.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / "shards"), "--path", *paths])
+    prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / "shards"), "--path", *paths])
     results = ["--results", tmp_path / "results.jsonl"]
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--seeds", 0, "--val_tokens", 1024]
     small = "--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64 --batch_tokens=256".split()

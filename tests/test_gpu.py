@@ -23,6 +23,7 @@ from checkpoint import load_model_from_run  # noqa: E402
 from guards import AsyncHostCopy, World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, Config  # noqa: E402
+from tools import prepare  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")]
 CUDA = torch.device("cuda")
@@ -239,7 +240,7 @@ def all_cores():
 def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path, all_cores):
     """100 steps of preset cpu's shape on the same batches: FlexAttention, grouped matmuls and kernels here, SDPA and loops there."""
     folder = tmp_path / "data"
-    data.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "3000000", "--out", str(folder)])
+    prepare.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "3000000", "--out", str(folder)])
     config = dataclasses.replace(PRESETS["cpu"], pattern=pattern)
     hp = dict(data=str(folder), num_iterations=100, batch_tokens=4096, seq_len=1024, momentum_warmup=50, window_start=256, muon_lr=0.03,
               ngram_embed_lr=0.1, compile=False)  # fmt: skip
@@ -259,7 +260,7 @@ def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path, all_cores):
 def test_a_run_from_start_to_sample(tmp_path, monkeypatch):
     """The script itself: compiled, FP8 head, warm-up, evaluations, a checkpoint that resumes and loads, a sample, times of every phase."""
     folder, logs = tmp_path / "data", tmp_path / "logs"
-    data.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "300000", "--out", str(folder)])
+    prepare.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "300000", "--out", str(folder)])
     words = f"""--preset speedrun --data {folder} --out_dir {logs} --n_layer 4 --n_embd 256 --n_head 2 --value_embeds 1 --pattern MD --attention AA-A
                 --seq_len 1024 --batch_tokens 4096 --micro_batch_tokens 2048 --num_iterations 30 --val_every 15 --val_tokens 8192 --warmup_steps 2
                 --sample_tokens 8 --window_size 512 --checkpoint_every 15""".split()  # fmt: skip

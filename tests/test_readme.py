@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import data
 import logger
 import model
 import train_adamw
 import train_muon
 from benchmarks import evaluate, gpu, track
+from tools import prepare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,7 +62,7 @@ def clone(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    for name in ("tests", "benchmarks", "records"):
+    for name in ("tests", "benchmarks", "records", "tools", "zoo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -105,7 +105,7 @@ PARSERS = {
     "train_muon.py": lambda argv: train_muon.parse(train_muon.MUON, argv),
     "train_adamw.py": lambda argv: train_muon.parse(train_adamw.ADAMW, argv),
     "profile.sh": lambda argv: train_muon.parse(train_muon.MUON, argv),
-    "data.py": data.parse,
+    "data.py": prepare.parse,
     "model.py": model.parse,
     "logger.py": logger.parse,
     "evaluate.py": evaluate.parse,
@@ -175,7 +175,7 @@ def test_the_guided_tour_names_what_its_files_hold():
 
 def test_checklist_points_at_code_and_tests():
     """Each row of the speedrun checklist names code that exists and a test that exists."""
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     source = {path.name: path.read_text() for path in ROOT.glob("*.py")}
     checklist = README[README.index("## What is in it") :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in checklist.splitlines() if re.match(r"\| \d+ \|", line)]

@@ -35,6 +35,7 @@ import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
 from logger import RunError  # noqa: E402
 from model import Config  # noqa: E402
+from tools import prepare, sources  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -294,13 +295,13 @@ def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
 
 
 def test_the_track_agrees_with_data_and_rules():
-    assert RULES["corpus_sha256"] == data.TORCH_CORPUS
+    assert RULES["corpus_sha256"] == sources.TORCH_CORPUS
     assert train_muon.PRESETS["cpu"].val_tokens == RULES["val_tokens"]
     rules = (ROOT / "records/README.md").read_text()
     for said in (f"{RULES['val_tokens']:,} tokens", f"plus {RULES['margin']}", f"p < {RULES['p']}", f"At least {RULES['seeds']} seeds",
                  f"{RULES['tuning_runs']} short runs", f"{RULES['seconds']['short']} seconds", f"{RULES['seconds']['full']} seconds"):  # fmt: skip
         assert said in rules
-    parsers = {"data.py": data.parse, "benchmarks/track.py": track.parse, "logger.py": logger.parse}
+    parsers = {"data.py": prepare.parse, "benchmarks/track.py": track.parse, "logger.py": logger.parse}
     for line in re.search(r"```bash\n(.*?)```", rules, re.S)[1].splitlines():
         _, script, *words = shlex.split(line)
         parsers[script](words)
@@ -325,7 +326,7 @@ def tiny(tmp_path, corpus, monkeypatch):
     """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines, with threads=<n> at the end."""
     folder, launched = tmp_path / "records/tiny", []
     folder.mkdir(parents=True)
-    pinned = {data.torch_version(): "a" * 64}
+    pinned = {sources.torch_version(): "a" * 64}
     rules = RULES | dict(row_1=None, target=None, seeds=2, threads=1, val_tokens=128, margin=1.0, corpus_sha256=pinned)
     (folder / "track.json").write_text(json.dumps(rules))
 
@@ -383,7 +384,7 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     line = lines_of(folder)[0]
     assert line["steps"] == int(200 / line["step_ms"]) and len(launched) == 3
     assert (line["name"], line["row"], line["script"], line["seeds"]) == ("MoE", "MoE Muon", "train_muon.py", [0, 1])
-    assert 0.02 < line["seconds"][0] < 2 and len(set(line["val/bpb"])) == 2 and line["torch"] == data.torch_version()
+    assert 0.02 < line["seconds"][0] < 2 and len(set(line["val/bpb"])) == 2 and line["torch"] == sources.torch_version()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", line["date"]) and re.match(r"[0-9a-f]{40}|not available", line["commit"])
     # more seeds of the same name take the same steps; a dense twin
     assert run_track(*short("MoE", 2), *tiny_command(corpus))[0] == 0
@@ -473,7 +474,7 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
 
 def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     """Processes of its own, from another directory than the repository's."""
-    pinned = {data.torch_version(): "a" * 64}
+    pinned = {sources.torch_version(): "a" * 64}
     (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
     words = ["short", "--track", tmp_path, "--name", "MoE", "--seeds", 5, "--steps", 2, *tiny_command(corpus)]
     done = subprocess.run([sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
@@ -503,7 +504,7 @@ def test_every_track_s_commands_are_those_of_its_files(name):
     rules = json.loads((ROOT / "records" / name / "track.json").read_text())
     hp = train_muon.PRESETS[rules["preset"]]
     assert rules["device"] in ("cpu", "cuda") and rules["val_tokens"] % hp.seq_len == 0
-    args = data.parse(shlex.split(rules["prepare"])[2:])
+    args = prepare.parse(shlex.split(rules["prepare"])[2:])
     assert (args.source, args.encoding) == (rules["source"], rules["encoding"])
     assert rules["data"] == f"data/{args.source}" or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()
 

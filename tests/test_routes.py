@@ -18,26 +18,27 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+from tools import prepare, sources  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Arithmetic
 
 
 def run_chain(text: str) -> str:
-    value = data.DIGITS.index(text[0])
+    value = sources.DIGITS.index(text[0])
     for step in text[1:]:
         value = {"s": value + 1, "d": value * 2, "n": -value, "e": value}[step] % 11
-    return data.DIGITS[value]
+    return sources.DIGITS[value]
 
 
 def test_problems_are_right_and_as_hard_as_they_say():
     rng = np.random.default_rng(3)
     lengths, digits = set(), set()
     for _ in range(300):
-        problem, answer = data.chain(rng).split("=")
+        problem, answer = sources.chain(rng).split("=")
         assert run_chain(problem) == answer
         lengths.add(len(problem) - 1)
-        a, b, total = map(int, data.addition(rng).replace("+", "=").split("="))
+        a, b, total = map(int, sources.addition(rng).replace("+", "=").split("="))
         assert a + b == total
         digits.add(max(len(str(a)), len(str(b))))
     assert lengths == set(range(1, 9)) and digits == {1, 2, 3, 4}
@@ -45,7 +46,7 @@ def test_problems_are_right_and_as_hard_as_they_say():
 
 def test_difficulty_labels_the_answers_alone():
     text = b"\n7sdne=5\n58+967=1025\n3ee=3\nno problem\n"
-    chain, total = data.difficulty(text)["chain"], data.difficulty(text)["sum"]
+    chain, total = sources.difficulty(text)["chain"], sources.difficulty(text)["sum"]
     assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, "the answer of 3ee is known already"
     assert total[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and total.sum() == 4 * 3
     assert chain.shape == total.shape == (len(text),)
@@ -53,10 +54,10 @@ def test_difficulty_labels_the_answers_alone():
 
 def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        data.main(["--source", "arithmetic", "--encoding", "bytes", "--out", str(tmp_path / "endless")])
+        prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--out", str(tmp_path / "endless")])
     assert "say how much of it with --max_tokens" in capsys.readouterr().err
     for name in "ab":
-        data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)])
+        prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)])
     train, again = (data.read_shard(tmp_path / name / "arithmetic_train_000001.bin") for name in "ab")
     val = data.read_shard(tmp_path / "a" / "arithmetic_val_000000.bin")
     problems = [set(bytes(np.where(tokens == 256, 10, tokens).astype(np.uint8)).split()) for tokens in (train, val)]
@@ -85,7 +86,7 @@ def test_matrices_of_known_routes():
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
     ids = torch.randint(60, (count, rows, T + 1), generator=rng(5))
-    return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows, micro.new_zeros(rows)) for i, micro in enumerate(ids)]
+    return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(ids)]
 
 
 def test_routes_have_a_place_for_every_token_and_none_for_meta_tokens():
@@ -175,7 +176,7 @@ SMALL = "--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --
     (["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
     ([], {"coactivation", "difficulty"})))  # fmt: skip
 def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
-    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
+    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
     status, out, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
                            "--val_tokens", 128, "--device", "cpu", *SMALL, *flags)  # fmt: skip
     assert status == 0, err
@@ -199,7 +200,7 @@ def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
 
 
 def test_a_run_keeps_the_routes_of_its_evaluations(tmp_path):
-    data.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
+    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
     status, _, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
                          "--val_tokens", 128, "--val_every", 1, "--routes_tokens", 200, "--device", "cpu", *SMALL)  # fmt: skip
     assert status == 0, err

@@ -36,6 +36,7 @@ import train_muon  # noqa: E402
 from checkpoint import slab_view  # noqa: E402
 from guards import World  # noqa: E402
 from model import DTYPES, GPT, Config  # noqa: E402
+from tools import prepare  # noqa: E402
 from train_adamw import ADAMW  # noqa: E402
 from train_muon import MUON, Exchange, Muon, Transfer, cut_slabs, lr_scale, make_buckets, newton_schulz, window  # noqa: E402
 
@@ -69,7 +70,7 @@ def write_data(folder: Path, words: list[str]) -> str:
     folder.mkdir()
     data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(100)]))
     data.write_shard(folder / "words_val_000000.bin", np.concatenate([document() for _ in range(4)]))
-    (folder / "meta.json").write_text(json.dumps(data.describe(folder, encoding)))
+    (folder / "meta.json").write_text(json.dumps(prepare.describe(folder, encoding)))
     return str(folder)
 
 

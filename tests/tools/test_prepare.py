@@ -1,0 +1,531 @@
+"""tools/prepare.py and tools/sources.py: text to shards. CPU, no network: `pytest tests/tools/test_prepare.py`."""
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from test_data import make_shards  # noqa: E402
+
+import data  # noqa: E402
+from data import DataError, load_meta  # noqa: E402
+from tools import prepare, sources  # noqa: E402
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def cli(*words, expect=0, **env):
+    """Run data.py as a user does; returns its CompletedProcess."""
+    done = subprocess.run([sys.executable, ROOT / "data.py", *map(str, words)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **OFFLINE, **env})
+    assert done.returncode == expect, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def sentence(done):
+    """The one error line of a failed command."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("data.py: error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def documents(folder, split):
+    """All documents of a split as lists of ids, without end-of-text."""
+    meta = load_meta(folder)
+    ids = np.concatenate([tokens for _, tokens in data.open_split(folder, split)])
+    starts = np.flatnonzero(ids == meta["eot_token"])
+    assert starts[0] == 0
+    return [part[1:].tolist() for part in np.split(ids, starts[1:])]
+
+
+def texts(folder):
+    """All documents of a folder as sorted bytes (encoding `bytes`)."""
+    return sorted(bytes(ids) for split in ("train", "val") for ids in documents(folder, split))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split and the python source
+
+def test_missing_ranks_are_one_sentence(tmp_path):
+    done = cli("--source", "python", "--out", tmp_path / "o", expect=1, TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
+               HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert "gpt2" in sentence(done) and "--encoding bytes" in sentence(done) and not list(tmp_path.iterdir())
+
+
+def test_split_hash_is_the_contract():
+    assert sources.split_hash(b"torch/nn/modules/linear.py") == 0x2a19d05e5b981696
+    assert sources.split_hash(b"torch/nn/modules/linear.py", 7) == 0x03ac18ebdc17dead
+    assert sources.split_hash(b"a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big")
+    assert 150 < sum(sources.split_hash(b"%d" % i) % 50 == 0 for i in range(10_000)) < 250
+
+
+def test_split_does_not_depend_on_order(tmp_path):
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
+    held_out = []
+    for name, order in (("a", lines), ("b", lines[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
+        cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
+        held_out.append({bytes(ids) for ids in documents(tmp_path / name, "val")})
+    assert held_out[0] == held_out[1] == {b"document %d" % i for i in range(400) if sources.split_hash(b"document %d" % i) % 50 == 0}
+
+
+def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
+    site = tmp_path / "site-packages"
+    files = {f"torch/sub/m{i}.py": b"x = %d\n" % i for i in range(200)} | {"torch/__init__.py": b"", "torch/a.py": b"pass\n"}
+    for name, body in (files | {"torch/version.py": b"no", "torch/x.txt": b"no", "other/y.py": b"no"}).items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(body)
+    order = sorted(files)
+    pairs, digest = sources.python_corpus(site)
+    assert [name for name, _ in pairs] == order
+    assert digest == hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in order)).hexdigest()
+
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(site / name / "__init__.py")}))
+    prepare.main(["--source", "python", "--encoding", "bytes", "--out", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert "not comparable" in captured.err and load_meta(tmp_path / "out")["corpus_is_pinned"] is False
+    chosen = [name for name in order if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 50 == 0]
+    assert chosen and documents(tmp_path / "out", "val") == [list(files[name]) for name in chosen]
+    assert documents(tmp_path / "out", "train") == [list(files[name]) for name in order if name not in chosen]
+
+
+def test_python_source_by_its_command(tmp_path):
+    out = tmp_path / "python"
+    command = ("--source", "python", "--encoding", "bytes", "--max-tokens", 300_000, "--out", out)
+    done = cli(*command)
+    assert "tok/s" in done.stderr and "bits per byte" in done.stdout and "300,000 tokens" in done.stdout
+    meta = load_meta(out)
+    assert (meta["source"], meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["split_seed"]) == ("python", "bytes", 257, 256, 0)
+    assert meta["token_bytes"] == [1] * 256 + [0]
+    for split in ("train", "val"):
+        tokens, docs = sum(len(shard) for _, shard in data.open_split(out, split)), documents(out, split)
+        assert meta["splits"][split] == {"documents": len(docs), "tokens": tokens, "bytes": tokens - len(docs)} and tokens > len(docs)
+    for shard in meta["shards"]:
+        assert shard["sha256"] == hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest()
+    text = b"".join(bytes(ids) for ids in documents(out, "val"))
+    assert meta["compressed_bytes"] == len(text)
+    assert meta["gzip_bpb"] == 8 * len(gzip.compress(text, 9)) / len(text) and meta["xz_bpb"] == 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+    before = (out / "meta.json").stat().st_mtime_ns
+    assert "is ready" in cli(*command).stdout and (out / "meta.json").stat().st_mtime_ns == before
+    assert "remove it or choose another --out" in sentence(cli(*command[:-2], "--split_seed", 3, "--out", out, expect=1))
+    (out / "python_train_000001.bin").unlink()
+    with pytest.raises(DataError, match="python_train_000001.bin"):
+        data.open_split(out, "train")
+
+
+def test_this_torch_is_pinned():
+    if sources.torch_version() not in sources.TORCH_CORPUS:
+        pytest.skip(f"torch {sources.torch_version()} is not pinned")
+    assert sources.python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and Hugging Face data sets
+
+def test_files_of_every_kind(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "one.txt").write_text("a single\ndocument\n")
+    (folder / "two.md").write_bytes(b"first\n<|endoftext|>\r\nsecond <|endoftext|> inside\n<|endoftext|>\n\n")
+    (folder / "deep" / "rows.jsonl").write_text('{"text": "row 0"}\n\n{"text": ""}\n{"text": "row 1"}\n')
+    (folder / "deep" / "c.txt.gz").write_bytes(gzip.compress(b"gz\n<|endoftext|>\n") + gzip.compress(b"gz again\n"))
+    (folder / "deep" / "d.jsonl.xz").write_bytes(lzma.compress(b'{"text": "xz \\u00e9\\ud800"}\n'))
+    (folder / "deep" / "e.txt.zst").write_bytes(pa.Codec("zstd").compress(b"zst\n", asbytes=True))
+    pyarrow.parquet.write_table(pa.table({"id": [1, 2], "text": ["parquet 0", "parquet 1"]}), folder / "t.parquet")
+    (folder / "ignored.bin").write_bytes(b"no")
+    cli("--source", "files", "--encoding", "bytes", "--path", folder, "--out", tmp_path / "out")
+    assert texts(tmp_path / "out") == sorted([
+        b"a single\ndocument\n", b"first\n", b"second <|endoftext|> inside\n", b"row 0", b"row 1", b"gz\n", b"gz again\n", "xz é?".encode(), b"zst\n",
+        b"parquet 0", b"parquet 1"])
+
+
+def test_long_text_streams_in_whole_characters(tmp_path):
+    class Args:
+        tokens_field = None
+    (tmp_path / "long.txt").write_text("x" + "é" * 400_000 + "\n" + "line\n" * 100_000, encoding="utf-8")
+    with open(tmp_path / "long.txt", "rb") as file:
+        pieces = [body for _, body in sources.text_documents(file, "long.txt", Args, None)]
+    assert b"".join(pieces) == (tmp_path / "long.txt").read_bytes() and len(pieces) > 4
+    assert max(map(len, pieces)) <= 2 * sources.PIECE and all(piece.decode() is not None for piece in pieces)
+
+
+def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
+    """Line by line, a line of at most `piece` bytes at a time, and what is left of a UTF-8 character."""
+    file, lines, found = io.BufferedReader(io.BytesIO(text)), [], []
+    while line := file.readline(piece):
+        while len(line) < piece + 3 and line[-1:] != b"\n" and (file.peek(1)[:1] or b" ")[0] & 0xC0 == 0x80:
+            line += file.read(1)
+        separator = line.strip() == sources.SEPARATOR
+        lines.append(b"" if separator else line)
+        if separator or sum(map(len, lines)) >= piece:
+            found.append(b"".join(lines))
+            lines = []
+    return [*found, b"".join(lines)]
+
+
+@pytest.mark.parametrize("piece, read", [(30, 7), (30, 64), (50, 1000), (2**18, 50)])
+def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", piece)
+    monkeypatch.setattr(sources, "READ", read)
+    random, args = np.random.default_rng(0), SimpleNamespace(tokens_field=None)
+    parts = ["\n", "\n", "a<|endoftext|>b", "\n<|endoftext|>\n", "\n \t<|endoftext|> \r\n", "word ", "\u20ac\u4e2d\U0001f600", "x" * 17, "\r\n"]
+    for _ in range(300):
+        text = "".join(random.choice(parts, random.integers(0, 40))).encode()
+        found = [body for _, body in sources.text_documents(io.BytesIO(text), "here", args, None)]
+        assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text
+
+
+def test_small_corpus_still_gets_a_validation_document(tmp_path):
+    bodies = [b"%d " % i * 20 for i in range(8)]
+    assert all(sources.split_hash(body) % 50 for body in bodies)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": body.decode()}) + "\n" for body in bodies))
+    cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.jsonl", "--shard_tokens", 50, "--out", tmp_path / "out")
+    held_out = min(bodies, key=sources.split_hash)
+    assert [bytes(ids) for ids in documents(tmp_path / "out", "val")] == [held_out]
+    assert [bytes(ids) for ids in documents(tmp_path / "out", "train")] == [body for body in bodies if body != held_out]
+    assert max(shard["tokens"] for shard in load_meta(tmp_path / "out")["shards"]) == 50
+    (tmp_path / "b.txt").write_text("one document")
+    said = sentence(cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1))
+    assert "too few documents: nothing is left to train on" in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_tokens_field(tmp_path):
+    rows = [[256, 1, 2, 256], [3, 256, 4], [], [256], [0x0A20], [5] * 9]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows[:4] + rows[5:]))
+    command = ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "t.jsonl", "--out", tmp_path / "out", "--tokens-field")
+    cli(*command, "input_ids")
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == [[1, 2], [3], [4], [5] * 9]
+    assert sources.has_text((b" \n", np.array([0x0A20], np.uint16)))  # whitespace as bytes, a token as an id
+    (tmp_path / "t.jsonl").write_text('{"input_ids": [1, 257]}\n')
+    wrong = sentence(cli(*command[:-2], tmp_path / "bad", command[-1], "input_ids", expect=1))
+    assert "t.jsonl, line 1" in wrong and "256" in wrong
+    assert "it has: input_ids" in sentence(cli(*command[:-2], tmp_path / "bad", command[-1], "ids", expect=1))
+
+
+@pytest.mark.parametrize("name, body, message", [
+    ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2 is not JSON"), ("a.jsonl", b'{"body": "x"}', "no field 'text'.*body"),
+    ("a.jsonl", b'{"text": 3}', "int, not text"), ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "a.txt.gz cannot be read"),
+    ("a.txt.xz", b"not xz", "a.txt.xz cannot be read"), ("a.txt.zst", b"not zst", "a.txt.zst cannot be read"),
+    ("a.parquet", b"not parquet", "a.parquet cannot be read"), ("a.csv", b"x", r"a.csv is not a file or folder of .txt")])
+def test_bad_files_are_named(tmp_path, capsys, name, body, message):
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / name), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1 and not (tmp_path / "out").exists()
+    captured = capsys.readouterr().err
+    assert re.search(message, captured), captured
+
+
+def test_hf_reads_a_local_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [f"hub row {i}" for i in range(120)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    command = ("--source", "hf", "--dataset", tmp_path / "set", "--encoding", "bytes", "--out", tmp_path / "out")
+    cli(*command, "--text_field", "body", HF_HOME=str(tmp_path / "hf"))
+    assert texts(tmp_path / "out") == sorted(row.encode() for row in rows)
+    wrong = sentence(cli("--source", "hf", "--dataset", "nobody/nothing", "--encoding", "bytes", "--out", tmp_path / "no", expect=1,
+                         HF_HOME=str(tmp_path / "hf")))
+    assert "nobody/nothing cannot be read" in wrong and not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FineWeb
+
+def test_fineweb_without_network(tmp_path):
+    done = cli("--out", tmp_path / "fineweb", expect=1, HF_HOME=str(tmp_path / "hf"))
+    assert "fineweb_val_000000.bin cannot be downloaded" in sentence(done) and "run the same command again" in sentence(done)
+    assert not (tmp_path / "fineweb").exists()
+
+
+def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
+    served, asked = tmp_path / "served", []
+    make_shards(served, [3000, 2000])
+    make_shards(served, [1000], "val")
+    whole = (served / "fineweb_train_000002.bin").read_bytes()
+    (served / "fineweb_train_000002.bin").write_bytes(whole[:-2])
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            name = self.path.split("?")[0].rpartition("/")[2]
+            body = (served / name).read_bytes()
+            asked.append((self.command, name))
+            self.send_response(200)
+            etag = f'"{hashlib.sha256(name.encode()).hexdigest()}"'
+            for key, value in {"ETag": etag, "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    out = tmp_path / "fineweb"
+    run = functools.partial(cli, "--source", "fineweb", "--shards", 2, "--out", out, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"),
+                            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert "fineweb_train_000002.bin is damaged" in sentence(run(expect=1)) and not out.exists()
+        (served / "fineweb_train_000002.bin").write_bytes(whole)
+        run()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [name for command, name in asked if command == "GET"].count("fineweb_train_000001.bin") == 1  # not fetched again
+    for path in served.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    meta = load_meta(out)
+    assert len(meta["token_bytes"]) == 50257 and meta["splits"]["train"]["tokens"] == 5000 and not list(out.glob("download"))
+    assert "gpt2" in sentence(cli("--encoding", "bytes", "--out", tmp_path / "b", expect=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, interruption, flags
+
+def test_processes_do_not_change_the_shards(tmp_path, gpt2):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"def f{i}(x): return {i} * x\n" * (i % 90)}) + "\n" for i in range(1200)))
+    for processes in (1, 2):
+        cli("--source", "files", "--path", tmp_path / "a.jsonl", "--num_proc", processes, "--out", tmp_path / str(processes))
+    one, two = (load_meta(tmp_path / name) for name in "12")
+    assert one["shards"] == two["shards"] and len(one["shards"]) == 2 and one["splits"]["train"]["bytes"] > 2 * prepare.CHUNK
+    first = next(json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:])
+    assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
+
+
+def test_reading_never_runs_far_ahead_of_writing(gpt2):
+    read = 0
+
+    def source():
+        nonlocal read
+        for i in range(400):
+            read += 1
+            body = b"%d " % i * (prepare.CHUNK // 40)
+            yield body, body
+
+    encoded, furthest = prepare.encode_documents(source(), gpt2, 2, 0), 0
+    for written, (_, ids) in enumerate(encoded):
+        assert gpt2.decode(ids[:40]).startswith(f"{written} {written} ")
+        furthest = max(furthest, read - written)
+        if written == 100:
+            break
+    encoded.close()
+    assert 20 < furthest < 120 and read < 300  # 4 chunks of about 14 documents, of 400
+
+
+class Bomb:
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_worker_errors_reach_the_user(gpt2):
+    with pytest.raises(ValueError, match="word"):
+        list(prepare.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
+    with pytest.raises(DataError, match="smaller --num_proc"):
+        list(prepare.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, kill):
+    fifo = tmp_path / "a.txt"
+    os.mkfifo(fifo)  # a corpus that never ends
+    command = [sys.executable, ROOT / "data.py", "--source", "files", "--path", fifo, "--num_proc", "2", "--out", tmp_path / "out"]
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores Ctrl-C
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
+    with open(fifo, "wb") as file:
+        for i in range(12):
+            file.write(b"some words %d\n" % i * 20_000)
+        (os.killpg if kill == signal.SIGINT else os.kill)(process.pid, kill)  # a terminal's Ctrl-C reaches the workers too
+        _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors and process.returncode == (130 if kill == signal.SIGINT else -kill)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out.partial"]
+    for _ in range(600):  # no process of its session outlives it for long
+        try:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        except ProcessLookupError:
+            break
+    else:
+        pytest.fail("the processes of a killed run live on")
+    fifo.unlink()
+    fifo.write_text("one\n<|endoftext|>\ntwo\n")
+    cli(*command[2:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--source", "books"], "'fineweb', 'hf', 'files', 'python'"), (["--sourc", "python"], "unrecognized"),
+        (["--max_tokens", "many"], "whole number from 2"),
+    (["--source", "python", "--shards", "3"], "--shards does not apply to --source python"), (["--source", "files"], "needs --path"),
+    (["--source", "hf", "--dataset", "d", "--text_field", "a", "--tokens_field", "b"], "not allowed with")])
+def test_bad_flags_exit_2(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        prepare.parse(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_max_tokens_holds_without_a_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    cli("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 4000, "--out", tmp_path / "out")
+    assert sum(split["tokens"] for split in load_meta(tmp_path / "out")["splits"].values()) == 4000
+
+
+def test_text_that_has_changed_is_not_called_ready(tmp_path):
+    """Gone it may be; other text under the same name makes other shards."""
+    text, command = tmp_path / "a.txt", ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.txt", "--out", tmp_path / "out")
+    text.write_text("\n<|endoftext|>\n".join(map(str, range(100))))
+    cli(*command)
+    assert "is ready" in cli(*command).stdout
+    text.write_text("\n<|endoftext|>\n".join(map(str, range(200))))
+    assert "of other text" in sentence(cli(*command, expect=1))
+    text.unlink()
+    assert "is ready" in cli(*command).stdout
+
+
+def test_out_may_be_a_link_and_no_module_missing_is_a_traceback(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    command = ("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 400, "--out")
+    cli(*command, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "meta.json").exists()
+    code = f"import sys; sys.modules['tqdm'] = None; from tools import prepare; prepare.main({[*map(str, command), str(tmp_path / 'x')]!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs tqdm: `pip install -r requirements.txt`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_benchmark_of_tokenising_compares_ids_with_tiktokens(gpt2, tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"The number {i} has the square {i * i}.\n" * 20)
+    done = subprocess.run([sys.executable, "benchmarks/tokenise.py", "--path", str(tmp_path), "--rounds", "1"], cwd=Path(data.__file__).parent,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "equal ids" in done.stdout and "MiB" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Domains
+
+def test_a_domain_may_be_called_train_or_val(tmp_path):
+    """The split is what a shard's name says last."""
+    for name, count in (("math_train_v2", 60), ("b_val_x", 300)):
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{name} {i}" for i in range(count)))
+    paths = [f"{path.stem}={path}" for path in tmp_path.glob("*.txt")]
+    cli("--source", "domains", "--encoding", "bytes", "--path", *paths, "--out", tmp_path / "out")
+    for name, count in (("math_train_v2", 60), ("b_val_x", 300)):
+        found = {split: [path.name for path, _ in data.open_split(tmp_path / "out" / name, split)] for split in ("train", "val")}
+        assert found == {split: [f"{name}_{split}_00000{number}.bin"] for split, number in (("train", 1), ("val", 0))}
+        splits = load_meta(tmp_path / "out" / name)["splits"]
+        assert splits["train"]["documents"] + splits["val"]["documents"] == count and splits["val"]["documents"] < count / 10
+
+
+def write_text(folder: Path, name: str, count: int = 120) -> Path:
+    path = folder / f"{name}.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"{name} number {i} says {i * i}" for i in range(count)))
+    return path
+
+
+def prepare_domains(tmp_path, *words, out="out") -> Path:
+    prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / out), *map(str, words)])
+    return tmp_path / out
+
+
+def texts_of(folder, split="train") -> list[str]:
+    ids = np.concatenate([tokens for _, tokens in data.open_split(folder, split)])
+    return bytes(np.where(ids == 256, 0, ids).astype(np.uint8)).decode().strip("\0").split("\0")
+
+
+def test_local_domains(tmp_path, capsys):
+    paths = [f"{name}={write_text(tmp_path, name)}" for name in ("birds", "stars")]
+    out = prepare_domains(tmp_path, "--path", *paths, f"birds={write_text(tmp_path, 'finches')}")
+    meta = data.read_meta(out)
+    assert list(meta["domains"]) == ["birds", "stars"] and meta["encoding"] == "bytes"
+    birds = texts_of(out / "birds") + texts_of(out / "birds", "val")
+    assert len(birds) == 240 and {text.split()[0] for text in birds} == {"birds", "finches"}
+    assert meta["splits"]["train"]["documents"] == sum(meta["domains"][name]["splits"]["train"]["documents"] for name in meta["domains"])
+    assert "is ready" in (prepare_domains(tmp_path, "--path", *paths, f"birds={tmp_path / 'finches.txt'}"), capsys.readouterr().out)[1]
+
+
+def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
+    paths = [f"{name}={write_text(tmp_path, name)}" for name in ("birds", "stars")]
+    tokenise, made = prepare.tokenise, []
+
+    def failing(source, args, folder):
+        made.append(args.source)
+        if args.source == "stars" and made.count("stars") == 1:
+            raise DataError("cut off")
+        return tokenise(source, args, folder)
+
+    monkeypatch.setattr(prepare, "tokenise", failing)
+    with pytest.raises(SystemExit):
+        prepare_domains(tmp_path, "--path", *paths)
+    assert not (tmp_path / "out").exists()
+    prepare_domains(tmp_path, "--path", *paths)
+    assert made == ["birds", "stars", "stars"] and list(data.read_meta(tmp_path / "out")["domains"]) == ["birds", "stars"]
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["birds", "meta.json", "stars"]
+
+
+def test_source_tag_is_in_front_of_every_document_and_moves_none(tmp_path):
+    path = f"birds={write_text(tmp_path, 'birds')}"
+    plain, tagged = prepare_domains(tmp_path, "--path", path, out="plain"), prepare_domains(tmp_path, "--path", path, "--source_tag", out="tagged")
+    for split in ("train", "val"):
+        assert ["birds\n" + text for text in texts_of(plain / "birds", split)] == texts_of(tagged / "birds", split)
+
+
+def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, split, streaming):
+        asked.append((name, subset, split, streaming))
+        fields = [part.fields for parts in sources.DOMAINS.values() for part in parts if part.dataset == name][0]
+        return ({field: f"{name} {field} {i}" if i % 3 else "" for field in fields} for i in itertools.count())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    out = prepare_domains(tmp_path, "--domains", "math", "chat", "--max_tokens", 4000)
+    assert list(data.read_meta(out)["domains"]) == ["math", "chat"]
+    assert [ask[:2] for ask in asked] == [("openai/gsm8k", "main"), ("databricks/databricks-dolly-15k", None)] and all(ask[3] for ask in asked)
+    first = texts_of(out / "math")[0]
+    assert first.splitlines() == ["openai/gsm8k question 1", "openai/gsm8k answer 1"], "empty rows are left out"
+    assert sum(len(tokens) for split in ("train", "val") for _, tokens in data.open_split(out / "math", split)) == 4000
+    assert data.read_meta(out)["domains"]["math"]["datasets"] == ["openai/gsm8k", "open-web-math/open-web-math"]
+
+
+def test_the_six_domains():
+    assert list(sources.DOMAINS) == ["math", "python", "web", "science", "legal", "chat"] and 5e6 <= sources.DOMAIN_TOKENS <= 50e6
+    assert prepare.parse(["--source", "domains"]).path is None
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--path", "notes.txt"], "it is name=FILE"), (["--path", "a b=notes.txt"], "it is name=FILE"), (["--domains", "cooking"], "choose among math"),
+    (["--path", "notes=gone.txt"], "gone.txt is not a file"), (["--path", "notes=gone.txt", "--domains", "code"], "choose among notes")])  # fmt: skip
+def test_mistakes_are_one_sentence(words, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        prepare_domains(tmp_path, *words)
+    err = capsys.readouterr().err.strip()
+    assert status.value.code == 1 and sentence in err and err.count("\n") == 0

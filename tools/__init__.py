@@ -1,0 +1,1 @@
+"""What is done before and after training; imports the core and is imported by command lines only."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import model
-from guards import Ended, World, gather_objects
+from distributed import World, slab_view
+from guards import OTHER_RATES, Ended, gather_objects
 from logger import Run, RunError
 from model import GPT, Config
 
@@ -27,21 +28,7 @@ class CheckpointError(RunError):
 
 
 # -----------------------------------------------------------------------------
-# Slabs: parts of parameters, by name
-
-
-def slab_part(name: str) -> tuple[str, int | slice]:
-    """A slab's parameter and its part of dimension 0: `a.b` all of it, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8."""
-    base, _, part = name.rstrip("]").partition("[")
-    start, _, stop = part.partition(":")
-    return base, int(start) if start and not stop else slice(int(start) if start else None, int(stop) if stop else None)
-
-
-def slab_view(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The part of a named tensor that a slab covers."""
-    base, part = slab_part(name)
-    return tensors[base][part]
-
+# Names of earlier versions
 
 RENAMED_SLABS = {r"depth\.skip_weights": "skip_weights"}  # parameters of earlier versions -> their names of today
 RETIRED = {"counted_LE"}  # buffers of earlier versions that a model may lack today
@@ -199,6 +186,10 @@ class Saver:
         if self.error is not None:
             raise self.error
 
+    def describe_last_good(self) -> str:
+        last = next((f"the last good checkpoint is {path}" for path in checkpoints(self.folder)), None)
+        return last or "there is no checkpoint"
+
     def post(self, key: str, report: str):
         self.store.set(key, report)
 
@@ -211,7 +202,7 @@ class Saver:
 
 
 def snapshot(exchange, world: World) -> dict[str, dict[str, Tensor]]:
-    """Slab name -> host copies of its value and optimizer state, for the slabs of this rank; rank 0 adds the buffers."""
+    """Slab name -> host copies of value and optimizer state, for the slabs of this rank; rank 0 adds the buffers."""
     slabs = {local.slab.name: {"value": local.value} for local in exchange.owned}
     for transfer in exchange.transfers:
         for local in transfer.owned:
@@ -258,16 +249,9 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
     [failure] = board.wait_for([f"{key}/outcome"])
     if failure:
         mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
-        where = f"{folder} ({failure}); {last_good(folder)}"
+        where = f"{folder} ({failure}); {board.describe_last_good()}"
         raise RunError(f"the checkpoint of step {step} could not be written to {where}; {mend}")
     return target
-
-
-OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
-
-
-def last_good(folder: Path) -> str:
-    return next((f"the last good checkpoint is {path}" for path in checkpoints(folder)), "there is no checkpoint")
 
 
 def finish_checkpoint(partial: Path, target: Path, manifest: dict):

@@ -1,17 +1,15 @@
-"""Guards of a run: ranks that meet, agree and stop together, signals, and a watchdog that reports stuck ranks.
+"""Guards of a run: ranks that agree and stop together, signals, and a watchdog that reports stuck ranks.
 
 A mistake on one rank (ConfigError, DataError, RunError) ends every rank; rank 0 prints its one sentence."""
 
-import ctypes
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -19,114 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import DataError
+from distributed import World
 from logger import PhaseTimer, RunError
-from model import ConfigError, ExpertRanks
+from model import ConfigError
 
 MISTAKES = (ConfigError, DataError, RunError)
 
 
 class Ended(RunError):
     """A mistake that is known to all ranks; rank 0 prints it."""
-
-
-# -----------------------------------------------------------------------------
-# Rendezvous
-
-
-class World(NamedTuple):
-    """This process among the ranks of a run."""
-
-    rank: int
-    size: int
-    device: torch.device
-    expert_parallel: int = 1  # ranks that share the experts; rank r holds part r % expert_parallel
-    run_id: str = ""  # prefix of this run's keys in the store
-    restarted: bool = False  # by torchrun, after ranks were lost
-    groups: dict = {}  # ranks of a bucket -> its process group; absent: all ranks
-    expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
-
-    def with_expert_groups(self, expert_parallel: int, timeout: timedelta) -> "World":
-        """Groups of the ranks that hold the same experts, and of those that share all; every rank creates all groups.
-
-        The two kinds are apart, because the order of buckets and of token rows may differ between ranks."""
-        if expert_parallel == 1:
-            return self
-        every = tuple(range(self.size))
-        holding = [every[first::expert_parallel] for first in range(expert_parallel)]
-        sharing = [dist.new_group(every[i : i + expert_parallel], timeout=timeout) for i in every[::expert_parallel]]
-        groups = {ranks: dist.new_group(ranks, timeout=timeout) for ranks in holding if len(ranks) > 1}
-        own = sharing[self.rank // expert_parallel]
-        return self._replace(expert_parallel=expert_parallel, groups=groups, expert_group=own)
-
-    @property
-    def expert_ranks(self) -> ExpertRanks:
-        return ExpertRanks(self.rank % self.expert_parallel, self.expert_parallel, self.expert_group)
-
-    def store(self) -> dist.Store:
-        """A connection to the store that all ranks share; each thread needs its own, as a blocking read holds it."""
-        if self.size == 1:
-            return dist.HashStore()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
-        return dist.PrefixStore(self.run_id, client)
-
-
-def init_distributed(device_type: str | None, timeout: timedelta) -> World:
-    """This process among those that torchrun started, or alone. None: CUDA if there is a GPU, else the CPU."""
-    keep_freed_memory()
-    device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if "RANK" not in os.environ:
-        return World(0, 1, device, restarted=restarted)
-
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    run_id = rendezvous(store, rank, size, timeout)
-    dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
-    restarted = restarted or not run_id.startswith("1 ")  # of several hosts only one may have restarted
-    return World(rank, size, device, run_id=run_id, restarted=restarted)
-
-
-def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """The id of this attempt, "<number> <hex>", the same on all ranks and new in each attempt.
-
-    torchrun keeps its store over restarts, with the keys of dead ranks, and each host counts its own restarts alone.
-    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises RunError if ranks stay away."""
-    me = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"hello/{rank}", me)
-        store.wait([f"answer/{me}"], timeout)
-        run_id = store.get(f"answer/{me}").decode()
-        store.set(f"{run_id}/heard/{rank}", "")
-        return run_id
-
-    run_id, others, answered = f"{store.add('attempts', 1)} {me}", range(1, size), set()
-    deadline = time.monotonic() + timeout.total_seconds()
-    while others and not store.check([f"{run_id}/heard/{other}" for other in others]):
-        if time.monotonic() > deadline:
-            waited = f"{timeout.total_seconds():g} s"
-            raise RunError(f"not all {size} ranks came within {waited}; see what ended the others")
-        greetings = {store.get(f"hello/{other}").decode() for other in others if store.check([f"hello/{other}"])}
-        for greeting in greetings - answered:
-            store.set(f"answer/{greeting}", run_id)
-            answered.add(greeting)
-        time.sleep(0.02)
-    return run_id
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def keep_freed_memory():
-    """Let malloc keep freed tensors' memory. By default glibc returns blocks above 32 MiB to the kernel after each use;
-    paging them in again took a third of an MLP's time at 16k tokens of width 1024."""
-    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(malloc, "mallopt"):
-        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            malloc.mallopt(option, size)
 
 
 # -----------------------------------------------------------------------------
@@ -214,6 +113,22 @@ class AsyncHostCopy:
         if self.copied:
             self.copied.synchronize()
         return self.host.tolist()
+
+
+OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
+
+
+def check_health(totals: AsyncHostCopy, step: int, saver) -> bool:
+    """Whether a rank received a signal, from [loss, *StepFlags] of a step and checkpoint.py's Saver.
+
+    Raises Ended if the loss is not finite, and the error of a checkpoint that could not be written."""
+    loss, stop, disk = totals.tolist()
+    if not math.isfinite(loss):
+        saver.join()
+        raise Ended(f"the loss of step {step} is {loss}; {saver.describe_last_good()}; {OTHER_RATES}")
+    if disk:
+        saver.wait()
+    return stop > 0
 
 
 # -----------------------------------------------------------------------------

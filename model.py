@@ -891,13 +891,14 @@ class GPT(nn.Module):
         shape = tuple(self.get_parameter(name).shape)
         return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
 
-    def compile_blocks(self):
-        """Compile block by block, so that gradients are ready during backward and can be sent."""
+    def compile_blocks(self) -> str:
+        """Compile block by block, so that gradients are ready during backward and can be sent; returns a note."""
         for block in self.blocks:
             block.compile(fullgraph=self.ranks.size == 1, dynamic=False)  # an all-to-all breaks the graph
         self.add_skip = torch.compile(self.add_skip, dynamic=False)
         if self.head.device.type == "cpu":  # CUDA has a kernel
             self.token_nll = torch.compile(self.token_nll, dynamic=False)
+        return "compiled"
 
     def active_share(self, name: str) -> float:
         """Share of a parameter in one token's forward pass: its top_k experts at even load, one row of each table."""

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
 
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
@@ -103,7 +104,7 @@ def run(args):
 def curve(args):
     for seed in args.seeds:
         for name in args.models:
-            net, manifest = model_file.load_checkpoint(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
+            net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
             if net.config.depth != "loop":
                 raise logger.RunError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
             for loops in range(1, 2 * net.config.loops + 1):
@@ -174,7 +175,7 @@ def act(name: str, args):
     os.chdir(ROOT)
     try:
         args.function(args)
-    except (logger.RunError, data.DataError, model_file.ConfigError, model_file.CheckpointError, OSError) as error:
+    except (logger.RunError, data.DataError, model_file.ConfigError, OSError) as error:
         sys.exit(f"{name}.py: error: {error}")
 
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import model as model_file  # noqa: E402
+from checkpoint import CheckpointError  # noqa: E402
 from tools import sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
@@ -232,7 +233,7 @@ def main():
         if model.config.objective != "next":
             raise model_file.ConfigError(f"objective is {model.config.objective}; only a model of the next token can be evaluated")
         args.measure(model.for_inference(), data.get_encoding(model.encoding), args)
-    except (model_file.ConfigError, model_file.CheckpointError, data.DataError) as error:
+    except (model_file.ConfigError, CheckpointError, data.DataError) as error:
         sys.exit(f"evaluate.py: error: {error}")
 
 

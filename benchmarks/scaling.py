@@ -55,10 +55,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_muon  # noqa: E402
+from distributed import Bucket, Slab, World  # noqa: E402
 from logger import RunError  # noqa: E402
 from model import DTYPES, GPT, Config, ConfigError, Parser, activation_bytes, count_parameters, flops_per_token, positive  # noqa: E402
 from tools.plots import COLOURS, THEME  # noqa: E402
-from train_muon import MUON, Bucket, Hyperparameters, Slab, World  # noqa: E402
+from train_muon import MUON, MuonConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # The machine: every field is a flag

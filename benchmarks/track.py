@@ -39,6 +39,7 @@ import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
+from guards import World  # noqa: E402
 from logger import RunError  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
 
@@ -261,7 +262,7 @@ class Stepper:
 
     def __init__(self, row: Row):
         config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
-        world, self.hp, self.recipe, self.number = train_muon.World(0, 1, torch.device(row.track["device"])), hp, RECIPES[row.script], 2 * PAIRS
+        world, self.hp, self.recipe, self.number = World(0, 1, torch.device(row.track["device"])), hp, RECIPES[row.script], 2 * PAIRS
         self.model, self.timer = model_file.GPT(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
         self.exchange = train_muon.Exchange(self.model, world, hp.bucket_mb)
         self.exchange.equip(self.recipe, hp)

@@ -85,7 +85,7 @@ def sample(args: dict):
     rules = dict(temperature=args["temperature"], top_k=args.get("top_k", 0), top_p=args["top_p"], seed=args["seed"])
     for id_B in net.stream(tokens_BT, args["max_new_tokens"], **rules, stop_at=stop_at):
         rows.append(id_B.tolist())
-        show(decoder.decode(encoding.words[rows[-1][0]]))
+        show(decoder.decode(encoding.vocab[rows[-1][0]]))
         times.append(time.perf_counter())
     show(decoder.decode(b"", True) + "\n")
     for number, ids in enumerate(list(zip(*rows))[1:], start=2):

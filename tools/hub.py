@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch

@@ -6,8 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 
-import model
 import torch
+
+import model
 
 TABLES = {}  # field -> table of its legal values
 LETTERS = {}  # field of one letter per layer -> its legal letters

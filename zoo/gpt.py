@@ -172,10 +172,6 @@ class GPT(model.GPT):
     def add_depth_modules(self):
         """Parameters of the depth, for a subclass."""
 
-    def eager_reason(self) -> str:
-        """Why the blocks cannot be compiled; "" if they can."""
-        return ""
-
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
         """As model.GPT, but the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 / eta."""

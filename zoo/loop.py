@@ -161,8 +161,8 @@ class LoopGPT(GPT):
         self.needs_keys = config.loop_keys == "share_first" or config.halt != "none"
         self.halt = HALTS[config.halt](config)
 
-    def eager_reason(self) -> str:
-        return "halting tokens make shapes of their own" if self.needs_keys else ""
+    def compile_blocks(self) -> str:
+        return "eager (halting tokens make shapes of their own)" if self.needs_keys else super().compile_blocks()
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list, inputs: MaskInputs) -> TrunkOutput:
         before, after = slice(0, self.group.start), slice(self.group.stop, len(self.blocks))

@@ -14,7 +14,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import data  # noqa: E402
 import logger  # noqa: E402
 import model as M  # noqa: E402
 import train_adamw  # noqa: E402
@@ -36,11 +35,6 @@ def texts(folder: Path, name: str, count: int = 120) -> Path:
 def make(tmp_path, *words, out="out") -> Path:
     prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / out), *map(str, words)])
     return tmp_path / out
-
-
-def documents(folder, split="train") -> list[str]:
-    ids = np.concatenate([tokens for _, tokens in data.open_split(folder, split)])
-    return bytes(np.where(ids == 256, 0, ids).astype(np.uint8)).decode().strip("\0").split("\0")
 
 
 # -----------------------------------------------------------------------------

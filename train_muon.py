@@ -44,7 +44,7 @@ import facts
 import guards
 import logger
 import model
-from checkpoint import Saver, latest_valid_checkpoint, load_checkpoint
+from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
 from cli import ConfigError, Parser, add_flags, positive
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, progress_bar, synchronize
@@ -791,7 +791,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
             log.flush()
             seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
             progress = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
-            saver.save(step, about | {"config_class": checkpoint.class_name(session.model.config)} | progress, log)
+            saver.save(step, about | {"config_class": class_name(session.model.config)} | progress, log)
         if last or stopping:
             break
 

@@ -1,4 +1,5 @@
-"""Shared by every command line: the error of a user's mistake, and flags made from the fields of a dataclass. Standard library only."""
+"""Shared by every command line: the error of a user's mistake, and flags made from the fields of a dataclass. Standard
+library only."""
 
 import argparse
 import dataclasses
@@ -23,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, fields_of: type, group: str = "the model"):
-    """One flag per field of a dataclass, in both spellings, absent by default. Its help is the comment behind the field."""
+    """One flag per field of a dataclass, in both spellings, absent by default. Its help is the comment behind the
+    field."""
     notes, flags = field_notes(fields_of), parser.add_argument_group(group)
     for field in dataclasses.fields(fields_of):
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}

@@ -1,4 +1,5 @@
-"""The run of train_muon.py with every option of zoo/: other routers, experts, attention kinds, depths, mixtures of domains.
+"""The run of train_muon.py with every option of zoo/: other routers, experts, attention kinds, depths, mixtures of
+domains.
 
     python train_zoo.py --depth loop --halt act
     python train_zoo.py --optimizer adamw --preset 100m --data data/domains

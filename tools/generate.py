@@ -1,4 +1,5 @@
-"""The command line of model.py: the model card of a preset, sampling from a checkpoint, sharing it, collecting its routes."""
+"""The command line of model.py: the model card of a preset, sampling from a checkpoint, sharing it, collecting its
+routes."""
 
 import codecs
 import dataclasses
@@ -35,14 +36,20 @@ def main(argv: list[str] | None = None):
 
 def parse(argv: list[str] | None = None) -> dict:
     """Flags -> their values; under `config`, the preset with the given fields changed. Raises ConfigError."""
-    parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it.")
+    parser = Parser(
+        prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it."
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
-    parser.add_argument("--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)")
+    parser.add_argument(
+        "--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)"
+    )
     where = "sample from a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name"
     parser.add_argument("--checkpoint", metavar="WHERE", help=where)
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
-    parser.add_argument("--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once")
+    parser.add_argument(
+        "--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     nucleus = "sample from the likeliest tokens with this total probability"
     parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help=nucleus)
@@ -68,7 +75,9 @@ def parse(argv: list[str] | None = None) -> dict:
     if not args["checkpoint"]:
         return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **changes)}
     for name in changes.keys() - {"top_k"}:
-        raise ConfigError(f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out")
+        raise ConfigError(
+            f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out"
+        )
     return args
 
 

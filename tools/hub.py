@@ -3,9 +3,8 @@
     from tools import hub
     model = hub.load("hf://user/name")        # or a folder of save(), or a run's checkpoint folder
 
-A folder holds model.safetensors, config.json with every field of the Config, and a model card. huggingface_hub comes with datasets
-and is imported only here.
-"""
+A folder holds model.safetensors, config.json with every field of the Config, and a model card. huggingface_hub comes
+with datasets and is imported only here. """
 
 import dataclasses
 import importlib
@@ -41,20 +40,25 @@ model = hub.load("{where}")
 encoding = get_encoding(model.encoding)
 ```
 
-`python model.py --checkpoint {where} --prompt "..."` continues a text. This is a small model of a speedrun: it imitates its corpus,
-and its statements need not be true.
+`python model.py --checkpoint {where} --prompt "..."` continues a text. This is a small model of a speedrun: it imitates
+its corpus, and its statements need not be true.
 {about_run}"""
 
 
 def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
-    """The trained model in evaluation mode, with its `encoding`: of a run's checkpoint folder, a folder of save(), or hf://user/name.
+    """The trained model in evaluation mode, with its `encoding`: of a run's checkpoint folder, a folder of save(), or
+    hf://user/name.
 
     kwargs are those of huggingface_hub.hf_hub_download, such as revision or token. Raises ConfigError."""
     name = str(where)
     if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
         return checkpoint.load_model_from_run(Path(where), device)[0]
     hub, safetensors = import_hub()
-    mend = "check its name, your connection, and `hf auth login` if it is private" if name.startswith(HUB) else "write it again"
+    mend = (
+        "check its name, your connection, and `hf auth login` if it is private"
+        if name.startswith(HUB)
+        else "write it again"
+    )
     try:
         path = lambda file: Path(where) / file
         if name.startswith(HUB):
@@ -76,7 +80,9 @@ def config_fields(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in ("encoding", "model_type", "config_class")}
 
 
-def save(net: model.GPT, folder: str | Path, about_run: str = "", pictures: dict[str, bytes] | None = None, where: str = ""):
+def save(
+    net: model.GPT, folder: str | Path, about_run: str = "", pictures: dict[str, bytes] | None = None, where: str = ""
+):
     """Write model.safetensors, config.json, a model card ending in `about_run`, and pictures.
 
     `where` is the address in the card's example, by default the folder."""
@@ -104,7 +110,8 @@ def model_card(net: model.GPT, where: str, about_run: str) -> str:
 
 
 def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, bytes] | None = None) -> str:
-    """Upload the files of save() to a repository on the Hub, created if it does not exist; returns the commit's address.
+    """Upload the files of save() to a repository on the Hub, created if it does not exist; returns the commit's
+    address.
 
     Raises ConfigError."""
     import tempfile
@@ -122,7 +129,8 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
 
 
 def share(where: str | Path, folder: Path | None, repo_id: str | None):
-    """Write a checkpoint as the Hub's files into a folder, or upload it. Raises ConfigError where other files are in the way."""
+    """Write a checkpoint as the Hub's files into a folder, or upload it. Raises ConfigError where other files are in
+    the way."""
     if folder and folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
         raise ConfigError(f"{folder} already holds other files; name a new folder")
     net, about = load(where), run_card(Path(where))

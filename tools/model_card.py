@@ -20,8 +20,8 @@ def cache_bytes_per_token(config: Config) -> int:
 def activation_bytes(config: Config, seq_len: int) -> int:
     """Bytes that one row of seq_len tokens keeps for backward, counted tensor by tensor.
 
-    T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores. All others are
-    linear in T, so two lengths that no width of the model equals determine the rest."""
+    T x T tensors (masks, scores) are left out: FlexAttention keeps lists of blocks and recomputes its scores. All
+    others are linear in T, so two lengths that no width of the model equals determine the rest."""
     width, meta = config.n_head * config.head_dim, getattr(config, "num_meta_tokens", 0)
     widths = {config.head_dim, config.n_embd, width, width // 2, config.hidden_size, config.hidden_size * config.top_k}
     widths.add(getattr(config, "latent_dim", 0))
@@ -61,7 +61,8 @@ def model_card(config: Config, seq_len: int) -> str:
         "width": f"n_embd {config.n_embd}, {config.n_head} heads x {config.head_dim}, {vocabulary}",
         "experts": f"{config.describe_experts()}, top-{config.top_k}, router {config.router}",
         **{f"  {kind}": f"{count:,}" for kind, count in counts.items() if kind not in ("total", "active")},
-        "parameters": f"{total:,} total, {counts['active']:,} active per token; {total - experts:,} outside experts{per_expert}",
+        "parameters": f"{total:,} total, {counts['active']:,} active per token; "
+                      f"{total - experts:,} outside experts{per_expert}",
         "FLOPs per token": f"{training / 3:,.0f} forward, {training:,.0f} training, at {seq_len} tokens per row",
         "weights + gradients": f"{8 * total / 2**20:,.1f} MiB in fp32",
         "KV cache": f"{cache_bytes_per_token(config):,} bytes per token",

@@ -26,8 +26,10 @@ def write_analysis(run_folder, folder):
     """
     files, path = list_routes_files(run_folder), run_folder / "routes.npz"
     if not files:
-        raise RunError(f"{path} is missing; make it with"
-                       f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`")
+        raise RunError(
+            f"{path} is missing; make it with"
+            f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`"
+        )
     by_step = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in reversed(files) if file != path]
     routes = read_routes(path) if files[0] == path else by_step[-1][1]
     found = analyse(routes, by_step)
@@ -69,6 +71,7 @@ def read_routes(path) -> dict:
 # -----------------------------------------------------------------------------
 # Statistics
 
+
 def analyse(routes, by_step=()) -> dict:
     """The statistics behind the plots, ready for JSON.
 
@@ -80,8 +83,11 @@ def analyse(routes, by_step=()) -> dict:
     if len(by_step) > 1 and "expert_LTK" in routes:
         final = by_step[-1][1]
         # A resumed run may have saved the routes of other tokens before.
-        found["saturation"] = {step: saturation(then["expert_LTK"], final["expert_LTK"]).tolist()
-                               for step, then in by_step if np.array_equal(then["token_N"], final["token_N"])}
+        found["saturation"] = {
+            step: saturation(then["expert_LTK"], final["expert_LTK"]).tolist()
+            for step, then in by_step
+            if np.array_equal(then["token_N"], final["token_N"])
+        }
     if "layer_SN" in routes:
         layer_SN, layers = routes["layer_SN"], int(routes["layers"])
         n = layers + int(routes["identities"])
@@ -180,6 +186,7 @@ def saturation(expert_LTK, final_LTK):
 # -----------------------------------------------------------------------------
 # Plots
 
+
 def plot_layers(figure, routes, found):
     """A pool of layers: use by step, transitions, joint use, and the layer sequences of some tokens."""
     figure.set_size_inches(12, 7)
@@ -190,8 +197,17 @@ def plot_layers(figure, routes, found):
     draw_matrix(figure, ax[0, 2], found["joint"], "tokens routed to both", "layer", "layer", vmin=0, vmax=1)
     draw_matrix(figure, ax[1, 0], found["lift"], "lift", "layer", "layer", vmin=0, vmax=2, **diverging)
     draw_matrix(figure, ax[1, 1], found["correlation"], "correlation", "layer", "layer", vmin=-1, vmax=1, **diverging)
-    draw_matrix(figure, ax[1, 2], routes["layer_SN"][:, :96], "layers of single tokens", "token", "step",
-                vmin=0, vmax=9, cmap="tab10")
+    draw_matrix(
+        figure,
+        ax[1, 2],
+        routes["layer_SN"][:, :96],
+        "layers of single tokens",
+        "token",
+        "step",
+        vmin=0,
+        vmax=9,
+        cmap="tab10",
+    )
     layers, identities = int(routes["layers"]), int(routes["identities"])
     figure.suptitle(f"layers 0 to {layers - 1}, then {identities} identities", fontsize=10)
 
@@ -265,8 +281,8 @@ def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) 
 
     config = net.config
     batches = data.validation_batches(
-        data_folder, seq_len=min(num_tokens, config.window_size), rows=1, max_tokens=num_tokens, vocab_size=config.vocab_size,
-        device=net.head.device)  # fmt: skip
+        data_folder, seq_len=min(num_tokens, config.window_size), rows=1, max_tokens=num_tokens,
+        vocab_size=config.vocab_size, device=net.head.device)  # fmt: skip
     return add_difficulty(collect_routes(net, batches), encoding)
 
 
@@ -286,8 +302,8 @@ def collect_routes(net, batches) -> dict:
     """Arrays of the routes of batches of data.Batch, without meta-tokens.
 
     layer_SN: the layer of each step with depth routed, -1 once halted. loops_N: iterations with depths that have loops.
-    expert_LTK: experts of each MoE layer, where a layer runs once. token_N: the target of each position. right_N: 1 if the
-    likeliest id was the target, 0 if not, -1 without a target."""
+    expert_LTK: experts of each MoE layer, where a layer runs once. token_N: the target of each position. right_N: 1 if
+    the likeliest id was the target, 0 if not, -1 without a target."""
     import torch
     import torch.nn.functional as F
 

@@ -1,8 +1,8 @@
-"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, logits of the previous layer, Shazeer's losses.
+"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, logits of the previous layer, Shazeer's
+losses.
 
-Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and computes logits;
-noise, selection bias, top-k, gates and losses are inherited.
-"""
+Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and
+computes logits; noise, selection bias, top-k, gates and losses are inherited. """
 
 from collections import ChainMap
 from typing import NamedTuple
@@ -118,7 +118,8 @@ def squared_variation(x_E: Tensor) -> Tensor:
 def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
     """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
 
-    An expert is chosen when it exceeds the k-th largest of the others: the (k+1)-th of all if it is among the first k."""
+    An expert is chosen when it exceeds the k-th largest of the others: the (k+1)-th of all if it is among the first
+    k."""
     top_TK = noisy_TE.topk(k + 1).values
     threshold_TE = torch.where(noisy_TE > top_TK[:, k:], top_TK[:, k:], top_TK[:, k - 1 : k])
     return torch.special.ndtr((logits_TE - threshold_TE) / std_TE).sum(0)
@@ -166,7 +167,8 @@ class ConvRouter(Router):
 
 
 def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
-    """(B, T, kernel * D): each token and those before it, the current one first, zeros before the start of its document."""
+    """(B, T, kernel * D): each token and those before it, the current one first, zeros before the start of its
+    document."""
     T, back = x_BTD.size(1), kernel - 1
     if ctx.cache is None:
         x_BSD = F.pad(x_BTD, (0, 0, back, 0))
@@ -184,7 +186,8 @@ def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
 
 
 class RecurrentRouter(Router):
-    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z = sigmoid(W_z x), v = W_v x.
+    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z =
+    sigmoid(W_z x), v = W_v x.
 
     In fp32, as a scan of log2(T) steps. At a document's first token 1 - z is 0."""
 
@@ -252,9 +255,12 @@ class HashRouter(nn.Module):
         return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
 
 
-ROUTERS = {"linear": LinearRouter, "hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter,
-           "attention": AttentionRouter}  # fmt: skip
-TABLES |= {"router": ChainMap(ROUTERS, model.ROUTERS), "router_score": SCORES}  # a user's own routers are in model.ROUTERS
+ROUTERS = {"linear": LinearRouter, "hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter,
+           "recurrent": RecurrentRouter, "attention": AttentionRouter}  # fmt: skip
+TABLES |= {
+    "router": ChainMap(ROUTERS, model.ROUTERS),
+    "router_score": SCORES,
+}  # a user's own routers are in model.ROUTERS
 PARAMETER_RULES |= {
     "router.residual": ParameterRule("router", constant(0.0)),
     "router.up": ParameterRule("router", init_uniform),

@@ -894,7 +894,7 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true",
                         help="profile a few steps into profile/ and stop")  # fmt: skip
     parser.add_argument("--plan", action="store_true",
-                        help="print what --world_size ranks would send, hold and compute, and stop")  # fmt: skip
+                        help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
     parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.train_config, "the run, whose defaults a preset changes")
     add_flags(parser, recipe.model_config, "the model, likewise")
@@ -927,9 +927,9 @@ def main(recipe: Recipe, argv: list[str] | None = None):
     try:
         config, hp, args = parse(recipe, argv)
         if args.plan:
-            from tools.cost import plan_text
+            from tools import cost
 
-            print(plan_text(config, hp, recipe, args.world_size))
+            print(cost.model_card(config, hp.seq_len), cost.plan_text(config, hp, recipe, args.world_size), sep="\n\n")
             return
         sinks = [name for name in logger.SINKS if vars(args)[name]]
         for name in sinks:

@@ -14,14 +14,14 @@ from cli import ConfigError, Parser, add_flags, positive
 from data import DataError
 from logger import RunError
 from model import PRESETS, Config
-from tools import hub, model_card, routes
+from tools import cost, hub, routes
 
 
 def main(argv: list[str] | None = None):
     try:
         args = parse(argv)
         if not args["checkpoint"]:
-            print(model_card.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
         elif args["save_pretrained"] or args["push_to_hub"]:
             hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
         elif args["routes"]:

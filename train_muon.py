@@ -45,11 +45,11 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import ConfigError, Parser, add_flags, positive
+from cli import Parser, UserError, add_flags, positive, require
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, progress_bar, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
-from logger import PhaseTimer, Run, RunError
+from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
 
@@ -143,12 +143,6 @@ BOUNDS = [  # legal values, the test, the fields of all optimizers
     ("between 1 and 1,000,000 seconds", lambda x: 1 <= x <= 10**6, "stuck_after"),
     ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63, "seed"),
 ]  # fmt: skip
-
-
-def require(config, field: str, ok: bool, legal: str):
-    """Raises ConfigError, which names a field and its legal values, unless ok."""
-    if not ok:
-        raise ConfigError(f"{field} is {getattr(config, field)!r}; it must be {legal}")
 
 
 CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=2048, micro_batch_tokens=2048,
@@ -492,9 +486,9 @@ class Recipe(NamedTuple):
     newton_schulz: int  # iterations for each matrix in a step
     model_config: type
     model_presets: dict
-    check: callable  # (config, hp, world size, device type): raises ConfigError
+    check: callable  # (config, hp, world size, device type): raises UserError
     data: ModuleType  # with load_meta, verify, fingerprint and validation_batches of data.py
-    open_loader: callable  # (config, hp, world, micro_rows) -> loader; raises DataError or ConfigError
+    open_loader: callable  # (config, hp, world, micro_rows) -> loader; raises UserError
     loss: callable  # (model, batch, step, hp) -> loss, statistics
     evaluate: callable  # (session, step) -> metrics
     validation_text: callable  # (session, encoding) -> bytes, for the compressors
@@ -815,10 +809,10 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
 
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
-    """The data's meta.json and the loader. Raises ConfigError, DataError or RunError for a mistake in flags or data."""
+    """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
     if resume and not folder.exists():
         mend = "start the run without --resume, or correct --experiment_name or --out_dir"
-        raise RunError(f"there is no {folder} to resume; {mend}")
+        raise UserError(f"there is no {folder} to resume; {mend}")
     if fresh:
         logger.refuse_existing(folder)
     recipe.check(config, hp, world.size, world.device.type)
@@ -831,28 +825,28 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
 
 
 def check(config: Config, hp: TrainConfig, world_size: int, device_type: str):
-    """Raises ConfigError for settings that do not go together."""
+    """Raises UserError for settings that do not go together."""
     parts = hp.expert_parallel
     if world_size % parts or config.num_experts % parts:
         legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
-        raise ConfigError(f"expert_parallel is {parts}; it must {legal}")
+        raise UserError(f"expert_parallel is {parts}; it must {legal}")
     if device_type == "cuda":
         check_for_cuda(config, hp, hp.seq_len)
 
 
 def check_for_cuda(config: Config, hp: TrainConfig, row_tokens: int):
-    """Raises ConfigError for shapes that matmuls and FlexAttention cannot take on a GPU."""
+    """Raises UserError for shapes that matmuls and FlexAttention cannot take on a GPU."""
     for name, value in {"seq_len": hp.seq_len, "n_embd": config.n_embd}.items():
         if config.head == "fp8" and value % 16:
             legal = "with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"
-            raise ConfigError(f"{name} is {value}; {legal}")
+            raise UserError(f"{name} is {value}; {legal}")
     if config.head_dim < 16:
-        raise ConfigError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
+        raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
     block = model.FlexMask.BLOCK
     if row_tokens % block and row_tokens > MAX_MASKED:
         name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
         legal = f"on CUDA it must be a multiple of {block} beyond {MAX_MASKED}"
-        raise ConfigError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
+        raise UserError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
 
 
 MAX_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
@@ -861,7 +855,7 @@ MAX_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
 def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
     """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
     if rows % world.size:
-        raise RunError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
+        raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
                        "change --batch_tokens or --nproc_per_node")  # fmt: skip
     most = max(1, hp.micro_batch_tokens // hp.seq_len)
     return max(n for n in range(1, rows // world.size + 1) if rows // world.size % n == 0 and n <= most)
@@ -883,7 +877,7 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
-    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises ConfigError."""
+    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
     about = f"Train with {recipe.name}; every field of the configurations is a flag."
     parser = Parser(prog=recipe.script, description=about)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
@@ -916,7 +910,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
         changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
     elif config.vocab_size < meta["vocab_size"]:
         legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
-        raise ConfigError(f"vocab_size is {config.vocab_size}; it must be {legal}")
+        raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
     if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
         changes["dtype"] = "fp32"
     return dataclasses.replace(config, **changes)
@@ -945,7 +939,7 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         if world.size > 1:
             dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
         sys.exit(1)
-    except guards.MISTAKES as error:  # of this rank alone: torchrun ends the others
+    except UserError as error:  # of this rank alone: torchrun ends the others
         sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
     finally:
         if dist.is_initialized():

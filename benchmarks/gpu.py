@@ -31,14 +31,15 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import UserError  # noqa: E402
 import data  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks import fused_mlp  # noqa: E402
-from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
-from guards import World  # noqa: E402
-from logger import PhaseTimer  # noqa: E402
-from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive  # noqa: E402
+from benchmarks import fused_mlp# noqa: E402
+from benchmarks.floor import dense_twin, measure_rates, step_floor# noqa: E402
+from guards import World# noqa: E402
+from logger import PhaseTimer# noqa: E402
+from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive# noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -485,7 +486,7 @@ def main():
         print(text(results))
         if wrong:
             raise RuntimeError("; ".join(wrong))
-    except (data.DataError, model_file.ConfigError, RuntimeError, OSError) as error:
+    except (UserError, UserError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

@@ -123,7 +123,7 @@ def routed_runs(config: Config) -> float:
 
 
 def plan_text(config: Config, hp, recipe, world_size: int) -> str:
-    """The plan as text: the optimizer's and the communication's part of the model card. Raises ConfigError."""
+    """The plan as text: the optimizer's and the communication's part of the model card. Raises UserError."""
     recipe.check(config, hp, world_size, "cpu")
     p, mib = plan(config, hp, recipe, world_size), lambda number: f"{number / 2**20:,.1f} MiB"
     sizes = [4 * bucket.part * len(bucket.ranks) for bucket in p["buckets"] if len(bucket.ranks) > 1]

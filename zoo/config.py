@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 
 import model
+from cli import require
 
 TABLES = {}  # field -> table of its legal values
 LETTERS = {}  # field of one letter per layer -> its legal letters
-CHECKS = []  # functions of a Config that raise ConfigError
+CHECKS = []  # functions of a Config that raise UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(model.Config):
-    """model.Config and the zoo's fields. Raises ConfigError, which names the field and its legal values."""
+    """model.Config and the zoo's fields. Raises UserError, which names the field and its legal values."""
 
     # experts
     experts: str = (
@@ -81,13 +82,13 @@ class Config(model.Config):
     def check(self):
         for name in """router_kernel shared_kernel latent_dim loops attn_experts attn_top_k controller_dim
                        anneal_steps""".split():
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in """importance_coef load_coef entropy_coef layer_balance_coef ponder_coef bias_update_threshold
                        router_residual num_meta_tokens eval_loops reinject halt_threshold identity_layers""".split():
-            self.require(name, getattr(self, name) >= 0, "at least 0")
-        self.require("free_eta", self.free_eta > 0, "above 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "free_eta", self.free_eta > 0, "above 0")
         for name in "ponder_prior mask_share".split():
-            self.require(name, 0 < getattr(self, name) < 1, "between 0 and 1")
+            require(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
         super().check()
         for check in CHECKS:
             check(self)

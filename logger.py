@@ -621,5 +621,3 @@ def parse(argv=None):
 
 if __name__ == "__main__":
     main()
-
-    main()

@@ -24,10 +24,11 @@ from logger import Run
 from model import GPT, Config
 
 # -----------------------------------------------------------------------------
-# Names of earlier versions
+# Earlier versions
 
 RENAMED_SLABS = {r"depth\.(.+)": r"\1"}  # parameters of earlier versions -> their names of today
-RETIRED = {"counted_LE"}  # buffers of earlier versions that a model may lack today
+RETIRED_BUFFERS = {"counted_LE"}  # that a model may lack today
+RETIRED_FIELDS = {"router_spread"}  # of the model's configuration
 
 
 def with_current_names(slabs: dict, names) -> dict:
@@ -38,7 +39,7 @@ def with_current_names(slabs: dict, names) -> dict:
         for old, new in RENAMED_SLABS.items():
             renamed = re.sub(f"^{old}$", new, base)
             base = renamed if renamed in names else base
-        if base in names or base not in RETIRED:
+        if base in names or base not in RETIRED_BUFFERS:
             current[base + bracket + part] = tensors
     return current
 
@@ -109,12 +110,24 @@ def class_name(config: Config) -> str:
 
 def config_of(manifest: dict) -> Config:
     """The run's model configuration, of the class that its manifest names. Raises UserError."""
-    fields, core = manifest["model"], {field.name for field in dataclasses.fields(Config)}
-    named = manifest.get("config_class") or ("model.Config" if fields.keys() <= core else "zoo.Config")
-    module, _, name = named.rpartition(".")
-    if module.partition(".")[0] not in ("model", "zoo"):
+    fields, named = current_fields(manifest["model"]), manifest.get("config_class")
+    core = {field.name: fields[field.name] for field in dataclasses.fields(Config) if field.name in fields}
+    if named == "model.Config" or fields.keys() == core.keys():
+        return Config(**core)
+    if named and not named.startswith("zoo."):
         raise UserError(f"the manifest names the class {named}; only those of model and zoo are known")
-    return getattr(importlib.import_module(module), name)(**fields)
+    zoo = importlib.import_module("zoo")
+    config = zoo.Config(**fields)
+    in_core = named is None and config == zoo.Config(**core)  # an earlier version, which had one class for both
+    return Config(**core) if in_core and config.experts == "mlp" else config
+
+
+def current_fields(fields: dict) -> dict:
+    """Fields of a model configuration as today's classes take them, given those of any version."""
+    fields = {name: value for name, value in fields.items() if name not in RETIRED_FIELDS}
+    if isinstance(fields.get("routed_scale"), str) and fields["routed_scale"] != "auto":
+        fields["routed_scale"] = float(fields["routed_scale"])
+    return fields
 
 
 def load_model_from_run(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
@@ -347,7 +360,7 @@ MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val
 def check_same_run(manifest: dict, config: Config, hp, path: Path):
     """Raises UserError, which names the first field that differs from the run that was saved."""
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
-    then = manifest["model"] | manifest["hyperparameters"]
+    then = current_fields(manifest["model"]) | manifest["hyperparameters"]
     for field, value in now.items():
         was = then.get(field)
         if field not in MAY_CHANGE_ON_RESUME and was != value:

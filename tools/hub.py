@@ -64,7 +64,7 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
         if name.startswith(HUB):
             path = lambda file: hub.hf_hub_download(name.removeprefix(HUB), file, **kwargs)
         settings = json.loads(Path(path("config.json")).read_text())
-        net = model.build(checkpoint.config_of({"model": config_fields(settings), **settings}))
+        net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
         state = safetensors.load_file(path("model.safetensors"))
         net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
         net.encoding = settings["encoding"]

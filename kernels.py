@@ -1,8 +1,8 @@
-"""Triton kernels, for CUDA only, where torch's operators and Inductor are slow. Each has a plain version of the same name.
+"""Triton kernels, for CUDA only, where torch's operators and Inductor are slow. Each has a plain version as reference.
 
     softcap_nll             the loss and its gradient, in place: logits are read from memory once and written once
     quantise                FP8 copies of a matrix and of its transpose from one reading: FP8 matmuls need both layouts
-    gram, gram_polynomial   symmetric products of Newton-Schulz: half the tiles, the others mirrored, the sum with A fused
+    gram, gram_polynomial   symmetric products of Newton-Schulz: half the tiles, the others mirrored, sum with A fused
 
 Why these and no others: benchmarks/README.md, "A MoE step on one H200". TRITON_INTERPRET=1 runs them on a CPU, for
 tests/core/test_kernels.py. Shape suffixes as in model.py: T tokens, V padded vocabulary, D n_embd."""
@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter knows
 
 @triton.jit
 def sigmoid(x, INTERPRETED: tl.constexpr):
-    """An exponential and a reciprocal, to 2 units in the last place; Triton's division has five times the instructions."""
+    """An exponential and a reciprocal, to 2 units in the last place. Triton's division takes five times as long."""
     y = 1 + tl.exp2(x * -1.4426950408889634)
     if INTERPRETED:
         return 1 / y
@@ -37,7 +37,7 @@ def sigmoid(x, INTERPRETED: tl.constexpr):
 @triton.jit
 def softcap_nll_kernel(z_ptr, target_ptr, nll_ptr, inverse_half_cap, bits, vocab_size: tl.constexpr,
                        padded_size: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """One token: the sum of exponentials on a first reading, the gradient over the logits on a second, from the cache."""
+    """One token: the sum of exponentials on a first reading, its gradient over the logits on a second, from cache."""
     t = tl.program_id(0).to(tl.int64)
     row_ptr = z_ptr + t * padded_size
     target = tl.load(target_ptr + t)

@@ -27,6 +27,7 @@ import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
 from tools import sources  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
 DATA = "data.py --source arithmetic --encoding bytes --max_tokens 4_000_000".split()
@@ -89,11 +90,11 @@ def run(args):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
-            words = ["train_muon.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
+            words = ["train_zoo.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
             if track.launch(words, args.threads):
                 raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
             row = logger.final_row(logger.read_run(folder)["rows"], "val/bpb")
-            config, hp, _ = train_muon.parse(train_muon.MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
+            config, hp, _ = train_muon.parse(ZOO_MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
             line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
                     "parameters": model_file.count_parameters(config)["total"], "flops_per_token": model_file.flops_per_token(config, hp.seq_len) / 3,
                     "threads": args.threads, "seconds": row["train_time"], "val/bpb": row["val/bpb"], **answers(folder)}  # fmt: skip

@@ -29,13 +29,14 @@ import domains  # noqa: E402
 from test_train import TINY_MODEL, WORDS, call, write_data  # noqa: E402
 
 import data  # noqa: E402
+import facts  # noqa: E402
 import logger  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
 from logger import RunError  # noqa: E402
-from model import Config  # noqa: E402
 from tools import prepare, sources  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -337,7 +338,7 @@ def tiny(tmp_path, corpus, monkeypatch):
         return status
 
     monkeypatch.setattr(track, "launch", launch)
-    monkeypatch.setattr(train_muon, "matmul_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(facts, "matmul_rate", lambda device, dtype: 1e11)
     return folder, launched
 
 
@@ -510,8 +511,8 @@ def test_every_track_s_commands_are_those_of_its_files(name):
 
 
 def test_every_recipe_is_on_the_track():
-    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
-    settings = (*dataclasses.fields(train_muon.Common), *dataclasses.fields(Config))
+    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
+    settings = (*dataclasses.fields(ZOO_MUON.train_config), *dataclasses.fields(ZOO_MUON.model_config))
     fields = {field.name for field in settings} | {"resume", "enable_profiling", "plan", "experiment_name"}
     assert set(track.OURS) <= fields
 

@@ -107,6 +107,10 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     return manifest, read_slabs(folder, manifest)
 
 
+def class_name(config: Config) -> str:
+    return f"{type(config).__module__}.{type(config).__qualname__}"
+
+
 def config_of(manifest: dict) -> Config:
     """The run's model configuration, of the class that its manifest names. Raises CheckpointError."""
     fields, core = manifest["model"], {field.name for field in dataclasses.fields(Config)}
@@ -348,6 +352,9 @@ MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val
 
 def check_same_run(manifest: dict, config: Config, hp, path: Path):
     """Raises RunError, which names the first field that differs from the run that was saved."""
+    saved_class = manifest.get("config_class", class_name(config))
+    if saved_class != class_name(config):
+        raise RunError(f"{path} was saved with a {saved_class}, not a {class_name(config)}; resume with the same script")
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
     then = manifest["model"] | manifest["hyperparameters"]
     for field, value in now.items():

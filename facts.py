@@ -39,10 +39,6 @@ def shared_facts(config: Config, hp, recipe, **choices) -> dict:
     return flags | shards | code | {"torch": torch.__version__}
 
 
-def class_name(config: Config) -> str:
-    return f"{type(config).__module__}.{type(config).__qualname__}"
-
-
 def run_facts(session, experiment_name: str, encoding: str) -> dict:
     """The contents of config.json."""
     config, hp, world = session.model.config, session.hp, session.world

@@ -68,8 +68,8 @@ checkpoint.MAY_CHANGE_ON_RESUME.add("routes_tokens")
 def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int) -> MixtureLoader:
     """The loader of a mixture. Raises DataError or ConfigError for settings that the data do not allow."""
     mix = Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
-    options = train_muon.loader_options(config, hp, world, micro_rows)
-    loader = MixtureLoader(hp.data, mix=mix, steps=hp.num_iterations, **options)
+    options = dict(kind=MixtureLoader, mix=mix, steps=hp.num_iterations)
+    loader = train_muon.open_loader(config, hp, world, micro_rows, **options)
     if hp.routes_tokens:
         routes_batches(config, hp, "cpu")  # raises
     domain_experts(config, hp, world.device)

@@ -62,7 +62,8 @@ HALF = 6 * 32  # the first token of the second half of the batch
 
 
 def job(recipe=MUON, copy=None, plant=None, **values) -> dict:
-    return {"recipe": "zoo" if recipe is ZOO_MUON else recipe.name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
+    name = "zoo" if recipe is ZOO_MUON else recipe.name
+    return {"recipe": name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
 
 
 def resumed(source: str, **values) -> dict:

@@ -545,7 +545,7 @@ def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe
     for rank in range(size):
         exchange = Exchange(GPT(CONFIGS["tiny"]), World(rank, size, CPU))
         optimizers = made_optimizers(recipe, exchange, hp)
-        train_muon.check_cover(exchange)
+        exchange.check_cover()
         groups = [(id(p), group, optimizer) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         assert len(groups) == len(exchange.owned) == len({key for key, _, _ in groups})
         for local in exchange.owned:
@@ -560,7 +560,7 @@ def test_a_parameter_left_out_of_the_groups_is_noticed(recipe):
     exchange = Exchange(GPT(CONFIGS["tiny"]), World(0, 1, CPU))
     made_optimizers(recipe, exchange, recipe.presets["cpu"], lambda tensors: tensors["router"].pop())
     with pytest.raises(AssertionError):
-        train_muon.check_cover(exchange)
+        exchange.check_cover()
 
 
 # -----------------------------------------------------------------------------

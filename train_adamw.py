@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import train_muon
-from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale
+from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale, require_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,10 @@ class AdamWConfig(TrainConfig):
     matrix_lr: float = 0.0018  # modded-nanogpt's AdamW baseline
     lr_warmup: int = 250  # steps
     weight_decay: float = 0.0  # decoupled, on matrices, times the rate
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_each(self, "at least 0", "lr_warmup")
 
 
 CPU_RATES = dict(matrix_lr=0.003, lr_warmup=50, scalar_lr=0.01)

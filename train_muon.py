@@ -11,8 +11,7 @@ update computed there; new values are gathered while later slabs are updated. Lo
 of micro-batches in the global batch, so gradients add up to the same sum at any world size. With --expert_parallel N,
 N ranks share the experts, and token rows travel to them (model.py).
 
-Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon); distribution and overlap as in modded-nanogpt records
-6 and 22-24.
+Sources: Muon (kellerjordan.github.io/posts/muon); distribution and overlap as in modded-nanogpt records 6 and 22-24.
 """
 
 import argparse
@@ -95,10 +94,14 @@ class TrainConfig:
     beta2: float = 0.95
 
     def __post_init__(self):
-        for legal, is_legal, fields in BOUNDS:
-            for field in fields.split():
-                if hasattr(self, field):
-                    require(self, field, is_legal(getattr(self, field)), legal)
+        sizes = "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel"
+        require_each(self, "at least 1", sizes)
+        require_each(self, "at least 0", "val_every val_tokens checkpoint_every sample_tokens warmup_steps bucket_mb")
+        rates = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_lr", "decay"))]
+        require_each(self, "at least 0 and below 1e30", " ".join(rates))
+        require_each(self, "between 0 and 1", "cooldown_frac final_lr_scale beta1 beta2")
+        require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
+        require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
         devices = (None, "cpu", "cuda") if torch.cuda.is_available() else (None, "cpu")
         require(self, "device", self.device in devices, "one that this machine has: cpu, cuda or none")
@@ -124,22 +127,24 @@ class MuonConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require_each(self, "at least 0 and below 1", "momentum momentum_start")
+        require_each(self, "at least 0", "momentum_warmup")
         require(self, "ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
-BOUNDS = [  # legal values, the test, the fields of all optimizers
-    ("at least 1", lambda x: x >= 1,
-     "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel"),
-    ("at least 0", lambda x: x >= 0,
-     "val_every val_tokens checkpoint_every sample_tokens warmup_steps momentum_warmup lr_warmup"),
-    ("at least 0 and below 1e30", lambda x: 0 <= x < 1e30,
-     "embed_lr ngram_embed_lr value_embed_lr head_lr router_lr scalar_lr muon_lr matrix_lr weight_decay"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "cooldown_frac final_lr_scale beta1 beta2"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "momentum momentum_start"),
-    ("at least 0", lambda x: 0 <= x < math.inf, "bucket_mb"),
-    ("between 1 and 1,000,000 seconds", lambda x: 1 <= x <= 10**6, "stuck_after"),
-    ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63, "seed"),
-]  # fmt: skip
+LEGAL = {
+    "at least 1": lambda x: x >= 1,
+    "at least 0": lambda x: 0 <= x < math.inf,
+    "at least 0 and below 1e30": lambda x: 0 <= x < 1e30,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+}
+
+
+def require_each(config, legal: str, fields: str):
+    """Raises ConfigError unless each of these fields is legal, by a key of LEGAL."""
+    for field in fields.split():
+        require(config, field, LEGAL[legal](getattr(config, field)), legal)
 
 
 def require(config, field: str, ok: bool, legal: str):
@@ -411,8 +416,7 @@ class Exchange:
         if world.size > 1 and overlap:
             for transfer in self.transfers:
                 for parameter in transfer.parameters:
-                    hook = functools.partial(self.on_grad_ready, transfer)
-                    parameter.register_post_accumulate_grad_hook(hook)
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self.on_grad_ready, transfer))
 
     @property
     def owned(self) -> list[LocalSlab]:
@@ -873,8 +877,7 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises ConfigError."""
-    about = f"Train with {recipe.name}; every field of the configurations is a flag."
-    parser = Parser(prog=recipe.script, description=about)
+    parser = Parser(prog=recipe.script, description=f"Train with {recipe.name}; every setting is a flag.")
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
@@ -897,8 +900,7 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     return config, hp, args
 
 
-def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace,
-                   device: torch.device) -> Config:  # fmt: skip
+def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace, device) -> Config:
     """The configuration with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them."""
     meta, changes = recipe.data.load_meta(hp.data), {}
     if "vocab_size" not in args:

@@ -18,7 +18,7 @@ import model
 import train_muon
 from distributed import World
 from model import GPT, Config, ConfigError
-from train_muon import Session, TrainConfig, loss_metrics, loss_totals, require
+from train_muon import Session, TrainConfig, loss_metrics, loss_totals, require, require_each
 from zoo.mixture import (  # noqa: F401  (of a Recipe's `data`)
     Mix,
     MixtureBatch,
@@ -53,9 +53,8 @@ class MixtureConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("routes_tokens", "round_robin_steps", "domain_steps", "domain_anneal_steps"):
-            require(self, field, getattr(self, field) >= 0, "at least 0")
-        require(self, "domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
+        counts = "routes_tokens round_robin_steps domain_steps domain_anneal_steps"
+        require_each(self, "at least 0", f"{counts} domain_coef")
         require(self, "domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import train_muon
-from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale, require_each
+from cli import require
+from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class AdamWConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_each(self, "at least 0", "lr_warmup")
+        require(self, "lr_warmup", self.lr_warmup >= 0, "at least 0")
 
 
 CPU_RATES = dict(matrix_lr=0.003, lr_warmup=50, scalar_lr=0.01)

@@ -43,11 +43,13 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
+from cli import Parser, UserError, add_flags, positive, require
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, progress_bar, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
-from logger import PhaseTimer, Run, RunError
-from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, on_cuda_a_kernel
+from logger import PhaseTimer, Run
+from model import DTYPES, GPT, Config
+from ops import kernel_on_cuda
 
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag
@@ -94,12 +96,14 @@ class TrainConfig:
     beta2: float = 0.95
 
     def __post_init__(self):
-        sizes = "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel"
-        require_each(self, "at least 1", sizes)
-        require_each(self, "at least 0", "val_every val_tokens checkpoint_every sample_tokens warmup_steps bucket_mb")
-        rates = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_lr", "decay"))]
-        require_each(self, "at least 0 and below 1e30", " ".join(rates))
-        require_each(self, "between 0 and 1", "cooldown_frac final_lr_scale beta1 beta2")
+        for name in "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in "val_every val_tokens checkpoint_every sample_tokens warmup_steps bucket_mb".split():
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith(("_lr", "decay"))):
+            require(self, name, 0 <= getattr(self, name) < 1e30, "at least 0 and below 1e30")
+        for name in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
         require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
@@ -127,30 +131,10 @@ class MuonConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_each(self, "at least 0 and below 1", "momentum momentum_start")
-        require_each(self, "at least 0", "momentum_warmup")
+        for name in ("momentum", "momentum_start"):
+            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require(self, "momentum_warmup", self.momentum_warmup >= 0, "at least 0")
         require(self, "ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-
-
-LEGAL = {
-    "at least 1": lambda x: x >= 1,
-    "at least 0": lambda x: 0 <= x < math.inf,
-    "at least 0 and below 1e30": lambda x: 0 <= x < 1e30,
-    "at least 0 and below 1": lambda x: 0 <= x < 1,
-    "between 0 and 1": lambda x: 0 <= x <= 1,
-}
-
-
-def require_each(config, legal: str, fields: str):
-    """Raises ConfigError unless each of these fields is legal, by a key of LEGAL."""
-    for field in fields.split():
-        require(config, field, LEGAL[legal](getattr(config, field)), legal)
-
-
-def require(config, field: str, ok: bool, legal: str):
-    """Raises ConfigError, which names a field and its legal values, unless ok."""
-    if not ok:
-        raise ConfigError(f"{field} is {getattr(config, field)!r}; it must be {legal}")
 
 
 CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=2048, micro_batch_tokens=2048,
@@ -191,13 +175,13 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (X if wide else X.mT).reshape(G.shape)
 
 
-@on_cuda_a_kernel
+@kernel_on_cuda
 def gram(X: Tensor) -> Tensor:
     """X X^T of (N, rows, cols)."""
     return X @ X.mT
 
 
-@on_cuda_a_kernel
+@kernel_on_cuda
 def gram_polynomial(A: Tensor, b: float, c: float) -> Tensor:
     """b A + c A A of symmetric (N, rows, rows)."""
     return torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -488,9 +472,9 @@ class Recipe(NamedTuple):
     newton_schulz: int  # iterations for each matrix in a step
     model_config: type
     model_presets: dict
-    check: callable  # (config, hp, world size, device type): raises ConfigError
+    check: callable  # (config, hp, world size, device type): raises UserError
     data: ModuleType  # with load_meta, verify, fingerprint and validation_batches of data.py
-    open_loader: callable  # (config, hp, world, micro_rows) -> loader; raises DataError or ConfigError
+    open_loader: callable  # (config, hp, world, micro_rows) -> loader; raises UserError
     loss: callable  # (model, batch, step, hp) -> loss, statistics
     evaluate: callable  # (session, step) -> metrics
     validation_text: callable  # (session, encoding) -> bytes, for the compressors
@@ -803,9 +787,9 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
 
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
-    """The data's meta.json and the loader. Raises ConfigError, DataError or RunError for a mistake in flags or data."""
+    """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
     if resume and not folder.exists():
-        raise RunError(f"there is no {folder} to resume; start the run without --resume, "
+        raise UserError(f"there is no {folder} to resume; start the run without --resume, "
                        "or correct --experiment_name or --out_dir")  # fmt: skip
     if fresh:
         logger.refuse_existing(folder)
@@ -819,34 +803,34 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
 
 
 def check(config: Config, hp: TrainConfig, world_size: int, device_type: str):
-    """Raises ConfigError for settings that do not go together."""
+    """Raises UserError for settings that do not go together."""
     parts = hp.expert_parallel
     if world_size % parts or config.num_experts % parts:
         legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
-        raise ConfigError(f"expert_parallel is {parts}; it must {legal}")
+        raise UserError(f"expert_parallel is {parts}; it must {legal}")
     if device_type == "cuda":
         check_for_cuda(config, hp, hp.seq_len)
 
 
 def check_for_cuda(config: Config, hp: TrainConfig, row_tokens: int):
-    """Raises ConfigError for shapes that matmuls and FlexAttention cannot take on a GPU."""
+    """Raises UserError for shapes that matmuls and FlexAttention cannot take on a GPU."""
     for name, value in {"seq_len": hp.seq_len, "n_embd": config.n_embd}.items():
         if config.head == "fp8" and value % 16:
             legal = "with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"
-            raise ConfigError(f"{name} is {value}; {legal}")
+            raise UserError(f"{name} is {value}; {legal}")
     if config.head_dim < 16:
-        raise ConfigError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
+        raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
     block, max_masked = model.FlexMask.BLOCK, 8192  # tokens of a row whose pairs all fit into a mask
     if row_tokens % block and row_tokens > max_masked:
         name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
         legal = f"on CUDA it must be a multiple of {block} beyond {max_masked}"
-        raise ConfigError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
+        raise UserError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
 
 
 def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
     """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
     if rows % world.size:
-        raise RunError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
+        raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
                        "change --batch_tokens or --nproc_per_node")  # fmt: skip
     most = max(1, hp.micro_batch_tokens // hp.seq_len)
     return max(n for n in range(1, rows // world.size + 1) if rows // world.size % n == 0 and n <= most)
@@ -859,16 +843,8 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         return "eager (--compile needs a C++ compiler and found none)"
-    if net.depth.needs_keys:
-        return "eager (tokens that leave a loop make shapes of their own)"
     torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
-    for block in net.blocks:
-        block.compile(fullgraph=net.ranks.size == 1, dynamic=False)  # rows exchanged between ranks break the graph
-    for name in net.depth.to_compile:
-        setattr(net.depth, name, torch.compile(getattr(net.depth, name), dynamic=False))
-    if device.type == "cpu":  # CUDA has a kernel
-        net.chunk_nll = torch.compile(net.chunk_nll, dynamic=False)
-    return "compiled"
+    return net.compile_blocks()
 
 
 # -----------------------------------------------------------------------------
@@ -876,7 +852,7 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
-    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises ConfigError."""
+    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
     parser = Parser(prog=recipe.script, description=f"Train with {recipe.name}; every setting is a flag.")
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
@@ -886,8 +862,8 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true",
                         help="profile a few steps into profile/ and stop")  # fmt: skip
     parser.add_argument("--plan", action="store_true",
-                        help="print what --world_size ranks would send, hold and compute, and stop")  # fmt: skip
-    parser.add_argument("--world_size", "--world-size", type=model.positive, default=8, help="ranks of the --plan")
+                        help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
+    parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.train_config, "the run, whose defaults a preset changes")
     add_flags(parser, recipe.model_config, "the model, likewise")
 
@@ -907,7 +883,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
         changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
     elif config.vocab_size < meta["vocab_size"]:
         legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
-        raise ConfigError(f"vocab_size is {config.vocab_size}; it must be {legal}")
+        raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
     if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
         changes["dtype"] = "fp32"
     return dataclasses.replace(config, **changes)
@@ -918,9 +894,9 @@ def main(recipe: Recipe, argv: list[str] | None = None):
     try:
         config, hp, args = parse(recipe, argv)
         if args.plan:
-            from tools.cost import plan_text
+            from tools import cost
 
-            print(plan_text(config, hp, recipe, args.world_size))
+            print(cost.model_card(config, hp.seq_len), cost.plan_text(config, hp, recipe, args.world_size), sep="\n\n")
             return
         sinks = {name: logger.sink_module(name) for name in logger.SINKS if vars(args)[name]}  # raises if not installed
         world = distributed.init_distributed(hp.device, hp.collectives_timeout)
@@ -934,7 +910,7 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         if world.size > 1:
             dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
         sys.exit(1)
-    except guards.MISTAKES as error:  # of this rank alone: torchrun ends the others
+    except UserError as error:  # of this rank alone: torchrun ends the others
         sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
     finally:
         if dist.is_initialized():

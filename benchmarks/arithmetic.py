@@ -26,7 +26,8 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from tools import sources  # noqa: E402
+from cli import UserError  # noqa: E402
+from tools import routes, sources  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
@@ -76,7 +77,7 @@ def add_line(path: Path, line: dict):
 def answers(folder: Path) -> dict:
     """How often the run's answers are right by the operations that they need, and the loops that they take."""
     (path,) = (folder / "routes").glob("step_*.npz")
-    found = logger.analyse(logger.read_routes(path))
+    found = routes.analyse(routes.read_routes(path))
     return {name: found[name] for name in ("accuracy_by_difficulty", "loops_by_difficulty") if name in found}
 
 
@@ -92,8 +93,8 @@ def run(args):
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
             words = ["train_zoo.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
             if track.launch(words, args.threads):
-                raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
-            row = logger.final_row(logger.read_run(folder)["rows"], "val/bpb")
+                raise UserError(f"{name} with seed {seed} failed; what it said is above")
+            row = logger.get_final_row(logger.read_run(folder)["rows"], "val/bpb")
             config, hp, _ = train_muon.parse(ZOO_MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
             line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
                     "parameters": model_file.count_parameters(config)["total"], "flops_per_token": model_file.flops_per_token(config, hp.seq_len) / 3,
@@ -107,10 +108,10 @@ def curve(args):
         for name in args.models:
             net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
             if net.config.depth != "loop":
-                raise logger.RunError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
+                raise UserError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
             for loops in range(1, 2 * net.config.loops + 1):
                 net.depth.eval_loops = loops
-                found = logger.analyse(model_file.validation_routes(net, manifest["encoding"], args.data, args.tokens))
+                found = routes.analyse(model_file.validation_routes(net, manifest["encoding"], args.data, args.tokens))
                 add_line(args.results, {"model": name, "seed": seed, "eval_loops": loops, "accuracy_by_difficulty": found["accuracy_by_difficulty"]})
                 print(f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, sums {accuracy(found, 'sum'):.3f}", flush=True)
 
@@ -176,7 +177,7 @@ def act(name: str, args):
     os.chdir(ROOT)
     try:
         args.function(args)
-    except (logger.RunError, data.DataError, model_file.ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{name}.py: error: {error}")
 
 

@@ -25,6 +25,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
+from cli import UserError  # noqa: E402
 from distributed import World  # noqa: E402
 from tools import sources  # noqa: E402
 from zoo import mixture  # noqa: E402
@@ -66,7 +67,7 @@ def run(args):
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
             if track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads):
                 folder.with_suffix(".begun").unlink()
-                raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
+                raise UserError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
                     "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,

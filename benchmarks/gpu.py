@@ -37,9 +37,10 @@ import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
 from distributed import World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
-from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive  # noqa: E402
+from model import GPT, PRESETS, ROUTERS, Config, Route, flops_per_token  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -486,7 +487,7 @@ def main():
         print(text(results))
         if wrong:
             raise RuntimeError("; ".join(wrong))
-    except (data.DataError, model_file.ConfigError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

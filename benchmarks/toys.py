@@ -240,7 +240,7 @@ def chains(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
     for _ in range(rows):
         text = ""
         while len(text) <= ROW:
-            text += "\n" + sources.chain(rng)
+            text += "\n" + sources.make_chain(rng)
         ids.append([EOT if letter == "\n" else ord(letter) for letter in text[: ROW + 1]])
     return torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
 

@@ -165,7 +165,7 @@ def test_the_guided_tour_names_what_its_files_hold():
     stops = re.findall(r"^\d\. \[(?:\w+/)*(\w+\.py)\](.*?)(?=^\d\. |\Z|^$)", tour, re.M | re.S)
     assert len(stops) >= 6
     for file, told in stops:
-        path = next(path for path in (ROOT / file, ROOT / "tests" / file) if path.exists())
+        path = next(path for path in (ROOT / file, ROOT / "tests" / file, ROOT / "tools" / file) if path.exists())
         for name in re.findall(r"`([A-Za-z_]+)`", told):
             here = re.search(rf"^(class|def|    def) {name}\b", path.read_text(), re.M)
             assert here, f"the tour says that {file} holds {name}"

@@ -1,1 +1,1 @@
-"""What is done before and after training; imports the core and is imported by command lines only."""
+"""Tools for before and after training. They import the core; the core imports them only inside command lines."""

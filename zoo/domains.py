@@ -14,11 +14,12 @@ from torch import Tensor
 
 import checkpoint
 import data
-import model
 import train_muon
+from cli import UserError, require
 from distributed import World
-from model import GPT, Config, ConfigError
-from train_muon import Session, TrainConfig, loss_metrics, loss_totals, require, require_each
+from model import GPT
+from train_muon import Session, TrainConfig, loss_metrics, loss_totals
+from zoo.config import Config, has_matmuls
 from zoo.mixture import (  # noqa: F401  (of a Recipe's `data`)
     Mix,
     MixtureBatch,
@@ -53,8 +54,8 @@ class MixtureConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        counts = "routes_tokens round_robin_steps domain_steps domain_anneal_steps"
-        require_each(self, "at least 0", f"{counts} domain_coef")
+        for name in "routes_tokens round_robin_steps domain_steps domain_anneal_steps domain_coef".split():
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         require(self, "domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
 
 
@@ -65,7 +66,7 @@ checkpoint.MAY_CHANGE_ON_RESUME.add("routes_tokens")
 
 
 def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int) -> MixtureLoader:
-    """The loader of a mixture. Raises DataError or ConfigError for settings that the data do not allow."""
+    """The loader of a mixture. Raises UserError for settings that the data do not allow."""
     mix = Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
     options = dict(kind=MixtureLoader, mix=mix, steps=hp.num_iterations)
     loader = train_muon.open_loader(config, hp, world, micro_rows, **options)
@@ -76,7 +77,7 @@ def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int
 
 
 def routes_batches(config: Config, hp: MixtureConfig, device):
-    """The first routes_tokens validation tokens, row by row. Raises DataError at the call."""
+    """The first routes_tokens validation tokens, row by row. Raises UserError at the call."""
     return validation_batches(hp.data, seq_len=min(hp.routes_tokens, config.window_size), rows=1, device=device,
                               max_tokens=hp.routes_tokens, vocab_size=config.vocab_size)  # fmt: skip
 
@@ -101,18 +102,13 @@ def compute_loss(net: GPT, batch: data.Batch, step: int, hp: MixtureConfig) -> t
     expert_D = domain_experts(net.config, hp, batch.inputs_BT.device)
     if expert_D is None:
         output = net(batch.inputs_BT, batch.targets_BT)
-        return output.loss, log_names(net, output.stats)
+        return output.loss, output.stats
     is_mixture = isinstance(batch, MixtureBatch)  # random tokens of the warm-up have no domain
     domain_B = batch.domain_B if is_mixture else batch.inputs_BT.new_zeros(len(batch.inputs_BT))
     output, price = net(batch.inputs_BT, batch.targets_BT, expert_B=expert_D[domain_B]), domain_price(step, hp)
     domain_loss = output.stats["domain_loss"]
     logged = {"train/domain_loss": domain_loss, "train/domain_price": price}
-    return output.loss + price * domain_loss, log_names(net, output.stats) | logged
-
-
-def log_names(net: GPT, stats: dict) -> dict:
-    """Statistics of today's model.py, with loops under the name of the log."""
-    return stats if net.config.depth == "stack" else stats | {"depth/loops": stats["loops"]}
+    return output.loss + price * domain_loss, output.stats | logged
 
 
 def domain_price(step: int, hp: MixtureConfig) -> float:
@@ -125,16 +121,16 @@ def domain_price(step: int, hp: MixtureConfig) -> float:
 def domain_experts(config: Config, hp: MixtureConfig, device: torch.device) -> Tensor | None:
     """(D,) int64: the expert of each domain, -1 for the trunk's; None if domain_coef is 0.
 
-    Raises ConfigError if there are fewer experts than domains, or no router that learns."""
+    Raises UserError if there are fewer experts than domains, or no router that learns."""
     if hp.domain_coef == 0:
         return None
     names = list(domains(hp.data))
     own = [name for name in names if name != hp.trunk_domain]
-    experts = sum(count for kind, count in config.expert_counts.items() if model.EXPERTS[kind].has_matmuls)
-    learns = config.routed_layers > 0 and issubclass(model.ROUTERS[config.router], model.Router)
+    experts = sum(count for kind, count in config.expert_counts.items() if has_matmuls(kind))
+    learns = config.num_moe_layers > 0 and config.router != "hash"
     if len(names) == 1 or len(own) > experts or not learns:
         found = ", ".join(names) if len(names) > 1 else "none"
-        raise ConfigError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {experts} "
+        raise UserError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {experts} "
                           f"domains (and that of trunk_domain), one for each expert that a learned router can choose; "
                           f"it has {found}")  # fmt: skip
     return torch.tensor([own.index(name) if name in own else -1 for name in names], device=device)
@@ -190,14 +186,10 @@ def domain_information(share_DLE: Tensor) -> Tensor:
 
 def save_routes(session: Session, step: int):
     """Write routes/step_NNNNNN.npz; on all ranks, as they may share experts."""
-    import numpy as np
-
-    from tools.sources import difficulty
+    from tools import routes
 
     hp, net, device = session.hp, session.model, session.world.device
-    arrays = model.collect_routes(net, routes_batches(net.config, hp, device))
-    if load_meta(hp.data)["encoding"] == "bytes":
-        text = np.where(arrays["token_N"] < 256, arrays["token_N"], ord("\n")).astype(np.uint8).tobytes()
-        arrays |= {f"{kind}_N": label for kind, label in difficulty(text).items() if label.any()}
+    arrays = routes.collect_routes(net, routes_batches(net.config, hp, device))
     if session.world.rank == 0:
-        model.write_routes(session.folder / "routes" / f"step_{step:06d}.npz", arrays)
+        arrays = routes.add_difficulty(arrays, load_meta(hp.data)["encoding"])
+        routes.write_routes(session.folder / "routes" / f"step_{step:06d}.npz", arrays)

@@ -3,14 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 
-import model
 import train_adamw
 import train_muon
 import zoo
-from model import Config, ConfigError
+from cli import UserError
 from train_adamw import CPU_RATES, AdamWConfig
 from train_muon import CPU_RUN, MuonConfig, Recipe
 from zoo import domains
+from zoo.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +31,17 @@ RUN_100M_CPU = CPU_RUN | dict(
 
 
 def check(config: Config, hp: domains.MixtureConfig, world_size: int, device_type: str):
-    """Raises ConfigError for settings that do not go together."""
+    """Raises UserError for settings that do not go together."""
     train_muon.check(config, hp, world_size, "cpu")
     parts = hp.expert_parallel
     if parts > 1 and len(config.expert_counts) > 1:
-        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+        raise UserError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
     if parts > 1 and (config.depth == "routed" or config.halt != "none"):
         legal = f"1 where tokens go apart (depth {config.depth}, halt {config.halt}), as ranks would not exchange rows"
-        raise ConfigError(f"expert_parallel is {parts}; it must be {legal} equally often")
+        raise UserError(f"expert_parallel is {parts}; it must be {legal} equally often")
     if config.objective != "next" and hp.sample_tokens:
         legal = f"0 with objective {config.objective}, which cannot continue a text"
-        raise ConfigError(f"sample_tokens is {hp.sample_tokens}; it must be {legal}")
+        raise UserError(f"sample_tokens is {hp.sample_tokens}; it must be {legal}")
     if device_type == "cuda":
         train_muon.check_for_cuda(config, hp, hp.seq_len + config.num_meta_tokens)
 
@@ -52,7 +52,7 @@ def zoo_recipe(core: Recipe, train_config: type, **cpu_rates) -> Recipe:
     presets |= {"100m": train_config(**RUN_100M), "100m-cpu": train_config(**RUN_100M_CPU | cpu_rates)}
     return core._replace(
         script="train_zoo.py", train_config=train_config, presets=presets, check=check, data=domains,
-        model_config=getattr(zoo, "Config", Config), model_presets=getattr(zoo, "PRESETS", model.PRESETS),
+        model_config=Config, model_presets=zoo.PRESETS,
         open_loader=domains.open_loader, loss=domains.compute_loss, evaluate=domains.evaluate,
         validation_text=domains.validation_text)  # fmt: skip
 

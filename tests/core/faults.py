@@ -43,6 +43,7 @@ import data  # noqa: E402
 import facts  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
+from cli import UserError  # noqa: E402
 from tools import prepare  # noqa: E402
 
 STEPS, EVERY = 60, 4  # of a run, and between its checkpoints
@@ -848,7 +849,7 @@ def damaged_headers(lab: Lab, count: int) -> str:
         path.write_bytes(changed)
         try:
             found = data.read_shard(path)
-        except data.DataError as error:
+        except UserError as error:
             check("\n" not in str(error) and str(path) in str(error), f"not a sentence about {path}: {error}")
             refused += 1
         else:

@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
 def test_a_changed_meta_json_is_noticed(tmp_path):
     make_shards(tmp_path, [500], vocab=257)
     meta = BYTES | {"token_bytes": [1] * 256 + [0], "shards": None}
-    meta["sha256"] = data.seal(meta)
+    meta["sha256"] = data.meta_sha256(meta)
     path = tmp_path / "meta.json"
     path.write_text(json.dumps(meta))
     load_meta(tmp_path)
@@ -178,12 +178,12 @@ def test_riptoken_is_used_if_it_agrees(gpt2, monkeypatch):
     """Ids of random text, mostly odd characters, are tiktoken's; an encoder that errs on the probe is not used."""
     riptoken, tiktoken = pytest.importorskip("riptoken"), pytest.importorskip("tiktoken")
     bpe, random = tiktoken.get_encoding("gpt2"), np.random.default_rng(0)
-    assert data.faster_encoder(bpe) is not None
+    assert data.riptoken_encoder(bpe) is not None
     for top in (128, 0x600, 0xD7FF, 0x1FFFF):
         text = "".join(chr(i) for i in random.integers(1, top, 4000) if not 0xD800 <= i < 0xE000)
         assert gpt2.encode(text).tolist() == bpe.encode_ordinary(text)
     monkeypatch.setattr(riptoken, "get_encoding", lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]))
-    assert data.faster_encoder(bpe) is None
+    assert data.riptoken_encoder(bpe) is None
 
 
 def test_importing_needs_numpy_alone():

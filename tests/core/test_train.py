@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 
+from cli import UserError  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
@@ -859,7 +861,7 @@ def test_a_damaged_checkpoint_is_not_sampled_from(shards, tmp_path, monkeypatch)
     interrupt(tmp_path, data=shards)
     DAMAGES["flipped"](tmp_path / "muon/checkpoint/step_000006")
     never_open(monkeypatch, 6)
-    with pytest.raises(checkpoint.CheckpointError, match="rank0.pt does not match its sha256; remove .*step_000006"):
+    with pytest.raises(UserError, match="rank0.pt does not match its sha256; remove .*step_000006"):
         checkpoint.load_model_from_run(tmp_path / "muon/checkpoint")
 
 
@@ -875,11 +877,11 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monke
 def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path):
     """By the report that the others wait for."""
     def full(*_):
-        raise logger.RunError("cannot write run.log: No space left on device")
+        raise UserError("cannot write run.log: No space left on device")
 
     world = World(0, 1, CPU)
     board = checkpoint.Saver(tmp_path / "checkpoint", None, world)
-    with pytest.raises(logger.RunError, match="the checkpoint of step 3 could not be written .*No space left on device"):
+    with pytest.raises(UserError, match="the checkpoint of step 3 could not be written .*No space left on device"):
         checkpoint.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
 
 
@@ -932,7 +934,7 @@ def test_what_a_gpu_cannot_do_is_refused(config, values, legal):
     words = model.Config(**dict(n_embd=64, n_head=2, head_dim=32) | config), dataclasses.replace(train_muon.PRESETS["cpu"], **values)
     if legal is None:
         return train_muon.check_for_cuda(*words, words[1].seq_len + words[0].num_meta_tokens)
-    with pytest.raises(model.ConfigError, match=legal):
+    with pytest.raises(UserError, match=legal):
         train_muon.check_for_cuda(*words, words[1].seq_len + words[0].num_meta_tokens)
 
 
@@ -1135,14 +1137,14 @@ def test_rows_that_the_ranks_cannot_share_are_one_sentence(shards, tmp_path):
     words = flags(MUON, data=shards, out_dir=tmp_path / "logs")
     config, hp, args = train_muon.parse(MUON, words)
     for size in (5, 8, 24):
-        with pytest.raises(logger.RunError, match=rf"12 rows .*{size} ranks.*--batch_tokens.*--nproc_per_node"):
+        with pytest.raises(UserError, match=rf"12 rows .*{size} ranks.*--batch_tokens.*--nproc_per_node"):
             train_muon.prepare(config, hp, MUON, tmp_path / "logs/muon", False, True, World(0, size, CPU))
     assert not (tmp_path / "logs").exists()
 
 
 def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
     config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", seq_len=24, batch_tokens=384, head="fp8"))
-    with pytest.raises(model.ConfigError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
+    with pytest.raises(UserError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
         train_muon.prepare(config, hp, MUON, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
 
 

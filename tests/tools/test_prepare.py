@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +93,7 @@ def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(body)
     order = sorted(files)
-    pairs, digest = sources.python_corpus(site)
+    pairs, digest = sources.list_python_corpus(site)
     assert [name for name, _ in pairs] == order
     assert digest == hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in order)).hexdigest()
 
@@ -135,7 +134,7 @@ def test_python_source_by_its_command(tmp_path):
 def test_this_torch_is_pinned():
     if sources.torch_version() not in sources.TORCH_CORPUS:
         pytest.skip(f"torch {sources.torch_version()} is not pinned")
-    assert sources.python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
+    assert sources.list_python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,13 +160,11 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_long_text_streams_in_whole_characters(tmp_path):
-    class Args:
-        tokens_field = None
     (tmp_path / "long.txt").write_text("x" + "é" * 400_000 + "\n" + "line\n" * 100_000, encoding="utf-8")
     with open(tmp_path / "long.txt", "rb") as file:
-        pieces = [body for _, body in sources.text_documents(file, "long.txt", Args, None)]
+        pieces = [body for _, body in sources.read_text(file, "long.txt")]
     assert b"".join(pieces) == (tmp_path / "long.txt").read_bytes() and len(pieces) > 4
-    assert max(map(len, pieces)) <= 2 * sources.PIECE and all(piece.decode() is not None for piece in pieces)
+    assert max(map(len, pieces)) <= 2 * sources.PIECE_BYTES and all(piece.decode() is not None for piece in pieces)
 
 
 def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
@@ -186,13 +183,13 @@ def slow_text_documents(text: bytes, piece: int) -> list[bytes]:
 
 @pytest.mark.parametrize("piece, read", [(30, 7), (30, 64), (50, 1000), (2**18, 50)])
 def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", piece)
-    monkeypatch.setattr(sources, "READ", read)
-    random, args = np.random.default_rng(0), SimpleNamespace(tokens_field=None)
+    monkeypatch.setattr(sources, "PIECE_BYTES", piece)
+    monkeypatch.setattr(sources, "READ_BYTES", read)
+    random = np.random.default_rng(0)
     parts = ["\n", "\n", "a<|endoftext|>b", "\n<|endoftext|>\n", "\n \t<|endoftext|> \r\n", "word ", "\u20ac\u4e2d\U0001f600", "x" * 17, "\r\n"]
     for _ in range(300):
         text = "".join(random.choice(parts, random.integers(0, 40))).encode()
-        found = [body for _, body in sources.text_documents(io.BytesIO(text), "here", args, None)]
+        found = [body for _, body in sources.read_text(io.BytesIO(text), "here")]
         assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text
 
 
@@ -462,7 +459,7 @@ def texts_of(folder, split="train") -> list[str]:
 def test_local_domains(tmp_path, capsys):
     paths = [f"{name}={write_text(tmp_path, name)}" for name in ("birds", "stars")]
     out = prepare_domains(tmp_path, "--path", *paths, f"birds={write_text(tmp_path, 'finches')}")
-    meta = data.read_meta(out)
+    meta = data.read_meta_json(out)
     assert list(meta["domains"]) == ["birds", "stars"] and meta["encoding"] == "bytes"
     birds = texts_of(out / "birds") + texts_of(out / "birds", "val")
     assert len(birds) == 240 and {text.split()[0] for text in birds} == {"birds", "finches"}
@@ -474,18 +471,18 @@ def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
     paths = [f"{name}={write_text(tmp_path, name)}" for name in ("birds", "stars")]
     tokenise, made = prepare.tokenise, []
 
-    def failing(source, args, folder):
+    def failing(source, encoding, args, folder):
         made.append(args.source)
         if args.source == "stars" and made.count("stars") == 1:
             raise DataError("cut off")
-        return tokenise(source, args, folder)
+        return tokenise(source, encoding, args, folder)
 
     monkeypatch.setattr(prepare, "tokenise", failing)
     with pytest.raises(SystemExit):
         prepare_domains(tmp_path, "--path", *paths)
     assert not (tmp_path / "out").exists()
     prepare_domains(tmp_path, "--path", *paths)
-    assert made == ["birds", "stars", "stars"] and list(data.read_meta(tmp_path / "out")["domains"]) == ["birds", "stars"]
+    assert made == ["birds", "stars", "stars"] and list(data.read_meta_json(tmp_path / "out")["domains"]) == ["birds", "stars"]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["birds", "meta.json", "stars"]
 
 
@@ -508,12 +505,12 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = prepare_domains(tmp_path, "--domains", "math", "chat", "--max_tokens", 4000)
-    assert list(data.read_meta(out)["domains"]) == ["math", "chat"]
+    assert list(data.read_meta_json(out)["domains"]) == ["math", "chat"]
     assert [ask[:2] for ask in asked] == [("openai/gsm8k", "main"), ("databricks/databricks-dolly-15k", None)] and all(ask[3] for ask in asked)
     first = texts_of(out / "math")[0]
     assert first.splitlines() == ["openai/gsm8k question 1", "openai/gsm8k answer 1"], "empty rows are left out"
     assert sum(len(tokens) for split in ("train", "val") for _, tokens in data.open_split(out / "math", split)) == 4000
-    assert data.read_meta(out)["domains"]["math"]["datasets"] == ["openai/gsm8k", "open-web-math/open-web-math"]
+    assert data.read_meta_json(out)["domains"]["math"]["datasets"] == ["openai/gsm8k", "open-web-math/open-web-math"]
 
 
 def test_the_six_domains():

@@ -216,7 +216,7 @@ def test_the_core_refuses_a_mixture_in_one_sentence(three):
 def test_verify_checks_each_domain(three):
     paths = sorted((three / "b").glob("*.bin"))
     shards = [{"file": path.name, "tokens": len(data.read_shard(path)), "sha256": data.sha256_of(path)} for path in paths]
-    prepare.write_meta(three / "b", data.read_meta(three / "b") | {"shards": shards})
+    prepare.write_meta(three / "b", data.read_meta_json(three / "b") | {"shards": shards})
     M.verify(three)
     path = three / "b" / shards[0]["file"]
     data.write_shard(path, np.asarray(data.read_shard(path)) ^ 1)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cli import UserError  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from test_train import CPU, call, flags, refused, series, shards, train  # noqa: E402, F401  (shards is a fixture)
 
-import model  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 import train_zoo  # noqa: E402
@@ -46,21 +47,21 @@ def test_help_names_the_optimizers_and_the_options_of_mixtures():
 
 def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):  # noqa: F811
     config, hp, args = train_muon.parse(ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", experts="mlp*2,zero*2", expert_parallel=2))
-    with pytest.raises(model.ConfigError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"):
+    with pytest.raises(UserError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"):
         train_muon.prepare(config, hp, ZOO_MUON, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
 
 
 def test_experts_are_not_shared_among_ranks_where_tokens_go_apart(shards, tmp_path):  # noqa: F811
     for options in (dict(depth="routed"), dict(depth="loop", halt="act")):
         config, hp, args = train_muon.parse(ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", expert_parallel=2, **options))
-        with pytest.raises(model.ConfigError, match="expert_parallel is 2; it must be 1 where tokens go apart"):
+        with pytest.raises(UserError, match="expert_parallel is 2; it must be 1 where tokens go apart"):
             train_muon.prepare(config, hp, ZOO_MUON, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
 
 
 def test_meta_tokens_count_in_a_row_on_cuda(shards, tmp_path):  # noqa: F811
     words = flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", num_meta_tokens=8, seq_len=2**14, batch_tokens=2**14)
     config, hp, _ = train_muon.parse(ZOO_MUON, words)
-    with pytest.raises(model.ConfigError, match="seq_len . num_meta_tokens is 16392; on CUDA it must be a multiple of 128"):
+    with pytest.raises(UserError, match="seq_len . num_meta_tokens is 16392; on CUDA it must be a multiple of 128"):
         ZOO_MUON.check(config, hp, 1, "cuda")
 
 

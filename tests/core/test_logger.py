@@ -1,6 +1,6 @@
-"""logger.py: what a run leaves on disk, what survives a kill, and that the table and the plots tell what was logged.
+"""logger.py: the files of a run, what survives a kill, resuming, and the table of what was logged.
 
-    pytest tests/test_logger.py
+pytest tests/core/test_logger.py
 """
 
 import errno
@@ -18,7 +18,7 @@ from statistics import median
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import logger  # noqa: E402
@@ -37,18 +37,22 @@ def sources(tmp_path):
 def open_run(tmp_path, sources):
     def open_it(name="muon", **kwargs):
         return Run(tmp_path / "logs", name, **{"config": {"seed": 1}, "sources": sources, **kwargs})
+
     return open_it
 
 
 def strict_rows(path):
     """The rows of a metrics.jsonl, read by a parser that knows no NaN."""
+
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
+
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
 # -----------------------------------------------------------------------------
 # The files of a run
+
 
 def test_new_run_writes_sources_environment_and_config(open_run, sources):
     config = {"lr": 0.02, "limit": math.inf, "model": {"pattern": "DM", "data": Path("data/python")}}
@@ -57,20 +61,24 @@ def test_new_run_writes_sources_environment_and_config(open_run, sources):
     text = (run.path / "run.log").read_text()
     lines = text.splitlines()
     first, second = [i for i, line in enumerate(lines) if line == "=" * 100]
-    head, environment, tail = lines[:first], "\n".join(lines[first:second]), lines[second + 1:]
+    head, environment, tail = lines[:first], "\n".join(lines[first:second]), lines[second + 1 :]
     assert "print('the loop')" in head and "WIDTH = 7  # no newline at the end" in head
     assert head.index("train_it.py") < head.index("print('the loop')") < head.index("net.py") < head.index(head[-1])
     for fact in (torch.__version__, sys.version.split()[0], f"threads   {torch.get_num_threads()}", sys.orig_argv[-1]):
         assert fact in environment
     assert tail == ["step:0/10 val_loss:5.54518"]
     assert json.loads((run.path / "config.json").read_text()) == {
-        "lr": 0.02, "limit": None, "model": {"pattern": "DM", "data": "data/python"}}
+        "lr": 0.02,
+        "limit": None,
+        "model": {"pattern": "DM", "data": "data/python"},
+    }
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "run.log"], "a temporary file is left"
 
 
 def test_commit_is_that_of_the_sources(open_run, sources, tmp_path):
     def git(*command):
         return subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
+
     assert "commit    not available" in (open_run("outside").path / "run.log").read_text()
     git("init", "-q")
     git("add", "net.py")
@@ -117,7 +125,7 @@ def test_print_writes_around_a_progress_bar(open_run, capsys, monkeypatch):
     assert capsys.readouterr().out == "first\n"
     monkeypatch.setattr(tqdm.tqdm, "write", written.append)
     run.print("second")
-    monkeypatch.delitem(sys.modules, "tqdm")  # nobody imported it: there is no bar
+    monkeypatch.delitem(sys.modules, "tqdm")  # not imported: there is no progress bar
     run.print("third")
     assert written == ["second"] and capsys.readouterr().out == "third\n"
     assert (run.path / "run.log").read_text().endswith("=\nfirst\nsecond\nthird\n")
@@ -125,6 +133,7 @@ def test_print_writes_around_a_progress_bar(open_run, capsys, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # Resume
+
 
 def test_resume_drops_later_rows_and_a_torn_line(open_run, sources):
     with open_run() as run:
@@ -171,19 +180,29 @@ def test_resume_refuses_a_damaged_middle_and_changes_nothing(open_run):
 # -----------------------------------------------------------------------------
 # Rows
 
+
 def test_values_of_all_kinds_and_nan(open_run):
     run = open_run()
     parameter = torch.nn.Parameter(torch.tensor(2.5))
-    run.log({"step": torch.tensor(3), "bf16": torch.tensor(0.5, dtype=torch.bfloat16), "none": None,
-             "grad": parameter * 2, "moe/load": torch.tensor([[0.25, 0.75], [0.5, 0.5]]),
-             "list": [1, torch.tensor(2.0), (math.inf, None)]})
+    run.log(
+        {
+            "step": torch.tensor(3),
+            "bf16": torch.tensor(0.5, dtype=torch.bfloat16),
+            "none": None,
+            "grad": parameter * 2,
+            "moe/load": torch.tensor([[0.25, 0.75], [0.5, 0.5]]),
+            "list": [1, torch.tensor(2.0), (math.inf, None)],
+        }
+    )
     run.log({"step": 4, "train/loss": torch.tensor(float("nan")), "event": "end"})
     first, second = run.flush()
     expected = {"step": 3, "bf16": 0.5, "grad": 5.0, "none": None, "moe/load": [[0.25, 0.75], [0.5, 0.5]]}
     assert first == expected | {"list": [1, 2.0, [math.inf, None]]}
     assert type(first["step"]) is int and math.isnan(second["train/loss"])
     assert strict_rows(run.path / "metrics.jsonl") == [
-        expected | {"list": [1, 2.0, [None, None]]}, {"step": 4, "train/loss": None, "event": "end"}]
+        expected | {"list": [1, 2.0, [None, None]]},
+        {"step": 4, "train/loss": None, "event": "end"},
+    ]
 
 
 def test_flush_returns_each_row_once(open_run):
@@ -254,8 +273,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-@pytest.mark.parametrize("name, use", [("metrics.jsonl", lambda run: run.log({"step": 0})),
-                                       ("run.log", lambda run: run.print("x"))])
+@pytest.mark.parametrize(
+    "name, use", [("metrics.jsonl", lambda run: run.log({"step": 0})), ("run.log", lambda run: run.print("x"))]
+)
 def test_full_disk_names_the_file(open_run, name, use):
     run = open_run()
     (run.path / name).unlink(missing_ok=True)
@@ -275,6 +295,7 @@ def test_failed_rewrite_leaves_the_old_rows(open_run, monkeypatch):
     def half_a_write(path, text, **kwargs):
         write_text(path, text[:5], **kwargs)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(Path, "write_text", half_a_write)
     with pytest.raises(RunError, match="metrics.jsonl"):
         open_run(resume_step=1)
@@ -289,6 +310,7 @@ def test_out_dir_that_is_a_file(open_run, tmp_path):
 
 # -----------------------------------------------------------------------------
 # PhaseTimer
+
 
 def test_phase_timer_accumulates(monkeypatch):
     ticks = iter([0, 100, 101, 103, 106, 110, 200, 207])
@@ -355,6 +377,7 @@ def test_phase_timer_on_cuda_does_not_wait_before_flush(open_run, monkeypatch):
 # -----------------------------------------------------------------------------
 # Reading
 
+
 def test_read_run(open_run):
     with open_run() as run:
         run.log({"step": 0})
@@ -384,20 +407,29 @@ def test_folder_without_a_run_and_broken_config(tmp_path):
 # -----------------------------------------------------------------------------
 # The script
 
+
 def write_run(out_dir, name, steps=40, layers=3, experts=4, bits=True, slowdown=1.0):
     """A synthetic run; layers=0 is a dense one. Returns the rows that were logged."""
     rows, parameters = [], {"total": 1_234_567, "active": 765_432}
     for step in range(steps + 1):
         clock = {"step": step, "train_time": 0.1 * slowdown * step, "train/flops": 1e9 * step}
-        row = clock | {"train/loss": 5.5 - 0.01 * step, "train/tok_per_sec": 1000 + (step * 7) % 41,
-                       "train/mfu": 0.3 + 0.001 * step, "time/data": 0.001,
-                       "time/forward": 0.03 * slowdown + 0.0001 * (step % 3), "time/optimizer": 0.01}
+        row = clock | {
+            "train/loss": 5.5 - 0.01 * step,
+            "train/tok_per_sec": 1000 + (step * 7) % 41,
+            "train/mfu": 0.3 + 0.001 * step,
+            "time/data": 0.001,
+            "time/forward": 0.03 * slowdown + 0.0001 * (step % 3),
+            "time/optimizer": 0.01,
+        }
         if layers:
             slope_L1 = torch.arange(1, layers + 1)[:, None] * (1 - step / steps)
             load = torch.softmax(slope_L1 * torch.arange(experts), -1)
-            row |= {"moe/load": load, "moe/load_max_over_mean": load.max() * experts,
-                    "moe/router_entropy": -(load * load.log()).sum(-1).mean() / math.log(experts)}
-        rows.append({"moe/load": []} | row)  # a dense model has no layer to tell of
+            row |= {
+                "moe/load": load,
+                "moe/load_max_over_mean": load.max() * experts,
+                "moe/router_entropy": -(load * load.log()).sum(-1).mean() / math.log(experts),
+            }
+        rows.append({"moe/load": []} | row)  # a dense model has no MoE layer
         if step % 10 == 0:
             loss = 2.0 + 3.0 * math.exp(-step / 10) + (0.25 if step == steps else 0)  # the last is not the best
             rows.append(clock | {"val/loss": loss} | ({"val/bpb": loss / math.log(2) / 4} if bits else {}))
@@ -415,8 +447,10 @@ def call_script(monkeypatch, *arguments):
 def test_script_end_to_end(tmp_path):
     import matplotlib.image
 
-    rows = {name: write_run(tmp_path, name, **kind) for name, kind in
-            {"muon": {}, "adamw": {"slowdown": 2.0}, "dense": {"layers": 0}}.items()}
+    rows = {
+        name: write_run(tmp_path, name, **kind)
+        for name, kind in {"muon": {}, "adamw": {"slowdown": 2.0}, "dense": {"layers": 0}}.items()
+    }
     Run(tmp_path, "empty", config={}, sources=[])
     result = subprocess.run([sys.executable, ROOT / "logger.py", "--out-dir", tmp_path], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
@@ -430,11 +464,18 @@ def test_script_end_to_end(tmp_path):
         losses = [row["val/loss"] for row in logged if "val/loss" in row]
         steps = [row for row in logged if "train/loss" in row]
         assert cells[name] == {
-            "run": name, "steps": "40", "val_loss": f"{losses[-1]:.4f}", "best": f"{sorted(losses)[0]:.4f}",
-            "bits/byte": f"{losses[-1] / math.log(2) / 4:.4f}", "seconds": "8.0" if name == "adamw" else "4.0",
-            "tokens/s": f"{median(row['train/tok_per_sec'] for row in steps):,.0f}", "MFU": "32.00%",
+            "run": name,
+            "steps": "40",
+            "val_loss": f"{losses[-1]:.4f}",
+            "best": f"{sorted(losses)[0]:.4f}",
+            "bits/byte": f"{losses[-1] / math.log(2) / 4:.4f}",
+            "seconds": "8.0" if name == "adamw" else "4.0",
+            "tokens/s": f"{median(row['train/tok_per_sec'] for row in steps):,.0f}",
+            "MFU": "32.00%",
             "load_max/mean": "-" if name == "dense" else f"{steps[-1]['moe/load_max_over_mean']:.2f}",
-            "parameters": "1,234,567", "active": "765,432"}
+            "parameters": "1,234,567",
+            "active": "765,432",
+        }
     assert cells["muon"]["val_loss"] != cells["muon"]["best"] and cells["muon"]["load_max/mean"] == "1.00"
 
     names = ["val_loss", "step_time", "router_entropy", "adamw_expert_load", "muon_expert_load"]
@@ -463,8 +504,11 @@ def test_unknown_experiment_lists_those_that_exist(tmp_path):
     for name in ("muon", "adamw"):
         Run(tmp_path, name, config={}, sources=[])
     (tmp_path / "plots").mkdir()
-    result = subprocess.run([sys.executable, ROOT / "logger.py", "--experiment_name", "moun", "--out_dir", tmp_path],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "logger.py", "--experiment_name", "moun", "--out_dir", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == f"error: no experiment 'moun' below {tmp_path}; there are: adamw, muon\n"
 
@@ -478,82 +522,11 @@ def test_script_without_runs_and_with_a_wrong_flag(tmp_path, monkeypatch, capsys
 
 
 def test_import_needs_the_standard_library_only():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logger; " \
-           "print({'torch', 'numpy', 'matplotlib', 'tqdm', 'model', 'data', 'train_muon'} & set(sys.modules))"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logger; "
+        "print({'torch', 'numpy', 'matplotlib', 'tqdm', 'tools', 'model', 'data', 'train_muon'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-# -----------------------------------------------------------------------------
-# What the plots show
-
-def drawn(plot, *runs):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    plot(figure, [run | {"style": {"color": "red", "linestyle": "-"}} for run in runs])
-    figure.canvas.draw()
-    return figure
-
-
-@pytest.fixture
-def runs(tmp_path):
-    for name, kind in {"muon": {}, "slow": {"slowdown": 20.0, "bits": False}, "dense": {"layers": 0}}.items():
-        write_run(tmp_path, name, **kind)
-    return {name: read_run(tmp_path / name) for name in ("muon", "slow", "dense")}
-
-
-def test_val_loss_has_three_clocks_one_unit_and_fitting_axes(runs):
-    figure = drawn(logger.plot_val_loss, runs["muon"], runs["dense"])
-    assert [ax.get_xlabel() for ax in figure.axes] == ["steps", "training seconds", "active FLOPs"]
-    assert "bits per byte" in figure.axes[0].get_ylabel()
-    validation = [row for row in runs["muon"]["rows"] if "val/bpb" in row]
-    for ax, key in zip(figure.axes, ("step", "train_time", "train/flops")):
-        assert ax.get_xscale() == "linear" and ax.get_yscale() == "log"  # 5.0 down to 2.1
-        assert list(ax.lines[0].get_xdata()) == [row[key] for row in validation]
-        assert list(ax.lines[0].get_ydata()) == [row["val/bpb"] for row in validation]
-    final = validation[-1]["val/bpb"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"muon  {final:.4f}", f"dense  {final:.4f}"]
-
-    figure = drawn(logger.plot_val_loss, runs["muon"], runs["slow"])  # slow has no bits, and takes 20 times as long
-    assert "nats" in figure.axes[0].get_ylabel()
-    assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log", "linear"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == [row["val/loss"] for row in validation]
-
-    for row in runs["dense"]["rows"]:
-        row.pop("train/flops")
-    assert drawn(logger.plot_val_loss, runs["dense"]).axes[2].get_xlabel() == "active FLOPs (not logged)"
-
-
-def test_step_time_stacks_the_medians(runs):
-    ax = drawn(logger.plot_step_time, runs["muon"], runs["slow"]).axes[0]
-    assert [bars.get_label() for bars in ax.containers] == ["data", "forward", "optimizer"]
-    assert [[round(bar.get_width(), 6) for bar in bars] for bars in ax.containers] == [[1, 1], [30.1, 600.1], [10, 10]]
-    assert [round(bar.get_x(), 6) for bar in ax.containers[2]] == [31.1, 601.1]
-    assert [text.get_text().strip() for text in ax.texts] == ["41.1 ms", "611.1 ms"]
-
-
-def test_expert_load_and_entropy_show_what_was_logged(runs):
-    import numpy as np
-
-    load = np.array([row["moe/load"] for row in runs["muon"]["rows"] if "moe/load" in row])
-    *maps, bar = drawn(logger.plot_expert_load, runs["muon"]).axes
-    assert [ax.get_title(loc="left") for ax in maps] == ["MoE layer 0", "MoE layer 1", "MoE layer 2"]
-    for layer, ax in enumerate(maps):
-        np.testing.assert_allclose(ax.collections[0].get_array(), load[:, layer].T)
-    assert [text.get_text() for text in bar.get_yticklabels()] == ["6.25%", "12.5%", "25%", "50%", "100%"]
-    line = drawn(logger.plot_router_entropy, runs["muon"]).axes[0].lines[0]
-    np.testing.assert_allclose(line.get_ydata()[-1], 1.0, rtol=1e-6)
-    assert line.get_ydata()[0] < 0.8 and len(line.get_ydata()) == 41
-
-
-def test_long_runs_are_averaged_not_sampled():
-    import numpy as np
-
-    values = np.random.default_rng(0).random((1234, 2))
-    short = logger._binned(values)
-    assert short.shape == (300, 2)
-    np.testing.assert_allclose(short[0], values[:5].mean(0))
-    np.testing.assert_array_equal(logger._binned(values[:7]), values[:7])
 
 
 def test_one_row_is_enough_for_every_plot(tmp_path, monkeypatch, capsys):
@@ -597,7 +570,7 @@ def test_sync_brings_both_files_onto_the_disk(tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# Found by a reader
+# Damaged and unusual runs
 
 
 def rows_written(folder, name: str, *rows):
@@ -608,40 +581,27 @@ def rows_written(folder, name: str, *rows):
 
 
 def test_a_run_that_ends_in_nan_is_not_shown_with_the_loss_before(tmp_path):
-    run = rows_written(tmp_path, "odd", {"step": 2, "val/loss": 2.0, "val/bpb": 1.0}, {"step": 4, "val/loss": math.nan, "val/bpb": math.nan})
+    run = rows_written(
+        tmp_path,
+        "odd",
+        {"step": 2, "val/loss": 2.0, "val/bpb": 1.0},
+        {"step": 4, "val/loss": math.nan, "val/bpb": math.nan},
+    )
     titles, cells = logger.table_rows([run])
     assert [cells[titles.index(title)] for title in ("val loss", "best", "bits/byte")] == ["nan", "2.0000", "nan"]
 
 
-def test_a_sparkline_leaves_out_what_is_not_finite():
-    assert logger.sparkline([1.0, math.nan, math.inf, 2.0]) == "▁█"
-
-
-@pytest.mark.parametrize("content", (b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b"{"), ids=("bytes", "list", "null", "deep", "torn"))
-def test_a_configuration_that_is_none_is_one_sentence(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", (b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b"{"), ids=("bytes", "list", "null", "deep", "torn")
+)
+def test_a_damaged_configuration_is_one_sentence(tmp_path, content):
     rows_written(tmp_path, "muon", {"step": 1})
     (tmp_path / "muon" / "config.json").write_bytes(content)
     with pytest.raises(RunError, match="config.json is no JSON object .*; restore it or delete it"):
         logger.read_run(tmp_path / "muon")
 
 
-def test_a_run_is_written_as_long_as_somebody_holds_it_and_where_nothing_can_be_told(tmp_path, monkeypatch):
-    import fcntl
-
-    folder = tmp_path / "muon"
-    assert not logger.is_written(folder)
-    with Run(tmp_path, "muon", config={}, sources=[]):
-        assert logger.is_written(folder)
-    assert not logger.is_written(folder)
-
-    def refuse(file, how):
-        raise OSError(errno.EBADF if how & fcntl.LOCK_EX else errno.ENOLCK, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert logger.is_written(folder), "a living run must not be called stopped"
-
-
-def test_a_line_that_the_terminal_cannot_show_is_in_the_log_all_the_same(tmp_path, monkeypatch):
+def test_a_line_that_the_terminal_cannot_show_is_in_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     with Run(tmp_path, "muon", config={}, sources=[]) as run:
         run.print("π")

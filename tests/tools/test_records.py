@@ -1,6 +1,6 @@
-"""records/: the README's table says what the logs say, broken records are named, and benchmarks/track.py keeps the rules.
+"""records/: the README's table agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
 
-    pytest tests/test_records.py
+pytest tests/tools/test_records.py
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import arithmetic  # noqa: E402
 import domains  # noqa: E402
@@ -34,8 +34,18 @@ import logger  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
-from logger import RunError  # noqa: E402
+from cli import UserError  # noqa: E402
 from tools import prepare, sources  # noqa: E402
+from tools.records import (  # noqa: E402
+    ANY_TORCH,
+    confidence_half_width,
+    find_tracks,
+    plot_history,
+    read_history,
+    read_record,
+    student_t_cdf,
+    t_test_below,
+)
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -45,7 +55,7 @@ T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 7: 2.3646, 30: 2.0423}  # 
 
 
 def below(t: float, dof: int) -> float:
-    """P(T <= t) by Simpson's rule over the density, with T = sqrt(dof) tan(u): nothing of logger.py's is in it."""
+    """P(T <= t) by Simpson's rule over the density, with T = sqrt(dof) tan(u): independent of tools/records.py."""
     scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(math.pi)
     end, n = math.atan(t / math.sqrt(dof)), 2000
     h = (end + math.pi / 2) / n
@@ -59,21 +69,25 @@ def t_test(values, target):
 
 def test_student_t_has_known_quantiles_and_tails():
     for dof, t in T_975.items():
-        assert logger.student(t, dof) == pytest.approx(0.975, abs=1e-5) and logger.student(-t, dof) == pytest.approx(0.025, abs=1e-5)
+        assert student_t_cdf(t, dof) == pytest.approx(0.975, abs=1e-5) and student_t_cdf(-t, dof) == pytest.approx(
+            0.025, abs=1e-5
+        )
     for dof in (1, 2, 3, 4, 9, 31):
         for t in (-20.0, -4.54, -1.0, 0.0, 0.3, 6.0):
-            assert logger.student(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
-    assert logger.half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
-    assert logger.p_below([1.0, 1.0], 2.0) == 0 and logger.p_below([1.0, 1.0], 0.5) == 1
+            assert student_t_cdf(t, dof) == pytest.approx(below(t, dof), rel=1e-6, abs=1e-12)
+    assert confidence_half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(T_975[3] * stdev([1, 2, 3, 4]) / 2, rel=1e-4)
+    assert t_test_below([1.0, 1.0], 2.0) == 0 and t_test_below([1.0, 1.0], 0.5) == 1
 
 
 def test_student_t_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for values in ([1.2, 1.21, 1.19, 1.25], [1.31, 1.3], [0.9, 1.1, 1.3, 1.2, 1.0]):
         for target in (1.0, 1.22, 1.4):
-            assert logger.p_below(values, target) == pytest.approx(stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9)
+            assert t_test_below(values, target) == pytest.approx(
+                stats.ttest_1samp(values, target, alternative="less").pvalue, rel=1e-9
+            )
         low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
-        assert 2 * logger.half_width(values) == pytest.approx(high - low, rel=1e-9)
+        assert 2 * confidence_half_width(values) == pytest.approx(high - low, rel=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -91,7 +105,9 @@ def check_table(text: str, root: Path):
         ends, targets = {}, []
         for number, (row, folder) in enumerate(zip(rows, folders), start=1):
             seeds = range(len(list(folder.glob("seed*.jsonl"))))
-            runs = [[json.loads(line) for line in (folder / f"seed{seed}.jsonl").read_text().splitlines()] for seed in seeds]
+            runs = [
+                [json.loads(line) for line in (folder / f"seed{seed}.jsonl").read_text().splitlines()] for seed in seeds
+            ]
             finals = [[line for line in run if rules["metric"] in line][-1] for run in runs]
             for seed, final in enumerate(finals):
                 assert f"val_bpb:{final[rules['metric']]:.4f}" in (folder / f"seed{seed}.log").read_text()
@@ -103,12 +119,19 @@ def check_table(text: str, root: Path):
                 timing = json.loads((folder / "timing.json").read_text())
                 rounds = [a / b for a, b in timing["rounds"]]
                 factor, t = finals[0]["step"] / ends[1]["step"], quantile(len(rounds) - 1)
-                ratio = f"{factor * timing['row'] / timing['row_1']:.3f} ± {factor * t * stdev(rounds) / math.sqrt(len(rounds)):.3f}"
+                half_width = factor * t * stdev(rounds) / math.sqrt(len(rounds))
+                ratio = f"{factor * timing['row'] / timing['row_1']:.3f} ± {half_width:.3f}"
             assert row == [
-                str(number), row[1], f"{finals[0]['step']:,}",
-                f"{mean(seconds):,.1f} ± {quantile(dof) * stdev(seconds) / math.sqrt(len(seconds)):.1f}", ratio,
-                f"{finals[0]['train/flops'] / 1e12:,.2f}", f"{mean(values):.4f} ± {stdev(values):.4f}", str(len(values)),
-                f"{t_test(values, rules['target']):.1e}"]  # fmt: skip
+                str(number),
+                row[1],
+                f"{finals[0]['step']:,}",
+                f"{mean(seconds):,.1f} ± {quantile(dof) * stdev(seconds) / math.sqrt(len(seconds)):.1f}",
+                ratio,
+                f"{finals[0]['train/flops'] / 1e12:,.2f}",
+                f"{mean(values):.4f} ± {stdev(values):.4f}",
+                str(len(values)),
+                f"{t_test(values, rules['target']):.1e}",
+            ]
             assert len({final["step"] for final in finals}) == 1 and len(values) >= rules["seeds"]
             assert number == 1 or t_test(values, rules["target"]) < rules["p"]
         assert [target] == targets == [f"{rules['target']:.4f}"]
@@ -119,7 +142,12 @@ def quantile(dof: int) -> float:
     """97.5% of T lie below it: Newton's method on below()."""
     t = 2.0
     for _ in range(60):
-        density = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(math.pi * dof) * (1 + t * t / dof) ** (-(dof + 1) / 2)
+        density = (
+            math.gamma((dof + 1) / 2)
+            / math.gamma(dof / 2)
+            / math.sqrt(math.pi * dof)
+            * (1 + t * t / dof) ** (-(dof + 1) / 2)
+        )
         t += (0.975 - below(t, dof)) / density
     return t
 
@@ -147,13 +175,25 @@ def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f")
               "hyperparameters": {"num_iterations": steps, "val_tokens": RULES["val_tokens"]}}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for seed, (value, second) in enumerate(zip(values, seconds)):
-        rows = [{"step": step, "train_time": step * second / steps, "train/flops": step * 4.5e10, "train/loss": 2.0} for step in (1, steps)]
-        rows += [{"step": steps, "train_time": second, "train/flops": steps * 4.5e10, "val/loss": value / 2, "val/bpb": value},
-                 {"step": steps, "event": "end"}]  # fmt: skip
+        rows = [
+            {"step": step, "train_time": step * second / steps, "train/flops": step * 4.5e10, "train/loss": 2.0}
+            for step in (1, steps)
+        ]
+        rows += [
+            {
+                "step": steps,
+                "train_time": second,
+                "train/flops": steps * 4.5e10,
+                "val/loss": value / 2,
+                "val/bpb": value,
+            },
+            {"step": steps, "event": "end"},
+        ]
         (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"seed{seed}.log").write_text(
             f"import torch  # {commit}\n{'=' * 100}\ntorch     2.13.0+cpu\nthreads   2\ngpu       none\n{'=' * 100}\n"
-            f"step:{steps}/{steps} val_loss:1.00000 train_time:{second:.3f}s step_avg:1.00ms val_bpb:{value:.4f}\n")  # fmt: skip
+            f"step:{steps}/{steps} val_loss:1.00000 train_time:{second:.3f}s step_avg:1.00ms val_bpb:{value:.4f}\n"
+        )
     if timing:
         (folder / "timing.json").write_text(json.dumps(timing))
 
@@ -165,10 +205,20 @@ def planted(tmp_path):
     folder.mkdir(parents=True)
     (folder / "track.json").write_text(json.dumps(RULES | {"target": 1.435, "row_1": "2026-01-02_DenseAdamW"}))
     plant(folder / "2026-01-02_DenseAdamW", [1.42, 1.43, 1.421, 1.429], [601.2, 603.4, 599.8, 600.5], 1200)
-    plant(folder / "2026-01-02_DenseMuon", [1.419, 1.42, 1.421, 1.4188, 1.4191], [280.9, 283.0, 281.7, 282.2, 280.1], 540,
-          {"row": 517.25, "row_1": 498.5, "rounds": [[516, 498], [517, 499], [518.5, 498.5], [517, 495]]})  # fmt: skip
-    plant(folder / "2026-01-01_MoEMuon", [1.4177, 1.4202, 1.4181, 1.4192], [220.1, 219.4, 221.6, 220.2], 400,
-          {"row": 548.0, "row_1": 501.0, "rounds": [[548, 502], [549, 501], [547, 498]]})  # fmt: skip
+    plant(
+        folder / "2026-01-02_DenseMuon",
+        [1.419, 1.42, 1.421, 1.4188, 1.4191],
+        [280.9, 283.0, 281.7, 282.2, 280.1],
+        540,
+        {"row": 517.25, "row_1": 498.5, "rounds": [[516, 498], [517, 499], [518.5, 498.5], [517, 495]]},
+    )
+    plant(
+        folder / "2026-01-01_MoEMuon",
+        [1.4177, 1.4202, 1.4181, 1.4192],
+        [220.1, 219.4, 221.6, 220.2],
+        400,
+        {"row": 548.0, "row_1": 501.0, "rounds": [[548, 502], [549, 501], [547, 498]]},
+    )
     return tmp_path
 
 
@@ -176,26 +226,34 @@ def test_planted_records_make_the_known_table(planted):
     text = printed(planted)
     check_table(text, planted)
     assert text.splitlines()[0] == "**Track `cpu`**: val/bpb of at most 1.4350 (row 1's mean + 0.01)."
-    link = lambda name: f"[{name}](records/cpu/{name})"  # the numbers behind it are scipy's: t.ppf, sem, ttest_1samp
-    assert text.splitlines()[4:] == [
-        f"| 1 | {link('2026-01-02_DenseAdamW')} | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
-        f"| 2 | {link('2026-01-01_MoEMuon')} | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
-        f"| 3 | {link('2026-01-02_DenseMuon')} | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |"]  # fmt: skip
+    names = ("2026-01-02_DenseAdamW", "2026-01-01_MoEMuon", "2026-01-02_DenseMuon")
+    adamw, moe, dense = (f"[{name}](records/cpu/{name})" for name in names)
+    assert text.splitlines()[4:] == [  # the numbers are scipy's: t.ppf, sem, ttest_1samp
+        f"| 1 | {adamw} | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
+        f"| 2 | {moe} | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
+        f"| 3 | {dense} | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |",
+    ]
 
 
 def test_the_picture_has_every_record_s_curve_and_end(planted):
     printed(planted)
     assert (planted / "records/cpu/history.png").read_bytes().startswith(b"\x89PNG")
     figure = Figure()
-    track, records = logger.read_history(planted / "records/cpu")
-    logger.plot_history(figure, track["target"], records)
+    track, records = read_history(planted / "records/cpu")
+    plot_history(figure, track["target"], records)
     [ax] = figure.axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "1  2026-01-02_DenseAdamW: 601 s", "2  2026-01-01_MoEMuon: 220 s", "3  2026-01-02_DenseMuon: 282 s", "target 1.4350"]  # fmt: skip
+        "1  2026-01-02_DenseAdamW: 601 s",
+        "2  2026-01-01_MoEMuon: 220 s",
+        "3  2026-01-02_DenseMuon: 282 s",
+        "target 1.4350",
+    ]
     lines = [line.get_xydata() for line in ax.lines]
     for (curve, end), record, steps in zip(zip(lines[::2], lines[1::2]), records, (1200, 400, 540)):
         assert end.tolist() == [[mean(record["seconds"]), mean(record["values"])]]
-        assert curve == pytest.approx(np.array([[mean(record["seconds"]) / steps, 4.0], [mean(record["seconds"]), 4.0]]))  # 2 nats, 2 bits each
+        assert curve == pytest.approx(
+            np.array([[mean(record["seconds"]) / steps, 4.0], [mean(record["seconds"]), 4.0]])
+        )  # 2 nats, 2 bits each
     assert set(lines[-1][:, 1]) == {1.435}
 
 
@@ -206,7 +264,9 @@ def test_a_curve_s_table_is_that_of_the_runs(file, setting):
     rows = re.findall(table, (ROOT / file).read_text(), re.M)
     for line in lines_of(ROOT / "records/cpu"):
         runs.setdefault(line["name"], {}).update(zip(line["seeds"], line["val/bpb"]))
-    found = [re.fullmatch(rf"dense Muon, {setting}(\d+) s", name) for name in runs if name.replace("dense", "MoE") in runs]
+    found = [
+        re.fullmatch(rf"dense Muon, {setting}(\d+) s", name) for name in runs if name.replace("dense", "MoE") in runs
+    ]
     lengths = [int(name[1]) for name in found if name]
     assert lengths and [int(row[0].replace(",", "")) for row in rows] == sorted(lengths)
     for length, (_, *cells) in zip(sorted(lengths), rows):
@@ -239,24 +299,46 @@ def edit(name: str, old: str, new: str):
     return change
 
 
-BROKEN = {  # what is done to a record: what is said of it
+BROKEN = {  # name -> (damage to a record, error message)
     "no log": (lambda folder: (folder / "seed1.log").unlink(), r"MoEMuon: seed1\.log is missing"),
-    "a seed left out": (lambda folder: [(folder / f"seed0.{kind}").unlink() for kind in ("log", "jsonl")], r"seed0\.log is missing"),
+    "a seed left out": (
+        lambda folder: [(folder / f"seed0.{kind}").unlink() for kind in ("log", "jsonl")],
+        r"seed0\.log is missing",
+    ),
     "no timing": (lambda folder: (folder / "timing.json").unlink(), r"timing\.json is missing"),
     "no readme": (lambda folder: (folder / "README.md").unlink(), r"README\.md is missing"),
-    "few seeds": (lambda folder: [(folder / f"seed3.{kind}").unlink() for kind in ("log", "jsonl")], "it has 3 seeds, its track asks for 4"),
-    "other step": (lambda folder: [edit("seed2.jsonl", '"step": 400', '"step": 390')(folder), edit("seed2.log", "step:400/", "step:390/")(folder)],
-                   "stopped at steps 400, 400, 390, 400"),  # fmt: skip
+    "few seeds": (
+        lambda folder: [(folder / f"seed3.{kind}").unlink() for kind in ("log", "jsonl")],
+        "it has 3 seeds, the track requires 4",
+    ),
+    "other step": (
+        lambda folder: [
+            edit("seed2.jsonl", '"step": 400', '"step": 390')(folder),
+            edit("seed2.log", "step:400/", "step:390/")(folder),
+        ],
+        "stopped at steps 400, 400, 390, 400",
+    ),  # fmt: skip
     "other source": (edit("seed3.log", "9c1f", "9c2f"), "the logs of its seeds hold different sources"),
-    "other corpus": (edit("config.json", "02e0de8d", "12e0de8d"), r"seed0\.log: its corpus is not the one pinned for torch 2\.13\.0"),
-    "other torch": (edit("seed1.log", "2.13.0+cpu", "2.12.0"), r"seed1\.log: its corpus is not the one pinned for torch 2\.12\.0"),
-    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "it ran with threads 16, its track with 2"),
-    "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in its track 262144"),
+    "other corpus": (
+        edit("config.json", "02e0de8d", "12e0de8d"),
+        r"seed0\.log: its corpus is not the one pinned for torch 2\.13\.0",
+    ),
+    "other torch": (
+        edit("seed1.log", "2.13.0+cpu", "2.12.0"),
+        r"seed1\.log: its corpus is not the one pinned for torch 2\.12\.0",
+    ),
+    "more threads": (edit("seed1.log", "threads   2", "threads   16"), "threads is 16, in the track 2"),
+    "less validation": (edit("config.json", "262144", "65536"), "val_tokens is 65536, in the track 262144"),
     "null": (edit("seed1.jsonl", "1.4202", "null"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
     "NaN": (edit("seed1.jsonl", "1.4202", "NaN"), r"seed1\.jsonl: the run did not end with a finite val/bpb"),
-    "an edited result": (edit("seed1.jsonl", "1.4202", "1.4102"), r"seed1\.log: it does not say what seed1\.jsonl says"),
-    "not significant": (lambda folder: [edit("seed0.jsonl", "1.4177", "1.4577")(folder), edit("seed0.log", "1.4177", "1.4577")(folder)],
-                        r"p against the target 1\.435 is 0\.2.*, not below 0\.01"),  # fmt: skip
+    "an edited result": (
+        edit("seed1.jsonl", "1.4202", "1.4102"),
+        r"seed1\.log: its val/bpb at step 400 is not that of seed1\.jsonl",
+    ),
+    "not significant": (
+        lambda folder: [edit("seed0.jsonl", "1.4177", "1.4577")(folder), edit("seed0.log", "1.4177", "1.4577")(folder)],
+        r"p against the target 1\.435 is 0\.2.*, not below 0\.01",
+    ),  # fmt: skip
     "another form": (edit("timing.json", '"row_1"', '"row_2"'), "holds a file of another form .*row_1"),
     "no JSON": (edit("config.json", "{", "["), r"config\.json is no JSON"),
 }
@@ -267,41 +349,54 @@ def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
     rules, folder = planted / "records/cpu/track.json", planted / "records/cpu/2026-01-01_MoEMuon"
     track_rules = json.loads(rules.read_text())
     del track_rules["threads"]
-    pins = {logger.ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
+    pins = {ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
     track_rules |= {"gpu": "NVIDIA H200", "corpus_sha256": pins}
-    with pytest.raises(RunError, match="it ran with gpu none, its track with NVIDIA H200"):
-        logger.read_record(folder, track_rules)
+    with pytest.raises(UserError, match="gpu is none, in the track NVIDIA H200"):
+        read_record(folder, track_rules)
     for log in folder.glob("seed*.log"):
         edit(log.name, "gpu       none", "gpu       NVIDIA H200")(folder)
-    assert logger.read_record(folder, track_rules)["p"] < 0.01
-    with pytest.raises(RunError, match="not the one pinned for torch 2.13.0"):
-        logger.read_record(folder, track_rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}})
+    assert read_record(folder, track_rules)["p"] < 0.01
+    with pytest.raises(UserError, match="not the one pinned for torch 2.13.0"):
+        read_record(folder, track_rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}})
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_record_is_named(planted, what):
-    breaks, said = BROKEN[what]
-    breaks(planted / "records/cpu/2026-01-01_MoEMuon")
-    with pytest.raises(RunError, match=said) as stopped:
-        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
+    damage, message = BROKEN[what]
+    damage(planted / "records/cpu/2026-01-01_MoEMuon")
+    with pytest.raises(UserError, match=message) as stopped:
+        [read_history(folder) for folder in find_tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
-    with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
-        [logger.read_history(folder) for folder in logger.tracks(planted / "records")]
-    done = subprocess.run([sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.startswith("error: no track 'gpu' below records") and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
+        [read_history(folder) for folder in find_tracks(planted / "records")]
+    done = subprocess.run(
+        [sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.startswith("error: no track 'gpu' below records")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_track_agrees_with_data_and_rules():
     assert RULES["corpus_sha256"] == sources.TORCH_CORPUS
     assert train_muon.PRESETS["cpu"].val_tokens == RULES["val_tokens"]
     rules = (ROOT / "records/README.md").read_text()
-    for said in (f"{RULES['val_tokens']:,} tokens", f"plus {RULES['margin']}", f"p < {RULES['p']}", f"At least {RULES['seeds']} seeds",
-                 f"{RULES['tuning_runs']} short runs", f"{RULES['seconds']['short']} seconds", f"{RULES['seconds']['full']} seconds"):  # fmt: skip
-        assert said in rules
+    for words in (
+        f"{RULES['val_tokens']:,} tokens",
+        f"plus {RULES['margin']}",
+        f"p < {RULES['p']}",
+        f"At least {RULES['seeds']} seeds",
+        f"{RULES['tuning_runs']} short runs",
+        f"{RULES['seconds']['short']} seconds",
+        f"{RULES['seconds']['full']} seconds",
+    ):
+        assert words in rules
     parsers = {"data.py": prepare.parse, "benchmarks/track.py": track.parse, "logger.py": logger.parse}
     for line in re.search(r"```bash\n(.*?)```", rules, re.S)[1].splitlines():
         _, script, *words = shlex.split(line)
@@ -314,17 +409,20 @@ def test_the_track_agrees_with_data_and_rules():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Shards that pass for the pinned corpus of this torch, whose sha256 a tiny track pins."""
+    """Shards that pass for the pinned corpus of this torch; a tiny track pins their sha256."""
     folder = write_data(tmp_path_factory.mktemp("data") / "python", WORDS["greek"])
     meta_file = Path(folder) / "meta.json"
     request = {"source": "python", "encoding": "bytes", "max_tokens": None, "split_seed": 0}
-    meta_file.write_text(json.dumps(json.loads(meta_file.read_text()) | {"request": request, "corpus_sha256": "a" * 64}))
+    meta_file.write_text(
+        json.dumps(json.loads(meta_file.read_text()) | {"request": request, "corpus_sha256": "a" * 64})
+    )
     return folder
 
 
 @pytest.fixture
 def tiny(tmp_path, corpus, monkeypatch):
-    """A track of two seeds on one thread, whose runs happen in this process; the list of their command lines, with threads=<n> at the end."""
+    """(folder of a track of two seeds on one thread, command lines of its runs with threads=<n> at the end).
+    The runs are made in this process."""
     folder, launched = tmp_path / "records/tiny", []
     folder.mkdir(parents=True)
     pinned = {sources.torch_version(): "a" * 64}
@@ -344,7 +442,13 @@ def tiny(tmp_path, corpus, monkeypatch):
 
 def tiny_command(corpus, script="train_muon.py", **flags):
     run = dict(seq_len=32, batch_tokens=384, micro_batch_tokens=384, window_start=64, warmup_steps=0)
-    return ["--data", corpus, "--", script, *(f"--{name}={value}" for name, value in (TINY_MODEL | run | flags).items())]
+    return [
+        "--data",
+        corpus,
+        "--",
+        script,
+        *(f"--{name}={value}" for name, value in (TINY_MODEL | run | flags).items()),
+    ]
 
 
 def run_track(*words) -> tuple[int, str, str]:
@@ -365,14 +469,25 @@ def lines_of(folder):
 
 def test_the_curve_pairs_seeds_at_every_length_that_both_rows_have(tiny):
     folder, _ = tiny
-    ends = [("A, 60 s", [0, 1], [1.5, 1.6]), ("B, 60 s", [1, 0], [1.65, 1.52]), ("A, 180 s", [0, 1], [1.2, 1.3]), ("B, 180 s", [0], [1.1]),
-            ("B, 180 s", [1], [None]), ("A, 600 s", [0], [1.0]), ("B, 600 s", [1], [0.9]), ("A", [0], [9.0])]  # fmt: skip
+    ends = [
+        ("A, 60 s", [0, 1], [1.5, 1.6]),
+        ("B, 60 s", [1, 0], [1.65, 1.52]),
+        ("A, 180 s", [0, 1], [1.2, 1.3]),
+        ("B, 180 s", [0], [1.1]),
+        ("B, 180 s", [1], [None]),
+        ("A, 600 s", [0], [1.0]),
+        ("B, 600 s", [1], [0.9]),
+        ("A", [0], [9.0]),
+    ]
     lines = [json.dumps({"name": name, "seeds": seeds, "val/bpb": values}) + "\n" for name, seeds, values in ends]
     (folder / "tuning.jsonl").write_text("".join(lines))
     status, out, err = run_track("curve", "--track", folder, "A", "B")
     assert status == 0, err
-    assert out.splitlines() == ["60 s: A - B: mean -0.0350, standard error 0.0150, n = 2", "180 s: A - B: mean +0.1000, standard error nan, n = 1",
-                                str(folder / "curve.png")]  # fmt: skip
+    assert out.splitlines() == [
+        "60 s: A - B: mean -0.0350, standard error 0.0150, n = 2",
+        "180 s: A - B: mean +0.1000, standard error nan, n = 1",
+        str(folder / "curve.png"),
+    ]
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert '"C, <seconds> s"' in refused("curve", "--track", folder, "A", "C")
 
@@ -392,7 +507,10 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     dense = tiny_command(corpus, "train_adamw.py", pattern="D")
     assert run_track(*short("dense", 0, 2, 3, "--steps", 3, "--threads", 3), *dense)[0] == 0
     lines = lines_of(folder)
-    assert [line["threads"] for line in lines] == [1, 1, 3] and [words[-1] for words in launched[-4:]] == ["threads=1", *["threads=3"] * 3]
+    assert [line["threads"] for line in lines] == [1, 1, 3] and [words[-1] for words in launched[-4:]] == [
+        "threads=1",
+        *["threads=3"] * 3,
+    ]
     assert lines[1]["steps"] == line["steps"] and lines[2]["steps"] == 3 and lines[2]["step_ms"] is None
     status, out, _ = run_track("compare", "--track", folder, "MoE", "dense")
     differences = [line["val/bpb"][0] - lines[2]["val/bpb"][0], lines[1]["val/bpb"][0] - lines[2]["val/bpb"][1]]
@@ -413,13 +531,36 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
 def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch):
     folder, launched = tiny
     first, second = folder / "2026-01-01_Dense", folder / "2026-01-02_MoE"
-    full = lambda folder, *words, steps=4: ("full", "--folder", folder, "--steps", steps, "--seeds", 0, 1, "--rounds", 2, *words)
+    full = lambda folder, *words, steps=4: (
+        "full",
+        "--folder",
+        folder,
+        "--steps",
+        steps,
+        "--seeds",
+        0,
+        1,
+        "--rounds",
+        2,
+        *words,
+    )
     dense = tiny_command(corpus, "train_adamw.py", pattern="D")
     status, _, err = run_track(*full(first, *dense))
     assert status == 0, err
-    assert sorted(path.name for path in first.iterdir()) == ["README.md", "config.json", "seed0.jsonl", "seed0.log", "seed1.jsonl", "seed1.log"]
+    assert sorted(path.name for path in first.iterdir()) == [
+        "README.md",
+        "config.json",
+        "seed0.jsonl",
+        "seed0.log",
+        "seed1.jsonl",
+        "seed1.log",
+    ]
     config = json.loads((first / "config.json").read_text())
-    assert config["track"]["script"] == "train_adamw.py" and config["model"]["pattern"] == "D" and "seed" not in config["hyperparameters"]
+    assert (
+        config["track"]["script"] == "train_adamw.py"
+        and config["model"]["pattern"] == "D"
+        and "seed" not in config["hyperparameters"]
+    )
     rules = json.loads((folder / "track.json").read_text())
     assert rules["row_1"] == first.name and len(launched) == 2
     # the second row is cut off in its second seed, and goes on; in between, other flags are refused
@@ -435,10 +576,17 @@ def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch)
     assert status == 0, err
     assert (second / "seed0.log").read_bytes() == before and not (folder / "2026-01-02_MoE.partial").exists()
     scripts = [words[0] for words in launched]
-    assert scripts == ["train_muon.py"] + ["train_muon.py", "train_adamw.py", "train_adamw.py", "train_muon.py"], "one seed, then rounds in turns"
+    assert scripts == ["train_muon.py"] + ["train_muon.py", "train_adamw.py", "train_adamw.py", "train_muon.py"], (
+        "one seed, then rounds in turns"
+    )
     assert "--pattern=D" in launched[2] and "--num_iterations=4" not in launched[2]
-    assert f"full --folder records/tiny/{second.name} --steps 4 --seeds 0 1 -- train_muon.py --n_layer=2" in (second / "README.md").read_text()
-    assert corpus not in "".join((second / name).read_text() for name in ("README.md", "config.json", "timing.json")), "a path of this machine"
+    assert (
+        f"full --folder records/tiny/{second.name} --steps 4 --seeds 0 1 -- train_muon.py --n_layer=2"
+        in (second / "README.md").read_text()
+    )
+    assert corpus not in "".join((second / name).read_text() for name in ("README.md", "config.json", "timing.json")), (
+        "a path of this machine"
+    )
     timing = json.loads((second / "timing.json").read_text())
     assert len(timing["rounds"]) == 2 and min(timing["row"], timing["row_1"]) > 0
     check_table(printed(folder.parents[1]), folder.parents[1])
@@ -448,7 +596,9 @@ def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch)
 def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkeypatch):
     folder, launched = tiny
     short = lambda *command, seeds=(0,): refused("short", "--track", folder, "--name", "x", "--seeds", *seeds, *command)
-    full = lambda name, *seeds: refused("full", "--folder", folder / name, "--steps", 3, "--seeds", *seeds, *tiny_command(corpus))
+    full = lambda name, *seeds: refused(
+        "full", "--folder", folder / name, "--steps", 3, "--seeds", *seeds, *tiny_command(corpus)
+    )
     assert "--val_tokens is set by the track" in short(*tiny_command(corpus), "--val-tokens", 64)
     assert "--data is set by the track" in short(*tiny_command(corpus, data=corpus))
     assert "not a script of the track" in short("--", "model.py")
@@ -458,7 +608,9 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
     assert "n is at least 2" in full("2026-01-01_MoE", 0) and "0 to n - 1" in full("2026-01-01_MoE", 0, 2)
     part = shutil.copytree(corpus, tmp_path / "part")
     edit("meta.json", '"max_tokens": null', '"max_tokens": 9999')(part)
-    assert "does not hold the corpus pinned for torch" in short(*tiny_command(part)) and "python data.py" in short(*tiny_command(part))
+    assert "does not hold the corpus pinned for torch" in short(*tiny_command(part)) and "python data.py" in short(
+        *tiny_command(part)
+    )
     edit("meta.json", "a" * 64, "b" * 64)(Path(shutil.copytree(corpus, tmp_path / "other")))
     assert "does not hold the corpus" in short(*tiny_command(tmp_path / "other"))
     rules = json.loads((folder / "track.json").read_text())
@@ -478,7 +630,9 @@ def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     pinned = {sources.torch_version(): "a" * 64}
     (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
     words = ["short", "--track", tmp_path, "--name", "MoE", "--seeds", 5, "--steps", 2, *tiny_command(corpus)]
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^seed 5: val/bpb \d\.\d{4} after 2 steps", done.stdout, re.M)
     assert lines_of(tmp_path)[0]["seeds"] == [5]
@@ -491,12 +645,17 @@ def test_a_corpus_of_files_is_pinned_by_its_shards(tmp_path, corpus):
     del meta["corpus_sha256"]  # which only the source of torch has
     (folder / "meta.json").write_text(json.dumps(meta))
     pin = track.shards_sha256(meta)
-    rules = dict(source="python", encoding="bytes", prepare="python data.py --source files --path x.txt", corpus_sha256={logger.ANY_TORCH: pin})
+    rules = dict(
+        source="python",
+        encoding="bytes",
+        prepare="python data.py --source files --path x.txt",
+        corpus_sha256={ANY_TORCH: pin},
+    )
     assert track.pinned_corpus(rules, folder)["corpus_sha256"] == pin
     meta["shards"][0]["sha256"] = "0" * 64
     assert track.shards_sha256(meta) != pin
-    with pytest.raises(RunError, match="run `python data.py --source files --path x.txt --out"):
-        track.pinned_corpus(rules | {"corpus_sha256": {logger.ANY_TORCH: "f" * 64}}, folder)
+    with pytest.raises(UserError, match="run `python data.py --source files --path x.txt --out"):
+        track.pinned_corpus(rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}}, folder)
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "records").glob("*/track.json")))
@@ -507,7 +666,10 @@ def test_every_track_s_commands_are_those_of_its_files(name):
     assert rules["device"] in ("cpu", "cuda") and rules["val_tokens"] % hp.seq_len == 0
     args = prepare.parse(shlex.split(rules["prepare"])[2:])
     assert (args.source, args.encoding) == (rules["source"], rules["encoding"])
-    assert rules["data"] == f"data/{args.source}" or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()
+    assert (
+        rules["data"] == f"data/{args.source}"
+        or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()
+    )
 
 
 def test_every_recipe_is_on_the_track():
@@ -523,20 +685,33 @@ def test_every_recipe_is_on_the_track():
 
 @pytest.mark.parametrize("plan", ("ablations", "depths"))
 def test_the_tables_of_ablations_are_what_was_measured(plan):
-    """ABLATIONS.md holds what the plan, its timing and tuning.jsonl give, and every change of the plan was run on two seeds or more."""
+    """ABLATIONS.md holds the table of the plan, its timing and tuning.jsonl; each change has two seeds or more."""
     folder = ROOT / "records/cpu"
-    listed, track_file, timing = (logger.read_json(folder / name) for name in (f"{plan}.json", "track.json", f"{plan}.timing.json"))
+    listed, track_file, timing = (
+        logger.read_json(folder / name) for name in (f"{plan}.json", "track.json", f"{plan}.timing.json")
+    )
     lines = track.read_tuning(folder / "tuning.jsonl")
     table = track.ablation_table(listed, track_file, timing, lines)
     assert table in (folder / "ABLATIONS.md").read_text()
-    seeds = {name: sum(len(line["seeds"]) for line in lines if line["name"] == name) for name in track.ablation_commands(listed)}
+    seeds = {
+        name: sum(len(line["seeds"]) for line in lines if line["name"] == name)
+        for name in track.ablation_commands(listed)
+    }
     assert min(seeds.values()) >= 2, seeds
 
 
 def test_equal_seconds_are_as_many_steps_as_a_change_is_cheaper():
     track_file = {"seconds": {"short": 60}, "metric": "val/bpb"}
-    timing = {"p, g: a": {"base_ms": 300.0, "ratio": 1.5}, "p, g: b": {"base_ms": 310.0, "ratio": 0.5}, "p, h: a": {"base_ms": 100.0, "ratio": 1.0}}
-    assert [track.ablation_steps(track_file, timing, name) for name in ("p, g", "p, g: a", "p, g: b")] == [196, 131, 393]
+    timing = {
+        "p, g: a": {"base_ms": 300.0, "ratio": 1.5},
+        "p, g: b": {"base_ms": 310.0, "ratio": 0.5},
+        "p, h: a": {"base_ms": 100.0, "ratio": 1.0},
+    }
+    assert [track.ablation_steps(track_file, timing, name) for name in ("p, g", "p, g: a", "p, g: b")] == [
+        196,
+        131,
+        393,
+    ]
     plan = {"name": "p", "groups": [{"title": "g", "base": ["train_muon.py"], "changes": {"a": ["--x", "1"]}}]}
     assert track.ablation_commands(plan) == {"p, g": ["train_muon.py"], "p, g: a": ["train_muon.py", "--x", "1"]}
     lines = [{"name": name, "seeds": [seed], "val/bpb": [value]} for name, seed, value in (

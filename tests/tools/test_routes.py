@@ -1,6 +1,6 @@
-"""Where tokens went: the toy source with its difficulties, the numbers behind the pictures on routes that are known, and the two commands.
+"""Routes: the arithmetic source with its difficulties, statistics of known routes, and the two commands.
 
-CPU, no network: `pytest tests/test_routes.py`."""
+CPU, no network: `pytest tests/tools/test_routes.py`."""
 
 import json
 import subprocess
@@ -13,12 +13,25 @@ import torch
 from test_depth import picky
 from test_model import rng, tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+<<<<<<< HEAD:tests/tools/test_routes.py
+from tools.routes import (  # noqa: E402
+    analyse,
+    correlation_matrix,
+    joint_matrix,
+    lift_matrix,
+    read_routes,
+    saturation,
+    transition_matrix,
+    use_by_step,
+)
+=======
 from tools import prepare, sources  # noqa: E402
+>>>>>>> data:tests/test_routes.py
 
 # -----------------------------------------------------------------------------
 # Arithmetic
@@ -35,10 +48,10 @@ def test_problems_are_right_and_as_hard_as_they_say():
     rng = np.random.default_rng(3)
     lengths, digits = set(), set()
     for _ in range(300):
-        problem, answer = sources.chain(rng).split("=")
+        problem, answer = sources.make_chain(rng).split("=")
         assert run_chain(problem) == answer
         lengths.add(len(problem) - 1)
-        a, b, total = map(int, sources.addition(rng).replace("+", "=").split("="))
+        a, b, total = map(int, sources.make_sum(rng).replace("+", "=").split("="))
         assert a + b == total
         digits.add(max(len(str(a)), len(str(b))))
     assert lengths == set(range(1, 9)) and digits == {1, 2, 3, 4}
@@ -46,8 +59,15 @@ def test_problems_are_right_and_as_hard_as_they_say():
 
 def test_difficulty_labels_the_answers_alone():
     text = b"\n7sdne=5\n58+967=1025\n3ee=3\nno problem\n"
+<<<<<<< HEAD:tests/tools/test_routes.py
+    chain, total = data.difficulty(text)["chain"], data.difficulty(text)["sum"]
+    assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, (
+        "the answer of 3ee is known already"
+    )
+=======
     chain, total = sources.difficulty(text)["chain"], sources.difficulty(text)["sum"]
     assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, "the answer of 3ee is known already"
+>>>>>>> data:tests/test_routes.py
     assert total[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and total.sum() == 4 * 3
     assert chain.shape == total.shape == (len(text),)
 
@@ -57,11 +77,19 @@ def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
         prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--out", str(tmp_path / "endless")])
     assert "say how much of it with --max_tokens" in capsys.readouterr().err
     for name in "ab":
+<<<<<<< HEAD:tests/tools/test_routes.py
+        data.main(
+            ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)]
+        )
+=======
         prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)])
+>>>>>>> data:tests/test_routes.py
     train, again = (data.read_shard(tmp_path / name / "arithmetic_train_000001.bin") for name in "ab")
     val = data.read_shard(tmp_path / "a" / "arithmetic_val_000000.bin")
     problems = [set(bytes(np.where(tokens == 256, 10, tokens).astype(np.uint8)).split()) for tokens in (train, val)]
-    assert np.array_equal(train, again) and len(problems[1]) > 10 and not problems[0] & problems[1], "validation has problems of its own"
+    assert np.array_equal(train, again) and len(problems[1]) > 10 and not problems[0] & problems[1], (
+        "validation has problems of its own"
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -71,17 +99,17 @@ def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
 def test_matrices_of_known_routes():
     """Four tokens in three steps among three members: 0 0 1, 0 1 1, 2 2 2, 0 0 2."""
     choice = np.array([[0, 0, 1], [0, 1, 1], [2, 2, 2], [0, 0, 2]]).T
-    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
-    assert np.allclose(logger.transitions(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
-    both = logger.joint(choice, 3)
+    assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0.25, 0.5], [0.25, 0.25, 0.5]]
+    assert np.allclose(transition_matrix(choice, 3), [[2 / 5, 2 / 5, 1 / 5], [0, 1, 0], [0, 0, 1]])
+    both = joint_matrix(choice, 3)
     assert np.isnan(np.diag(both)).all() and both[0, 1] == 0.5 and both[0, 2] == 0.25 and both[1, 2] == 0
-    assert logger.lift(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
+    assert lift_matrix(choice, 3)[0, 1] == pytest.approx(0.5 / (0.75 * 0.5))
     met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
-    assert logger.correlation(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
-    assert np.isnan(logger.transitions(choice, 4)[3]).all(), "nobody was at member 3"
+    assert correlation_matrix(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
+    assert np.isnan(transition_matrix(choice, 4)[3]).all(), "no token was at member 3"
     choice[1:, 1] = -1  # the second token left after one step
-    assert logger.use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
-    assert np.allclose(logger.transitions(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
+    assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
+    assert np.allclose(transition_matrix(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
 
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
@@ -89,12 +117,12 @@ def batches(rows: int, T: int, count: int) -> list[data.Batch]:
     return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(ids)]
 
 
-def test_routes_have_a_place_for_every_token_and_none_for_meta_tokens():
+def test_routes_hold_every_token_and_no_meta_tokens():
     arrays = model.collect_routes(tiny(num_meta_tokens=3), batches(2, 18, 2))
     assert arrays["token_N"].shape == (72,) and arrays["expert_LTK"].shape == (4, 72, 2)
 
 
-def test_routes_of_batches_whose_tokens_leave_after_different_steps():
+def test_routes_of_batches_that_halt_after_different_steps():
     net = picky(halt="act", loops=4)
     with torch.no_grad():
         net.depth.halt.weight.normal_(generator=rng(3))
@@ -102,7 +130,11 @@ def test_routes_of_batches_whose_tokens_leave_after_different_steps():
     steps, hook = set(), net.depth.register_forward_hook(lambda module, args, deep: steps.add(len(deep.choices_SBT)))
     arrays = model.collect_routes(net, batches(1, 2, 30))
     hook.remove()
-    assert len(steps) > 1 and arrays["layer_SN"].shape == (4, 60) and ((arrays["layer_SN"] >= 0).sum(0) == arrays["loops_N"]).all()
+    assert (
+        len(steps) > 1
+        and arrays["layer_SN"].shape == (4, 60)
+        and ((arrays["layer_SN"] >= 0).sum(0) == arrays["loops_N"]).all()
+    )
 
 
 def test_routes_are_collected_from_blocks_that_are_compiled_already():
@@ -121,21 +153,31 @@ def test_a_batch_that_fails_leaves_no_hook_behind():
     assert net.training and not net.depth._forward_hooks and not any(module._forward_hooks for module in net.modules())
 
 
-def test_members_that_have_nothing_to_do_with_each_other_have_a_lift_of_one_and_no_correlation():
+def test_independent_members_have_a_lift_of_one_and_no_correlation():
     rng = np.random.default_rng(0)
     choice = rng.choice(3, p=[0.5, 0.3, 0.2], size=(1, 20000))
     choice = np.concatenate([choice, rng.choice([3, 4], size=(1, 20000))])  # one of 0 1 2, then one of 3 4
-    lift, correlation = logger.lift(choice, 5), logger.correlation(choice, 5)
-    assert np.abs(lift[:3, 3:] - 1).max() < 0.05 and np.abs(correlation[:3, 3:]).max() < 0.03
-    assert lift[0, 1] == 0 and correlation[3, 4] == pytest.approx(-1)
+    lifts, correlations = lift_matrix(choice, 5), correlation_matrix(choice, 5)
+    assert np.abs(lifts[:3, 3:] - 1).max() < 0.05 and np.abs(correlations[:3, 3:]).max() < 0.03
+    assert lifts[0, 1] == 0 and correlations[3, 4] == pytest.approx(-1)
 
 
 def test_analyses_of_difficulty_and_load():
-    routes = {"layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]), "layers": 2, "identities": 1, "chain_N": np.array([1, 2, 1, 0]),
-              "right_N": np.array([1, 0, -1, 1], np.int8),
-              "loops_N": np.array([1, 3, 2, 3]), "expert_LTK": np.array([[[0, 1], [0, 2], [1, 0], [0, 1]]]), "experts": 3}  # fmt: skip
-    found = logger.analyse(routes)
-    assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"]["chain"] == {1: 1.0, 2: 0.0}
+    routes = {
+        "layer_SN": np.array([[0, 1, 0, 2], [2, 1, 2, 2]]),
+        "layers": 2,
+        "identities": 1,
+        "chain_N": np.array([1, 2, 1, 0]),
+        "right_N": np.array([1, 0, -1, 1], np.int8),
+        "loops_N": np.array([1, 3, 2, 3]),
+        "expert_LTK": np.array([[[0, 1], [0, 2], [1, 0], [0, 1]]]),
+        "experts": 3,
+    }
+    found = analyse(routes)
+    assert found["identities_by_step"] == [0.25, 0.75] and found["identities_by_difficulty"]["chain"] == {
+        1: 1.0,
+        2: 0.0,
+    }
     assert found["loops"] == {1: 0.25, 2: 0.25, 3: 0.5} and found["loops_by_difficulty"] == {"chain": {1: 1.5, 2: 3.0}}
     assert found["accuracy"] == pytest.approx(2 / 3) and found["accuracy_by_difficulty"] == {"chain": {1: 1.0, 2: 0.0}}
     assert found["load"] == [[0.5, 0.375, 0.125]] and found["coactivation"][0][0][1] == 0.75
@@ -143,20 +185,20 @@ def test_analyses_of_difficulty_and_load():
 
 def test_saturation_is_the_share_of_choices_that_stay():
     first, last = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 1]]]), np.array([[[1, 0], [3, 1]], [[2, 3], [0, 1]]])
-    assert logger.saturation(first, last).tolist() == [0.75, 0.5]
+    assert saturation(first, last).tolist() == [0.75, 0.5]
     then, now = ({"expert_LTK": choice, "experts": 4, "token_N": np.array([7, 8])} for choice in (first, last))
-    assert logger.analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
+    assert analyse(now, [(0, then), (5, now)])["saturation"] == {0: [0.75, 0.5], 5: [1, 1]}
     other = then | {"token_N": then["token_N"] + 1}  # a run that was resumed with another --routes_tokens
-    assert list(logger.analyse(now, [(0, other), (3, then), (5, now)])["saturation"]) == [3, 5]
+    assert list(analyse(now, [(0, other), (3, then), (5, now)])["saturation"]) == [3, 5]
 
 
-def test_a_file_of_routes_that_is_none_is_one_sentence(tmp_path):
+def test_a_damaged_routes_file_is_one_sentence(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "empty.npz").touch()
     for name in ("array.npz", "empty.npz"):
         with pytest.raises(logger.RunError, match=f"{name} cannot be read .*; remove it and make it again"):
-            logger.read_routes(tmp_path / name)
+            read_routes(tmp_path / name)
 
 
 # -----------------------------------------------------------------------------
@@ -168,23 +210,57 @@ def run(*words):
     return done.returncode, done.stdout, done.stderr
 
 
-SMALL = "--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --batch_tokens 512 --num_iterations 2 --value_embeds 0".split()
+SMALL = """--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --batch_tokens 512 --num_iterations 2
+           --value_embeds 0""".split()
 
 
 @pytest.mark.parametrize("flags, pictures", (
     (["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops", "difficulty"}),
     (["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
     ([], {"coactivation", "difficulty"})))  # fmt: skip
+<<<<<<< HEAD:tests/tools/test_routes.py
+def test_routes_of_a_run_are_drawn(flags, pictures, tmp_path):
+    data.main(
+        ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")]
+    )
+    status, out, err = run(
+        "train_muon.py",
+        "--preset",
+        "cpu",
+        "--data",
+        tmp_path / "shards",
+        "--out_dir",
+        tmp_path / "logs",
+        "--sample_tokens",
+        0,
+        "--val_tokens",
+        128,
+        "--device",
+        "cpu",
+        *SMALL,
+        *flags,
+    )
+=======
 def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
     prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
     status, out, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
                            "--val_tokens", 128, "--device", "cpu", *SMALL, *flags)  # fmt: skip
+>>>>>>> data:tests/test_routes.py
     assert status == 0, err
     folder = tmp_path / "logs" / "muon"
     status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
     assert status != 0 and "python model.py --checkpoint" in err
-    status, out, err = run("model.py", "--checkpoint", folder / "checkpoint", "--routes", folder / "routes.npz", "--data", tmp_path / "shards",
-                           "--tokens", 300)  # fmt: skip
+    status, out, err = run(
+        "model.py",
+        "--checkpoint",
+        folder / "checkpoint",
+        "--routes",
+        folder / "routes.npz",
+        "--data",
+        tmp_path / "shards",
+        "--tokens",
+        300,
+    )
     assert status == 0, err
     status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
     assert status == 0, err
@@ -199,10 +275,37 @@ def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
         assert np.allclose(np.sum(found["load"], 1), 1) and len(found["load"]) == 4
 
 
+<<<<<<< HEAD:tests/tools/test_routes.py
+def test_evaluations_save_their_routes(tmp_path):
+    data.main(
+        ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")]
+    )
+    status, _, err = run(
+        "train_muon.py",
+        "--preset",
+        "cpu",
+        "--data",
+        tmp_path / "shards",
+        "--out_dir",
+        tmp_path / "logs",
+        "--sample_tokens",
+        0,
+        "--val_tokens",
+        128,
+        "--val_every",
+        1,
+        "--routes_tokens",
+        200,
+        "--device",
+        "cpu",
+        *SMALL,
+    )
+=======
 def test_a_run_keeps_the_routes_of_its_evaluations(tmp_path):
     prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
     status, _, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
                          "--val_tokens", 128, "--val_every", 1, "--routes_tokens", 200, "--device", "cpu", *SMALL)  # fmt: skip
+>>>>>>> data:tests/test_routes.py
     assert status == 0, err
     status, _, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
     assert status == 0, err

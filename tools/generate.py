@@ -1,0 +1,109 @@
+"""The command line of model.py: the model card of a preset, sampling from a checkpoint, sharing it, collecting its
+routes."""
+
+import codecs
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from cli import Parser, UserError, add_flags, positive
+from model import PRESETS, Config
+from tools import cost, hub, routes
+
+
+def main(argv: list[str] | None = None):
+    try:
+        args = parse(argv)
+        if not args["checkpoint"]:
+            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+        elif args["save_pretrained"] or args["push_to_hub"]:
+            hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
+        elif args["routes"]:
+            print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
+        else:
+            sample(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"model.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(argv: list[str] | None = None) -> dict:
+    """Flags -> their values; under `config`, the preset with the given fields changed. Raises UserError."""
+    parser = Parser(
+        prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it."
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
+    parser.add_argument(
+        "--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)"
+    )
+    where = "sample from a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name"
+    parser.add_argument("--checkpoint", metavar="WHERE", help=where)
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
+    parser.add_argument(
+        "--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    nucleus = "sample from the likeliest tokens with this total probability"
+    parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help=nucleus)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore_eot", "--ignore-eot", action="store_true", help="continue after the end of a text")
+    folder = "write the checkpoint as a folder for the Hub"
+    parser.add_argument("--save_pretrained", "--save-pretrained", type=Path, metavar="DIR", help=folder)
+    upload = "upload it to the Hub (log in with `hf auth login`)"
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="USER/NAME", help=upload)
+    arrays = "write the routes of the tokens of --data's validation text, as .npz for logger.py"
+    parser.add_argument("--routes", type=Path, metavar="FILE", help=arrays)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
+    parser.add_argument("--tokens", type=positive, default=2**15, help="tokens of --routes")
+    group = "the model of the card; beside --checkpoint only --top_k, which then keeps that many likeliest tokens"
+    add_flags(parser, Config, group)
+    args = vars(parser.parse_args(argv))
+    changes = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
+    for flag in ("save_pretrained", "push_to_hub", "routes"):
+        if args[flag] and not args["checkpoint"]:
+            raise UserError(f"--{flag} needs --checkpoint, a run's folder")
+    if args["routes"] and not args["data"]:
+        raise UserError("--routes needs --data, a folder of shards")
+    if not args["checkpoint"]:
+        return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **changes)}
+    for name in changes.keys() - {"top_k"}:
+        raise UserError(
+            f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out"
+        )
+    return args
+
+
+def sample(args: dict):
+    """Print the prompt and its continuations, the first of them token by token; the speed goes to stderr."""
+    net = hub.for_inference(hub.load(args["checkpoint"], hub.device()))
+    encoding = data.get_encoding(net.encoding)
+    prompt = [encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]
+    tokens_BT = torch.tensor([prompt] * args["num_samples"], device=net.head.device)
+    start, times, rows = time.perf_counter(), [], []
+    show(args["prompt"])
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+    stop_at = None if args["ignore_eot"] else encoding.eot_token
+    rules = dict(temperature=args["temperature"], top_k=args.get("top_k", 0), top_p=args["top_p"], seed=args["seed"])
+    for id_B in net.stream(tokens_BT, args["max_new_tokens"], **rules, stop_at=stop_at):
+        rows.append(id_B.tolist())
+        show(decoder.decode(encoding.vocab[rows[-1][0]]))
+        times.append(time.perf_counter())
+    show(decoder.decode(b"", True) + "\n")
+    for number, ids in enumerate(list(zip(*rows))[1:], start=2):
+        show(f"{'-' * 30} {number} of {args['num_samples']}\n{args['prompt']}{encoding.decode(ids)}\n")
+    first, rest = times[0] - start, times[-1] - times[0]
+    speed = f", {args['num_samples'] * (len(times) - 1) / rest:,.1f} tokens/s" if rest else ""
+    counts = f"{args['num_samples']} x {len(times)} tokens after {len(prompt)}"
+    print(f"{counts}: the first after {first:.3f} s{speed}", file=sys.stderr)
+
+
+def show(text: str):
+    """Print at once, with replacements for characters that the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

@@ -1,0 +1,183 @@
+"""Sharing a model: folders for the Hugging Face Hub, uploads and downloads.
+
+    from tools import hub
+    model = hub.load("hf://user/name")        # or a folder of save(), or a run's checkpoint folder
+
+A folder holds model.safetensors, config.json with every field of the Config, and a model card. huggingface_hub comes
+with datasets and is imported only here. """
+
+import dataclasses
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import model
+from cli import UserError
+
+HUB = "hf://"  # prefix of a repository's name, where a folder could stand as well
+CARD = """---
+library_name: modded-nanomoe
+license: mit
+pipeline_tag: text-generation
+tags:
+- moe
+---
+
+# {title}
+
+A language model of modded-nanomoe: {kind}, {total:,} parameters, {active:,} of them active per token.
+Tokens: encoding `{encoding}`, {vocab_size:,} ids. Trained with windows of up to {window_size:,} tokens.
+
+```python
+from data import get_encoding
+from tools import hub
+
+model = hub.load("{where}")
+encoding = get_encoding(model.encoding)
+```
+
+`python model.py --checkpoint {where} --prompt "..."` continues a text. This is a small model of a speedrun: it imitates
+its corpus, and its statements need not be true.
+{about_run}"""
+
+
+def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
+    """The trained model in evaluation mode, with its `encoding`: of a run's checkpoint folder, a folder of save(), or
+    hf://user/name.
+
+    kwargs are those of huggingface_hub.hf_hub_download, such as revision or token. Raises UserError."""
+    name = str(where)
+    if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
+        return checkpoint.load_model_from_run(Path(where), device)[0]
+    hub, safetensors = import_hub()
+    mend = (
+        "check its name, your connection, and `hf auth login` if it is private"
+        if name.startswith(HUB)
+        else "write it again"
+    )
+    try:
+        path = lambda file: Path(where) / file
+        if name.startswith(HUB):
+            path = lambda file: hub.hf_hub_download(name.removeprefix(HUB), file, **kwargs)
+        settings = json.loads(Path(path("config.json")).read_text())
+        net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
+        state = safetensors.load_file(path("model.safetensors"))
+        net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
+        net.encoding = settings["encoding"]
+    except UserError:
+        raise
+    except Exception as error:  # of the network, the Hub, safetensors, or a foreign configuration
+        raise UserError(f"{where} cannot be loaded ({first_line(error)}); {mend}") from error
+    return net.to(device).eval()
+
+
+def config_fields(settings: dict) -> dict:
+    """Fields of the Config in a config.json."""
+    return {name: value for name, value in settings.items() if name not in ("encoding", "model_type", "config_class")}
+
+
+def save(
+    net: model.GPT, folder: str | Path, about_run: str = "", pictures: dict[str, bytes] | None = None, where: str = ""
+):
+    """Write model.safetensors, config.json, a model card ending in `about_run`, and pictures.
+
+    `where` is the address in the card's example, by default the folder."""
+    _, safetensors = import_hub()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_model(net, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = dataclasses.asdict(net.config) | {"encoding": net.encoding, "model_type": "modded-nanomoe"}
+    settings["config_class"] = checkpoint.class_name(net.config)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(net, where or str(folder), about_run))
+    for name, content in (pictures or {}).items():
+        (folder / name).write_bytes(content)
+
+
+def model_card(net: model.GPT, where: str, about_run: str) -> str:
+    config, counts = net.config, model.count_parameters(net.config)
+    kind = f"{config.n_layer} dense layers"
+    if config.num_moe_layers:
+        layers = f"in {config.num_moe_layers} of {config.n_layer} layers"
+        kind = f"{config.num_experts} experts, top-{config.top_k}, {layers}"
+    facts = dict(title=where.rpartition("/")[2], where=where, kind=kind, encoding=net.encoding, about_run=about_run)
+    sizes = dict(vocab_size=config.vocab_size, window_size=config.window_size)
+    return CARD.format(**facts, **sizes, total=counts["total"], active=counts["active"])
+
+
+def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, bytes] | None = None) -> str:
+    """Upload the files of save() to a repository on the Hub, created if it does not exist; returns the commit's
+    address.
+
+    Raises UserError."""
+    import tempfile
+
+    hub, _ = import_hub()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save(net, folder, about_run, pictures, where=HUB + repo_id)
+            hub.ModelCard.load(Path(folder) / "README.md").validate()
+            hub.create_repo(repo_id, exist_ok=True)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder).commit_url
+    except Exception as error:  # of the network or the Hub
+        mend = "log in with `hf auth login`, or write a folder with --save_pretrained"
+        raise UserError(f"{repo_id} cannot be uploaded ({first_line(error)}); {mend}") from error
+
+
+def share(where: str | Path, folder: Path | None, repo_id: str | None):
+    """Write a checkpoint as the Hub's files into a folder, or upload it. Raises UserError where other files are in
+    the way."""
+    if folder and folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} already holds other files; name a new folder")
+    net, about = load(where), run_card(Path(where))
+    if folder:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save(net, partial, *about, where=str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        files = (f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()))
+        print(f"{folder}: " + ", ".join(files))
+    if repo_id:
+        print(push(net, repo_id, *about))
+
+
+def run_card(where: Path) -> tuple[str, dict[str, bytes]]:
+    """The model card's part about the run of a checkpoint folder, and its pictures; empty without a run."""
+    import logger
+    from tools import report
+
+    steps = checkpoint.checkpoints(where)
+    is_run = steps and logger.is_run(steps[0].parent.parent)
+    return report.make_card_section(steps[0].parent.parent) if is_run else ("", {})
+
+
+def import_hub():
+    """(huggingface_hub, safetensors.torch). Raises UserError if they are missing."""
+    try:
+        return importlib.import_module("huggingface_hub"), importlib.import_module("safetensors.torch")
+    except ImportError:
+        mend = "`pip install huggingface_hub safetensors`"
+        raise UserError(f"the Hub's folders need huggingface_hub and safetensors: {mend}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def for_inference(net: model.GPT) -> model.GPT:
+    """The model with its matrices in the dtype of activations: cast once, to the same bits, in half the memory.
+
+    It can no longer be trained or saved."""
+    for name, parameter in net.named_parameters():
+        if model.parameter_rule(name).kind in ("matrix", "expert", "head"):
+            parameter.data = parameter.data.to(model.DTYPES[net.config.dtype])
+    return net
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

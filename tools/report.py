@@ -1,0 +1,258 @@
+"""Reports of runs: the interactive page (with report.html), the live status, and the section of a Hub model card."""
+
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from cli import UserError
+from logger import (
+    explain_os_errors,
+    finite_or_none,
+    get_columns,
+    make_folder,
+    read_run,
+    table_rows,
+    write_text,
+)
+from tools.plots import COLOURS, assign_styles, bin_means, open_figure, plot_val_loss
+from tools.routes import analyse, list_routes_files, read_routes
+
+# -----------------------------------------------------------------------------
+# Page: report.html with plotly.js and the numbers of the runs filled in
+
+CURVES = {  # key -> title, in the page's order; other metrics are folded away below
+    "val/bpb": "validation bits per byte",
+    "val/loss": "validation loss, nats per token",
+    "train/loss": "training loss, nats per token",
+    "train/tok_per_sec": "tokens per second",
+    "moe/router_entropy": "router entropy / log(experts)",
+    "moe/load_max_over_mean": "load of the busiest expert / mean",
+    "memory/peak_bytes": "peak memory, bytes",
+    "train/mfu": "MFU",
+}
+AXES = {"step": "step", "seconds": "train_time", "flops": "train/flops"}  # the page's name of an x axis -> key
+PLOTLY_DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+MAX_POINTS, MAX_LOADS = 16_000, 400_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
+HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --routes logs/muon/routes.npz"
+                     " --data data/python`, or train with --routes_tokens")
+
+
+def write_report(runs, out_dir, page):
+    """Writes the page, one file that loads nothing else. Raises UserError without plotly, or if it cannot be written."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("--html draws with plotly: `pip install plotly`, or `pip install -r requirements.txt`") from None
+    template = Path(__file__).with_name("report.html")
+    with explain_os_errors(template, "read"):
+        html = template.read_text(encoding="utf-8")
+    data = json.dumps(finite_or_none(page_data(runs, out_dir, page)), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # no text of a run may open or close a script element
+    html = html.replace("/* PLOTLY */", get_plotlyjs().replace("</script", "<\\/script"))
+    make_folder(page.parent)
+    write_text(page, html.replace("/* NUMBERS */", data))
+
+
+def page_data(runs, out_dir, page) -> dict:
+    """The data of report.html. `page` is its future path, from which the links to the logs start."""
+    assign_styles(runs)
+    titles, *cells = table_rows(runs)
+    entries = []
+    for run, row in zip(runs, cells):
+        folder = Path(out_dir) / run["name"]
+        files = [name for name in ("run.log", "metrics.jsonl", "config.json") if (folder / name).exists()]
+        samples = get_columns(run, "sample/text")[0]
+        entries.append({
+            "name": run["name"],
+            "cells": row,
+            "files": [(name, quote(Path(os.path.relpath(folder / name, page.parent)).as_posix())) for name in files],
+            "colour": run["style"]["color"],
+            "dash": PLOTLY_DASHES[run["style"]["linestyle"]],
+            "parts": group_curves(run, max(60, min(400, MAX_POINTS // len(runs)))),
+            "load": expert_loads(run, MAX_LOADS // len(runs)),
+            "coactivation": read_coactivation(folder),
+            "sample": samples[-1] if samples else None,
+        })
+    logged = dict.fromkeys(key for entry in entries for part in entry["parts"] for key in part["y"])
+    location, now = Path(out_dir).resolve().name, time.strftime("%Y-%m-%d %H:%M")
+    return {
+        "about": f"{len(runs)} run{'s' * (len(runs) > 1)} below {location}/, {now}",
+        "titles": titles,
+        "runs": entries,
+        "differences": compare_settings(runs) if len(runs) > 1 else [],
+        "curves": [(key, title) for key, title in CURVES.items() if key in logged],
+        "others": [(key, key) for key in logged if key not in CURVES],
+        "how_to_get_routes": HOW_TO_GET_ROUTES,
+    }
+
+
+def group_curves(run, bins: int) -> list[dict]:
+    """[{"x": axis -> numbers, "y": key -> numbers}, ...]: metrics of the same rows share their x values.
+
+    Curves with more than `bins` points are averaged over groups of rows.
+    """
+    is_number = lambda value: isinstance(value, (int, float))
+    keys = dict.fromkeys(key for row in run["rows"] for key, value in row.items() if is_number(value))
+    keys_of_rows = {}
+    for key in keys:
+        if key not in AXES.values():
+            rows = tuple(i for i, row in enumerate(run["rows"]) if is_number(row.get(key)))
+            keys_of_rows.setdefault(rows, []).append(key)
+
+    def binned(rows, key):
+        means = bin_means([run["rows"][i][key] for i in rows], bins)
+        return [float(f"{value:.5g}") for value in means]  # a screen shows no more digits
+
+    groups = []
+    for rows, keys in keys_of_rows.items():
+        axes = {axis: key for axis, key in AXES.items() if all(run["rows"][i].get(key) is not None for i in rows)}
+        groups.append({"x": {axis: binned(rows, key) for axis, key in axes.items()},
+                       "y": {key: binned(rows, key) for key in keys}})
+    return groups
+
+
+def expert_loads(run, max_loads: int) -> dict | None:
+    """{"step": S steps, "share": S x layers x experts}, at most max_loads numbers; None for a model without experts."""
+    import numpy as np
+
+    steps, load = get_columns({"rows": [row for row in run["rows"] if row.get("moe/load")]}, "step", "moe/load")
+    if not load:
+        return None
+    share_SLE = bin_means(load, max(2, max_loads // np.array(load[0]).size))
+    last_steps = [int(group[-1]) for group in np.array_split(np.array(steps), len(share_SLE))]
+    return {"step": last_steps, "share": share_SLE.round(4).tolist()}
+
+
+def read_coactivation(run_folder) -> list | None:
+    """Share of tokens routed to each pair of experts, layers x experts x experts; None for a run without routes."""
+    files = list_routes_files(run_folder)
+    return analyse(read_routes(files[0])).get("coactivation") if files else None
+
+
+def compare_settings(runs) -> list[list[str]]:
+    """[setting, its value in each run] for the settings that differ between runs."""
+    settings = [_flatten_settings(run["config"]) for run in runs]
+    names = dict.fromkeys(name for of_run in settings for name in of_run)
+    rows = [[name, *(str(of_run.get(name, "-")) for of_run in settings)] for name in names]
+    hidden = ("experiment_name", "matmul_flops_per_second")
+    return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in hidden]
+
+
+def _flatten_settings(config: dict, prefix="") -> dict:
+    """A nested configuration as one dict with dotted names, nested parts last."""
+    flat = {prefix + name: value for name, value in config.items() if not isinstance(value, dict)}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten_settings(value, f"{prefix}{name}.")
+    return flat
+
+
+# -----------------------------------------------------------------------------
+# Live status of a run that another process writes
+
+BARS = "▁▂▃▄▅▆▇█"
+STATUS_METRICS = [  # title, format, key
+    ("training loss", "{:.4f}", "train/loss"),
+    ("bits per byte", "{:.4f}", "val/bpb"),
+    ("tokens/s", "{:,.0f}", "train/tok_per_sec"),
+    ("busiest expert / mean", "{:.2f}", "moe/load_max_over_mean"),
+]
+
+
+def follow(folder, poll_seconds: float = 1.0, patience: float = 10.0):
+    """Prints the status of a run until it ends or its process is gone.
+
+    On a terminal the status is redrawn in place; elsewhere a block is printed after each evaluation.
+    patience: seconds without new rows until the folder's lock is checked for a writing process.
+    """
+    terminal = sys.stdout.isatty()
+    size_before, height, evaluations_before, changed = None, 0, 0, time.monotonic()
+    while True:
+        size = sum(path.stat().st_size for path in (folder / "metrics.jsonl", folder / "config.json") if path.exists())
+        if size != size_before:
+            run, size_before, changed = read_run(folder), size, time.monotonic()
+            lines, evaluations = format_status(run), len(get_columns(run, "val/loss")[0])
+            ended = any(row.get("event") == "end" for row in run["rows"])
+            if terminal:
+                width = shutil.get_terminal_size().columns - 1
+                clear = f"\x1b[{height}A\x1b[J" if height else ""
+                print(clear + "\n".join(line[:width] for line in lines), flush=True)
+                height = len(lines)
+            elif ended or evaluations != evaluations_before:
+                print("\n".join(lines), flush=True)
+                evaluations_before = evaluations
+            if ended:
+                return
+        elif time.monotonic() - changed > patience:
+            if not is_locked(folder):
+                print(f"no process is writing {folder}: the run was stopped; continue it with --resume")
+                return
+            changed = time.monotonic()
+        time.sleep(poll_seconds)
+
+
+def format_status(run) -> list[str]:
+    """The progress of a run in a few lines: steps, time left, and a sparkline per metric."""
+    total = run["config"].get("hyperparameters", {}).get("num_iterations", 0)
+    step, seconds = (max(get_columns(run, key)[0], default=0) for key in ("step", "train_time"))
+    lines = [f"{run['name']}  step {step:,}/{total:,}  {format_duration(seconds)} of training"]
+    if 0 < step < total:
+        lines[0] += f", about {format_duration((total - step) * seconds / step)} left"
+    for title, template, key in STATUS_METRICS:
+        values = get_columns(run, key)[0]
+        if values:
+            lines.append(f"  {title:<22}{template.format(values[-1]):>10}  {sparkline(values)}")
+    return lines
+
+
+def sparkline(values, width: int = 40) -> str:
+    """The finite values as a curve of block characters, at most `width` of them."""
+    points = bin_means([value for value in values if math.isfinite(value)] or [0.0], width).tolist()
+    low, span = min(points), (max(points) - min(points)) or 1
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in points)
+
+
+def format_duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def is_locked(folder) -> bool:
+    """Whether a process holds the lock of the run's folder; True if the file system cannot tell."""
+    try:
+        import fcntl
+
+        with open(folder / "run.log") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock works on files opened for reading
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return False
+
+
+# -----------------------------------------------------------------------------
+# Model card
+
+def make_card_section(run_folder) -> tuple[str, dict[str, bytes]]:
+    """The section of a Hub model card about the run: markdown, and its pictures as {file name: PNG bytes}."""
+    run = read_run(run_folder)
+    titles, cells = table_rows([run])
+    table = [f"| {title} | {cell} |" for title, cell in zip(titles, cells)]
+    text = "\n".join(["", "## The run", "", "| | |", "|---|---|", *table, ""])
+    if not get_columns(run, "val/loss")[0]:
+        return text, {}
+    run["style"], picture = {"color": COLOURS[0]}, io.BytesIO()
+    with open_figure(picture) as figure:
+        plot_val_loss(figure, [run])
+    settings = json.dumps(run["config"].get("hyperparameters"))
+    optimizer = run["config"].get("optimizer")
+    text += f"\n![Validation over the run](val_loss.png)\n\nTrained by {optimizer} with `{settings}`\n"
+    return text, {"val_loss.png": picture.getvalue()}

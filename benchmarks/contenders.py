@@ -19,7 +19,8 @@ import train_muon
 from benchmarks.floor import dense_twin
 from data import Batch
 from logger import PhaseTimer
-from model import DTYPES, GPT, Config, flops_per_token, mean_keys
+from model import DTYPES, Config, flops_per_token, mean_keys
+from model import build as build_model
 
 CPU = torch.device("cpu")
 RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
@@ -56,7 +57,7 @@ def ours(optimizer: str, shape):
         config, recipe = shape(work.config), RECIPES[optimizer]
         hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**5,
                                  micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
-        world, model, timer = train_muon.World(0, 1, CPU), GPT(config), PhaseTimer("cpu")
+        world, model, timer = train_muon.World(0, 1, CPU), build_model(config), PhaseTimer("cpu")
         exchange = train_muon.Exchange(model, world, hp.bucket_mb)
         exchange.equip(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)

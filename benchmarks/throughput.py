@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_muon  # noqa: E402
 from benchmarks.contenders import CONTENDERS, CPU, Work  # noqa: E402
 from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor  # noqa: E402
-from model import DTYPES, Config, ConfigError, Parser, add_flags, positive  # noqa: E402
+from cli import ConfigError, Parser, add_flags, positive  # noqa: E402
+from model import DTYPES, Config  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # One process per contender

@@ -20,7 +20,8 @@ from benchmarks.floor import dense_twin
 from data import Batch
 from distributed import World, keep_freed_memory
 from logger import PhaseTimer
-from model import DTYPES, GPT, Config, flops_per_token, mean_keys
+from model import DTYPES, Config, flops_per_token, mean_keys
+from model import build as build_model
 
 CPU = torch.device("cpu")
 RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
@@ -58,7 +59,7 @@ def ours(optimizer: str, shape):
         hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**5,
                                  micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
         world = World(0, 1, CPU)
-        exchange = train_muon.Exchange(GPT(config), world, hp.bucket_mb)
+        exchange = train_muon.Exchange(build_model(config), world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
         batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows)

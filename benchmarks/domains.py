@@ -23,9 +23,8 @@ from arithmetic import act, action_parsers, add_line, markdown  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from cli import UserError  # noqa: E402
+from cli import UserError, positive  # noqa: E402
 from distributed import World  # noqa: E402
 from tools import sources  # noqa: E402
 from zoo import mixture  # noqa: E402
@@ -139,9 +138,9 @@ def main():
     parser, add = action_parsers("domains", "Experts of domains: a warm start against a cold one and a dense model.", (run, off, table))
     for function in (run, off):
         add[function].add_argument("--preset", choices=list(ZOO_MUON.presets), default="100m-cpu")
-        add[function].add_argument("--val_tokens", type=model_file.positive, default=VAL_TOKENS)
+        add[function].add_argument("--val_tokens", type=positive, default=VAL_TOKENS)
     add[run].add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    add[run].add_argument("--steps", type=model_file.positive, default=STEPS)
+    add[run].add_argument("--steps", type=positive, default=STEPS)
     add[run].add_argument("--flags", nargs="*", default=[], help="for train_zoo.py, as words behind =, for instance =--n_layer=2")
     args = parser.parse_args()
     if args.action == "run":

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --gpu H200 --models 30x3584-e128k4 --scaling weak --json rows.json
 
 Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of cost.plan, parameters those of
-model.count_parameters, activations those of model.activation_bytes; this file adds seconds. Every number that it divides by is a flag
+model.count_parameters, activations those of cost.activation_bytes; this file adds seconds. Every number that it divides by is a flag
 whose help names its source.
 
 Three schemes, as many as --expert_parallel can express:
@@ -58,7 +58,7 @@ import facts  # noqa: E402
 import train_muon  # noqa: E402
 from cli import Parser, UserError, positive  # noqa: E402
 from distributed import Bucket, Slab, World, backward_order  # noqa: E402
-from model import DTYPES, GPT, Config, count_parameters, flops_per_token  # noqa: E402
+from model import DTYPES, Config, build, count_parameters, flops_per_token  # noqa: E402
 from tools import cost  # noqa: E402
 from tools.cost import activation_bytes  # noqa: E402
 from tools.plots import COLOURS, THEME  # noqa: E402
@@ -157,7 +157,7 @@ counts_of, flops_of = functools.cache(count_parameters), functools.cache(flops_p
 def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Parameter name -> the shape of its matrices."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = build(config)
     return {name: tuple(p.shape[-2:]) for name, p in model.named_parameters()}
 
 
@@ -223,7 +223,7 @@ def memory(config: Config, p: dict, parts: int, tokens: int, machine: Machine) -
     fixed, per_token = kept_activations(config)
     itemsize = DTYPES[config.dtype].itemsize
     elsewhere = itemsize * counts_of(config)["expert"] * (1 - 1 / parts)  # copies of experts that other ranks hold
-    rows = itemsize * config.routed_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)  # what experts keep of a token
+    rows = itemsize * config.num_moe_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)  # what experts keep of a token
     uneven = (machine.imbalance - 1) * rows if parts > 1 else 0.0
     always = {"weights": 4 * p["held"], "buffers": p["buffer_bytes"], "optimizer": p["optimizer_bytes"], "reserve": machine.reserve}
     backward = {"gradients": 4 * p["held"], "activations": fixed - elsewhere + tokens * (per_token + uneven), "temporaries": 0}
@@ -324,7 +324,7 @@ def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micr
     legs, newton_schulz, passes = make_legs(config, world_size, parts, seq_len, bucket_mb, machine)
     in_experts = 6 * counts_of(config)["expert"] * config.top_k / config.num_experts / flops_of(config, seq_len)  # share of the FLOPs
     uneven = (machine.imbalance - 1) * in_experts if parts > 1 else 0.0
-    rate = machine.peak * (machine.moe_efficiency if config.routed_layers else machine.efficiency)
+    rate = machine.peak * (machine.moe_efficiency if config.num_moe_layers else machine.efficiency)
     compute = p["model_flops"] * rows / rate * (1 + uneven)
     backward = 2 / 3 * compute / micro_batches  # of the last micro-batch: gradients leave then, not before
     tail = two_clocks(legs, backward)
@@ -333,7 +333,7 @@ def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micr
         "compute": compute,
         "newton_schulz": newton_schulz,
         "memory": p["held"] * (CAST * micro_batches + ACCUMULATE * (micro_batches - 1)) / hbm + copies + passes,
-        "rows": rows_seconds(p["rows_bytes"] * rows, 5 * config.routed_layers * micro_batches, parts, machine),
+        "rows": rows_seconds(p["rows_bytes"] * rows, 5 * config.num_moe_layers * micro_batches, parts, machine),
         "waiting": max(0.0, tail - backward - copies - sum(leg.update for leg in legs)),
     }
 

@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
-from cli import UserError  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
 from distributed import World  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
@@ -264,10 +264,10 @@ class Stepper:
     def __init__(self, row: Row):
         config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
         world, recipe, self.number = World(0, 1, torch.device(row.track["device"])), RECIPES[row.script], 2 * PAIRS
-        model, timer = model_file.build(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
-        exchange = train_muon.Exchange(model, world, hp.bucket_mb)
+        net, timer = model.build(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
+        exchange = train_muon.Exchange(net, world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
-        self.session = train_muon.Session(recipe, hp, model, exchange, timer)
+        self.session = train_muon.Session(recipe, hp, net, exchange, timer)
         micro_rows = train_muon.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
         self.loader = recipe.open_loader(config, hp, world, micro_rows)
 
@@ -421,7 +421,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
     """Milliseconds per step of this row and of row 1, with the present code: short runs in turns, every second round in the other order,
     so that a machine that slows down or speeds up does so for both. A field that is younger than row 1 has its default there."""
     script, recorded = config_1["track"]["script"], config_1["model"] | config_1["hyperparameters"]
-    fields = [field for cls in (model_file.Config, RECIPES[script].train_config) for field in dataclasses.fields(cls) if field.name not in OURS]
+    fields = [field for cls in (model.Config, RECIPES[script].train_config) for field in dataclasses.fields(cls) if field.name not in OURS]
     settings = {field.name: recorded.get(field.name, field.default) for field in fields}
     rows, ms = {"row": row, "row_1": Row(track, [script, *as_flags(settings)], row.hp.data)}, {"row": [], "row_1": []}
     with tempfile.TemporaryDirectory() as out:
@@ -449,7 +449,7 @@ def at_least_two(text: str) -> int:
 def parse(argv: list[str]):
     """argv up to `--` as flags of ours; what follows, a script and its flags, as `command`."""
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
+    parser = Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
     actions = parser.add_subparsers(dest="action", required=True)
     add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve, ablate)}
     for function in (short, compare, curve):
@@ -459,13 +459,13 @@ def parse(argv: list[str]):
         add[function].add_argument("--data", type=Path, help="the folder of the track's shards (default: where track.json says)")
     add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
-    add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
+    add[short].add_argument("--steps", type=positive, help="instead of as many as fit")
     add[short].add_argument("--seconds", type=float, help="instead of the track's")
     for function in (short, ablate):
-        add[function].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
+        add[function].add_argument("--threads", type=positive, help="instead of the track's; with one each, runs fit side by side")
     add[ablate].add_argument("--plan", type=Path, required=True, help="a JSON file beside the track's track.json")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
-    add[full].add_argument("--steps", type=model_file.positive, required=True)
+    add[full].add_argument("--steps", type=positive, required=True)
     add[full].add_argument("--rounds", type=at_least_two, default=6, help="in which row 1 and this row are timed in turns")
     for function in (compare, curve):
         add[function].add_argument("names", nargs=2)

@@ -196,3 +196,84 @@ def check_documents(model, x):
 
 
 PACKED = text(2, 18, eots=[(0, 0), (0, 7), (0, 8), (1, 5), (1, 12)])
+
+
+# -----------------------------------------------------------------------------
+# 2. Decoding with a cache equals the full forward
+
+
+def cached(net, x, cuts, docs=None):
+    """Logits of x, fed to a KV cache in the parts that lie between the cuts."""
+    cache = net.cache_type(net.config, len(x), x.size(1))
+    edges = [0, *cuts, x.size(1)]
+    with torch.no_grad():
+        parts = [net(x[:, a:b], cache=cache, doc_ids_BT=None if docs is None else docs[:, a:b]).logits
+                 for a, b in zip(edges, edges[1:])]  # fmt: skip
+    assert cache.length == x.size(1) + getattr(net.config, "num_meta_tokens", 0)
+    return torch.cat(parts, 1)[..., :VOCAB]
+
+
+def check_cache(net, T=40):
+    """However the prompt is cut, each position has the logits of the full forward."""
+    x = text(2, T, 9, eots=[(0, 0), (0, 9), (0, 25), (1, 16), (1, 17)])
+    whole, sure = logits(net, x), settled(net, x)
+    random = [sorted(torch.randperm(T - 1, generator=rng(i))[: 2 + 3 * i].add(1).tolist()) for i in range(3)]
+    for cuts in (range(1, T), [], [T - 1], [16], [17], *random):
+        same(cached(net, x, cuts), whole, sure, f"cut at {list(cuts)}")
+
+
+# -----------------------------------------------------------------------------
+# 3. Masks, pair by pair
+
+
+def slow_visible(T: int, doc_BT, window: int):
+    """(B, 1, T, T) from the definition, pair by pair."""
+    seen = [[[j <= i and i - j < window and docs[i] == docs[j] for j in range(T)] for i in range(T)]
+            for docs in doc_BT.tolist()]  # fmt: skip
+    return torch.tensor(seen)[:, None]
+
+
+def documents_like(B: int, T: int, rate: float, seed: int = 0):
+    """(B, T) document ids that count up, a new one with probability `rate` at each token."""
+    return (torch.rand(B, T, generator=rng(seed)) < rate).cumsum(1)
+
+
+# -----------------------------------------------------------------------------
+# 4. Inputs of a single layer of the zoo
+
+
+def row_context(config: zoo.Config, T: int, starts=()) -> zoo.gpt.Context:
+    """The context of one row of T tokens whose documents start at these."""
+    doc_BT, position = torch.zeros(1, T, dtype=torch.int64), torch.arange(T)
+    doc_BT[0, list(starts)] = 1
+    doc_BT = doc_BT.cumsum(1)
+    mask = model.DenseMask(position, position, doc_BT, doc_BT, torch.tensor(config.window_size))
+    same_doc_BS = nn.functional.pad(doc_BT, (1, -1), value=-1) == doc_BT
+    noise_key = (torch.tensor(SEED), torch.tensor(STEP), torch.tensor(0), position)
+    return zoo.gpt.Context(None, mask, None, None, None, same_doc_BS, noise_key, torch.zeros(config.num_experts), None)
+
+
+def document_starts(starts, T: int) -> list[int]:
+    """The first token of each token's document."""
+    return [max(start for start in [0, *starts] if start <= t) for t in range(T)]
+
+
+def trunk_of(net, x) -> zoo.gpt.TrunkOutput:
+    """Output of the block stack for these tokens, from a zoo model."""
+    trunks, run_blocks = [], net.run_blocks
+    net.run_blocks = lambda *inputs: trunks.append(run_blocks(*inputs)) or trunks[-1]
+    logits(net, x)
+    del net.run_blocks
+    return trunks[0]
+
+
+POOL = dict(depth="routed", loops=3, identity_layers=1)
+
+
+def random_controller(seed: int = 0, **changes) -> zoo.GPT:
+    """A model with routing over layers whose tokens choose different ones."""
+    net = tiny(seed, **POOL | changes)
+    with torch.no_grad():
+        for p in net.controller.parameters():
+            p.normal_(generator=rng(seed)).mul_(3 * p.size(-1) ** -0.5)
+    return net

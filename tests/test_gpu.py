@@ -20,7 +20,8 @@ import logger  # noqa: E402
 import model as M  # noqa: E402
 import train_muon  # noqa: E402
 from checkpoint import load_model_from_run  # noqa: E402
-from guards import AsyncHostCopy, World  # noqa: E402
+from distributed import World  # noqa: E402
+from guards import AsyncHostCopy  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, Config  # noqa: E402
 from tools import prepare  # noqa: E402
@@ -132,15 +133,14 @@ class Trainer:
         self.hp = dataclasses.replace(train_muon.PRESETS["speedrun"], **settings)
         self.model = GPT(config).init_weights(0).to(device).train()
         self.exchange = train_muon.Exchange(self.model, World(0, 1, device))
-        self.exchange.equip(train_muon.MUON, self.hp)
+        self.exchange.attach_optimizers(train_muon.MUON, self.hp)
         self.note = train_muon.compile_model(self.model, self.hp, device)
         self.next_step = train_muon.random_batches(config, self.hp, 2, rows, device)
 
     def step(self, number: int) -> float:
-        row, signs = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, self.next_step, number, self.hp,
-                                           train_muon.MUON, self.timer)  # fmt: skip
-        self.row = row
-        return AsyncHostCopy(signs)
+        session = train_muon.Session(train_muon.MUON, self.hp, self.model, self.exchange, self.timer)
+        self.row, totals = train_muon.train_step(session, self.next_step, number)
+        return AsyncHostCopy(totals)
 
 
 @pytest.fixture(scope="module")

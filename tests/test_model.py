@@ -23,7 +23,20 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402
-from model import DEPTHS, GPT, PRESETS, ROUTERS, BlockedMask, Cache, Config, ConfigError, DenseMask, FlexMask, Route, hashed_normal  # noqa: E402
+from model import (  # noqa: E402
+    DEPTHS,
+    GPT,
+    PRESETS,
+    ROUTERS,
+    BlockedMask,
+    Cache,
+    Config,
+    ConfigError,
+    DenseMask,
+    FlexMask,
+    Route,
+    hashed_normal,
+)
 
 # -----------------------------------------------------------------------------
 # Helpers

@@ -27,8 +27,9 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import DTYPES, GPT, Config, ConfigError, Parser, add_flags, mean_keys, parameter_rule, positive  # noqa: E402
-from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
+from cli import UserError  # noqa: E402
+from model import DTYPES, GPT, Config, Parser, add_flags, mean_keys, parameter_rule, positive# noqa: E402
+from train_muon import NEWTON_SCHULZ_STEPS# noqa: E402
 
 COMMON = dict(n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512)
 SHAPES = {
@@ -300,7 +301,7 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags -> their values; `config` is the shape with the given fields changed. Raises ConfigError."""
+    """Flags -> their values; `config` is the shape with the given fields changed. Raises UserError."""
     parser = Parser(prog="floor.py", description="The least time of a training step, part by part, at the rates of this machine.")
     parser.add_argument("--shape", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--tokens", type=positive, default=8 * 512, help="per optimizer step")
@@ -328,7 +329,7 @@ def main():
             rows = [c.part._asdict() | dict(gemms=[*c.part.gemms], flops=c.part.flops, compute=c.compute, own=c.own, move=c.move) for c in costs]
             plain = {field: getattr(rates, field) for field in ("matmul", "memory", "cache", "exp")}
             args.json.write_text(json.dumps({"config": dataclasses.asdict(args.config), "rates": plain, "parts": rows}, indent=1) + "\n")
-    except (ConfigError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         sys.exit(f"floor.py: error: {error}")
 
 

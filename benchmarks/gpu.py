@@ -31,13 +31,15 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import UserError  # noqa: E402
 import data  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks import fused_mlp  # noqa: E402
-from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
-from logger import PhaseTimer  # noqa: E402
-from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive  # noqa: E402
+from benchmarks import fused_mlp# noqa: E402
+from benchmarks.floor import dense_twin, measure_rates, step_floor# noqa: E402
+from guards import World# noqa: E402
+from logger import PhaseTimer# noqa: E402
+from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive# noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -117,10 +119,10 @@ class Stepper:
                                  num_iterations=10**5, window_start=config.window_size)  # fmt: skip
         self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
-        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, train_muon.World(0, 1, DEVICE))
+        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, World(0, 1, DEVICE))
         with self.versions():
             self.model = drawn_on_the_device(config).train()
-            self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, DEVICE))
+            self.exchange = train_muon.Exchange(self.model, World(0, 1, DEVICE))
             self.exchange.equip(train_muon.MUON, hp)
             train_muon.compile_model(self.model, hp, DEVICE)
             self.batches = batches(config, hp, rows, args.data)
@@ -484,7 +486,7 @@ def main():
         print(text(results))
         if wrong:
             raise RuntimeError("; ".join(wrong))
-    except (data.DataError, model_file.ConfigError, RuntimeError, OSError) as error:
+    except (UserError, UserError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

@@ -54,11 +54,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from cli import UserError  # noqa: E402
 import train_muon  # noqa: E402
-from logger import RunError  # noqa: E402
-from model import DTYPES, GPT, Config, ConfigError, Parser, activation_bytes, count_parameters, flops_per_token, positive  # noqa: E402
-from tools.plots import COLOURS, THEME  # noqa: E402
-from train_muon import MUON, Bucket, Hyperparameters, Slab, World  # noqa: E402
+from distributed import Bucket, Slab, World# noqa: E402
+from logger import UserError# noqa: E402
+from model import DTYPES, GPT, Config, Parser, activation_bytes, count_parameters, flops_per_token, positive# noqa: E402
+from tools.plots import COLOURS, THEME# noqa: E402
+from train_muon import MUON, MuonConfig# noqa: E402
 
 # -----------------------------------------------------------------------------
 # The machine: every field is a flag
@@ -343,7 +345,7 @@ BOUND = {"compute": "compute", "newton_schulz": "Newton-Schulz", "memory": "memo
 
 
 def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args: argparse.Namespace) -> dict:
-    """A model on world_size ranks of which `parts` share the experts. Raises RunError if the batch does not divide."""
+    """A model on world_size ranks of which `parts` share the experts. Raises UserError if the batch does not divide."""
     machine = args.machine
     p = planned(config, world_size, parts, args.seq_len, args.bucket_mb)
     world, room = World(0, world_size, torch.device("cpu")), args.micro_batch_tokens
@@ -380,7 +382,7 @@ def all_rows(args: argparse.Namespace) -> list[dict]:
         for parts in dict.fromkeys(parts_of(scheme, name, world_size, args.machine) for scheme in SCHEMES):
             try:
                 rows.append({"model": name, "scaling": scaling} | predict(LADDER[name], world_size, parts, tokens, args))
-            except RunError:
+            except UserError:
                 break
     return rows
 
@@ -572,7 +574,7 @@ def main():
     args = parse()
     try:
         rows = all_rows(args)
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"scaling.py: error: {error}")
     stops = stop_lines(rows, args)
     print(table(rows))

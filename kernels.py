@@ -4,7 +4,7 @@
     quantise      FP8 copies of a matrix and of its transpose in one reading, as FP8 matmuls want both sides along the summed dimension
     gram, gram_polynomial   the symmetric products of Newton-Schulz: half the tiles, the other half mirrored, the sum with A in the same kernel
 
-Why these and no others: benchmarks/README.md, "A MoE step on one H200". TRITON_INTERPRET=1 runs them on a CPU, which is how tests/test_kernels.py
+Why these and no others: benchmarks/README.md, "A MoE step on one H200". TRITON_INTERPRET=1 runs them on a CPU, which is how tests/core/test_kernels.py
 checks them anywhere. Letters as in model.py: T tokens, V padded vocabulary, D n_embd."""
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""benchmarks/floor.py and throughput.py: FLOPs against the model card and torch's counter, byte counts by hand, what must hold of any floor,
-verdicts on made-up races, and both scripts at a tiny shape. CPU, no network; Mixtral only where transformers is installed."""
+"""benchmarks/floor.py, throughput.py, contenders.py, gpu.py, arithmetic.py, domains.py.
+
+FLOPs against the model card and torch's counter, byte counts by hand, properties of every floor, verdicts on given races, and the
+scripts at a tiny shape. CPU, no network; Mixtral only if transformers is installed: `pytest tests/tools/test_benchmarks.py`.
+"""
 
 import dataclasses
 import importlib.util
@@ -14,23 +17,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402
 import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
+import zoo  # noqa: E402
 from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
-from model import GPT, Config  # noqa: E402
+from model import Config, build  # noqa: E402
 from tools import prepare  # noqa: E402
 
-TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2, value_embeds=0, window_size=64)
+TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2,
+            value_embeds=0, window_size=64)  # fmt: skip
 SHAPES = {
     "experts": Config(**TINY),
     "dense": dense_twin(Config(**TINY)),
     "mixed": Config(**TINY | dict(pattern="DM", n_layer=4, attention="AA-A", window="LS", window_size=40, value_embeds=1)),
-    "hash": Config(**TINY | dict(router="hash", num_experts=8, top_k=1, dtype="fp32")),
+    "hash": zoo.Config(**TINY | dict(router="hash", num_experts=8, top_k=1, dtype="fp32")),
 }
 RATES = Rates(matmul=1e12, memory=1e10, cache=1e11, exp=1e9)
 TOKENS, SEQ_LEN = 256, 64
@@ -47,7 +53,7 @@ def flops(config: Config, *names: str) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_flops_are_the_model_cards(shape):
+def test_flops_equal_those_of_the_model_card(shape):
     assert flops(SHAPES[shape]) == pytest.approx(TOKENS * model.flops_per_token(SHAPES[shape], SEQ_LEN), rel=1e-12)
 
 
@@ -64,22 +70,22 @@ def counted(run) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("shape", ["experts", "dense"])
-def test_flops_are_those_that_torch_counts(shape):
+def test_flops_equal_those_counted_by_torch(shape):
     config = SHAPES[shape]
-    net, ids = GPT(config).train(), torch.randint(config.eot_token, (TOKENS // SEQ_LEN, SEQ_LEN))
+    net, ids = build(config).train(), torch.randint(config.eot_token, (TOKENS // SEQ_LEN, SEQ_LEN))
     seen = sum(counted(lambda: net(ids, ids).loss.backward()).values())
     scores = flops(config, "attention scores")  # the counter sees the upper triangle too, which holds no keys
     assert seen == pytest.approx(flops(config) - scores + scores * 2 * SEQ_LEN / (SEQ_LEN + 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("rows, cols", [(8, 24), (16, 16)])
-def test_newton_schulz_flops_are_those_that_torch_counts(rows, cols):
+def test_newton_schulz_flops_equal_those_counted_by_torch(rows, cols):
     seen = sum(counted(lambda: train_muon.newton_schulz(torch.randn(3, rows, cols))).values())
     assert seen == sum(gemm.flops for gemm in floor.newton_schulz(rows, cols, 3))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_newton_schulz_flops_are_the_plans(shape):
+def test_newton_schulz_flops_equal_those_of_the_plan(shape):
     plan = train_muon.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
     assert flops(SHAPES[shape], "Newton-Schulz + Muon") == plan["newton_schulz_total"]
 
@@ -163,7 +169,7 @@ def made_up() -> Race:
     return Race(10, [100.0, 100.0, 50.0], seconds, {"moe_adamw": 8.0}, memory, floors, [], 0.5)
 
 
-def test_a_race_speaks_in_medians_of_rounds():
+def test_a_race_compares_medians_of_rounds():
     race = made_up()
     assert (race.step("moe_adamw"), race.ratio("moe_adamw", "dense_adamw"), race.fastest("mixtral_")) == (2.0, 2.0, "mixtral_grouped_mm")
     assert race.share("moe_adamw") == 0.4  # of 80/100, 40/100, 20/50
@@ -189,7 +195,7 @@ def test_suites_name_contenders_and_shapes_that_exist():
 
 
 # -----------------------------------------------------------------------------
-# Rivals
+# Contenders
 
 
 def work(config: Config) -> contenders.Work:
@@ -203,12 +209,12 @@ def test_tokens_are_random_and_end_no_document():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_nanogpt_trains_and_its_flops_are_those_that_torch_counts(dtype):
+def test_nanogpt_trains_and_its_flops_equal_those_counted_by_torch(dtype):
     step, per_token = contenders.nanogpt(dtype)(work(SHAPES["dense"]))
     step(0)
     seen = counted(lambda: step(1))
     mine = flops(SHAPES["dense"], "attention projections", "dense MLP", "head + loss")
-    assert seen["aten.mm"] == mine  # a tied head costs what an untied one does
+    assert seen["aten.mm"] == mine  # a tied head has the FLOPs of an untied one
     assert TOKENS * per_token == pytest.approx(flops(SHAPES["dense"]), rel=1e-12)
 
 
@@ -315,7 +321,7 @@ def on_cpu(monkeypatch, tmp_path):
     return args, []
 
 
-def test_every_row_of_the_gpu_s_table_is_measured_beside_its_reference(on_cpu):
+def test_every_row_of_the_gpu_table_is_measured_beside_its_reference(on_cpu):
     args, saved = on_cpu
     assert gpu.step_rows(args, RATES, saved.append) == []
     assert [row["row"] for row in saved] == list(gpu.ROWS)
@@ -323,15 +329,15 @@ def test_every_row_of_the_gpu_s_table_is_measured_beside_its_reference(on_cpu):
         assert row["ms"] > 0 and len(row["ratios"]) == 2 and row["against"] == gpu.ROWS[row["row"]].against and math.isfinite(row["loss"])
         config = gpu.ROWS[row["row"]].shape(args.config)
         assert row["mfu"] == pytest.approx(512 / row["ms"] * 1000 * model.flops_per_token(config, 128) / 1e12)
-        assert (row["load_max_over_mean"] is None) == (config.routed_layers == 0)
+        assert (row["load_max_over_mean"] is None) == (config.num_moe_layers == 0)
     by_name = {row["row"]: row for row in saved}
     assert by_name["dense"]["ratio"] == 1 and by_name["moe_uniform"]["load_max_over_mean"] == pytest.approx(1)
     assert model.EXPERTS["mlp"] is model.MLPExperts and model.FEED_FORWARDS["D"] is model.DenseMLP  # and after the fused ones
-    assert gpu.model_file.softcap_nll.__wrapped__ and gpu.train_muon.gram.__wrapped__  # put back after the plain row
+    assert model.softcap_nll.__wrapped__ and ops.quantise.__wrapped__ and train_muon.gram.__wrapped__  # as before the plain row
 
 
-def test_a_row_that_goes_wrong_is_named_and_costs_no_other(on_cpu, monkeypatch):
-    """A loss that is not finite has no time, and a model that cannot be built none either."""
+def test_a_row_that_fails_is_named_and_affects_no_other(on_cpu, monkeypatch):
+    """Failures are a loss that is not finite and a model that cannot be built."""
     args, saved = on_cpu
     args.rows = ["dense", "moe_16", "moe"]
     monkeypatch.setitem(gpu.ROWS, "moe_16", gpu.ROWS["moe_16"]._replace(shape=lambda config: 1 / 0))
@@ -342,7 +348,7 @@ def test_a_row_that_goes_wrong_is_named_and_costs_no_other(on_cpu, monkeypatch):
     assert dense.startswith("row dense: the loss is nan") and not saved
 
 
-def test_the_gpu_s_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypatch):
+def test_gpu_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypatch):
     args, saved = on_cpu
     monkeypatch.setattr(gpu, "milliseconds", lambda call: (call(), 0.5)[1])
     gpu.part_rows(args, saved.append)
@@ -358,9 +364,9 @@ def test_the_gpu_s_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, mo
     assert "grouped down" in gpu.text(results)
 
 
-def test_gpu_scripts_say_what_they_need():
+def test_gpu_scripts_name_their_requirements():
     if torch.cuda.is_available():
-        pytest.skip("this machine has what they need")
+        pytest.skip("this machine has a GPU")
     done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(["bash", "benchmarks/gpu.sh", "everything"], cwd=ROOT, capture_output=True, text=True)
@@ -383,7 +389,7 @@ def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--tokens", 512, "--seeds", 0]
     benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "loop2x2", "--steps", 2)
     assert "loop2x2_0, 4 loops" in benchmark("arithmetic.py", "curve", *ours, "--models", "loop2x2")
-    assert benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "--steps", 2) == "", "what is there is left alone"
+    assert benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "--steps", 2) == "", "models with results are not trained again"
     rows = benchmark("arithmetic.py", "table", *results).splitlines()
     assert rows[2].startswith("| `stack4` | 0.24 |") and rows[3].startswith("| `loop2x2` | 0.14 |") and rows[-1].startswith("| `loop2x2` |")
 

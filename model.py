@@ -3,20 +3,22 @@
     python model.py --preset speedrun                                             # the model card
     python model.py --checkpoint logs/muon/checkpoint --prompt "def forward(self"   # sample
 
-RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, ReLU^2 experts behind a noisy top-2 router, zero-initialised output
-projections, an untied head, embedding and U-net skips, value embeddings, n-gram embeddings, keys of the previous token, long-short
-sliding windows, document masks, softcapped logits, an FP8 head, and a loss that never holds all logits in fp32.
+RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, ReLU^2 experts behind a noisy top-2 router,
+zero-initialised output projections, an untied head, embedding and U-net skips, value embeddings, n-gram embeddings,
+keys of the previous token, long-short sliding windows, document masks, softcapped logits, an FP8 head, and a loss that
+never holds all logits in fp32.
 
-The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, head and loss, initial values, presets.
-Operators with a hand-written backward are in ops.py. ROUTERS, EXPERTS, ATTENTIONS and DEPTHS are tables: a file of your own adds an
-entry or a subclass, as zoo/ does.
+The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, head and loss, initial values,
+presets. Operators with a hand-written backward are in ops.py. ROUTERS, EXPERTS, ATTENTIONS and DEPTHS are tables: a
+file of your own adds an entry or a subclass, as zoo/ does.
 
-Shape suffixes: B rows, T tokens of a row (or all B*T tokens where B is absent), S tokens of a row so far, D n_embd, H heads,
-C head_dim, E experts, K top_k, R = T*K routed rows, F hidden width of an expert, L MoE layers, V padded vocabulary.
+Shape suffixes: B rows, T tokens of a row (or all B*T tokens where B is absent), S tokens of a row so far, D n_embd, H
+heads, C head_dim, E experts, K top_k, R = T*K routed rows, F hidden width of an expert, L MoE layers, V padded
+vocabulary.
 
-Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables); Shazeer et al.
-1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance).
-"""
+Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables);
+Shazeer et al. 1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang
+et al. 2408.15664 (bias balance)."""
 
 import dataclasses
 import functools
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from cli import ConfigError
+from cli import UserError, require
 from ops import norm
 
 # -----------------------------------------------------------------------------
@@ -40,7 +42,7 @@ from ops import norm
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The shape of the model and its loss. Raises ConfigError, which names the field and its legal values."""
+    """The shape of the model and its loss. Raises UserError, which names the field and its legal values."""
 
     # vocabulary and shape
     vocab_size: int = 50257  # ids in use; tables are padded to a multiple of 64
@@ -59,7 +61,9 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = no noise, no weights for it
-    norm_topk_prob: float = 1.0  # gates = kept scores / (their sum to this power); 1 = normalised, 0 = the router's probabilities
+    norm_topk_prob: float = (
+        1.0  # gates = kept scores / (their sum to this power); 1 = normalised, 0 = the router's probabilities
+    )
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
@@ -84,38 +88,39 @@ class Config:
         for field in dataclasses.fields(self):
             value, legal = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
             fits = type(value) in legal or (float in legal and type(value) is int)
-            self.require(field.name, fits, "of type " + " or ".join(kind.__name__ for kind in legal))
-            self.require(field.name, not isinstance(value, float) or math.isfinite(value), "finite")
+            require(self, field.name, fits, "of type " + " or ".join(kind.__name__ for kind in legal))
+            require(self, field.name, not isinstance(value, float) or math.isfinite(value), "finite")
         self.check()
 
     def check(self):
         """The legal values of every field."""
         for name in "vocab_size n_layer n_embd n_head num_experts top_k balance_window window_size ngram_rows".split():
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in """balance_coef z_coef bias_update_factor router_noise norm_topk_prob num_shared_experts
                        shared_dim""".split():
-            self.require(name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in "mlp_ratio attn_scale softcap".split():
-            self.require(name, getattr(self, name) > 0, "above 0")
+            require(self, name, getattr(self, name) > 0, "above 0")
         for name, table in self.tables().items():
-            self.require(name, getattr(self, name) in table, "one of " + ", ".join(table))
+            require(self, name, getattr(self, name) in table, "one of " + ", ".join(table))
         for name, letters in self.letters().items():
             value = getattr(self, name)
-            self.require(name, value != "" and set(value) <= set(letters), "a string of the letters " + " ".join(letters))
-        self.require("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
-        self.require("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
+            legal = "a string of the letters " + " ".join(letters)
+            require(self, name, value != "" and set(value) <= set(letters), legal)
+        require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
+        require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
         most = self.n_layer // 2
-        self.require("value_embeds", 0 <= self.value_embeds <= most, f"from 0 to n_layer // 2 = {most}")
-        self.require("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
-        self.require("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
-        self.require("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
-        self.require("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
+        require(self, "value_embeds", 0 <= self.value_embeds <= most, f"from 0 to n_layer // 2 = {most}")
+        require(self, "head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
+        require(self, "n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
+        require(self, "top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         width = self.mlp_ratio * self.n_embd / self.equal_experts
-        legal = (f"such that mlp_ratio * n_embd / {self.equal_experts} = {width}, the width of one of a token's top_k + "
-                 "num_shared_experts (without those that have a shared_dim), is a multiple of 8")  # fmt: skip
-        self.require("mlp_ratio", width > 0 and width % 8 == 0, legal)
-        self.require("shared_dim", self.shared_dim % 8 == 0, "a multiple of 8")
-        self.require("shared_dim", self.shared_dim == 0 or self.num_shared_experts > 0, "0 without num_shared_experts")
+        share = f"mlp_ratio * n_embd / {self.equal_experts} = {width}, the width of one of a token's top_k + "
+        share += "num_shared_experts (without those that have a shared_dim),"
+        require(self, "mlp_ratio", width > 0 and width % 8 == 0, f"such that {share} is a multiple of 8")
+        require(self, "shared_dim", self.shared_dim % 8 == 0, "a multiple of 8")
+        require(self, "shared_dim", self.shared_dim == 0 or self.num_shared_experts > 0, "0 without num_shared_experts")
 
     def tables(self) -> dict[str, dict]:
         """Field -> the table whose keys are its legal values."""
@@ -124,10 +129,6 @@ class Config:
     def letters(self) -> dict[str, typing.Iterable[str]]:
         """Field of one letter per layer -> its legal letters."""
         return {"pattern": FEED_FORWARDS, "attention": ATTENTIONS, "window": WINDOWS}
-
-    def require(self, field: str, condition: bool, legal: str):
-        if not condition:
-            raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
 
     def model_class(self) -> type:
         return DEPTHS[self.depth]
@@ -138,7 +139,8 @@ class Config:
         return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
 
     def describe_experts(self) -> str:
-        shared = f"; {self.num_shared_experts} shared, {self.shared_width} wide together" if self.num_shared_experts else ""
+        """The experts on the model card."""
+        shared = f"; {self.num_shared_experts} shared, {self.shared_width} wide together" * (self.shared_width > 0)
         return f"{self.num_experts} x {self.hidden_size} wide {self.experts}{shared}"
 
     @property
@@ -156,7 +158,7 @@ class Config:
 
     @property
     def hidden_size(self) -> int:
-        """Hidden width of one expert: a token's experts together cost as much as a dense MLP of width mlp_ratio * n_embd."""
+        """Hidden width of one expert; a token's experts together cost a dense MLP of width mlp_ratio * n_embd."""
         return int(self.mlp_ratio * self.n_embd / self.equal_experts)
 
     @property
@@ -212,8 +214,8 @@ class DecodeMask(DenseMask):
 class BlockedMask:
     """For the CPU: queries in blocks of 128, each against the keys within its reach.
 
-    The upper triangle and keys beyond the window cost nothing. Forward + backward take 0.3 to 0.6 of SDPA with a dense mask (8,192
-    tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores)."""
+    The upper triangle and keys beyond the window cost nothing. Forward + backward take 0.3 to 0.6 of SDPA with a dense
+    mask (8,192 tokens, bf16, two heads of 128, T 512 and 1024, windows 128 and T, two cores)."""
 
     BLOCK = 128
 
@@ -231,42 +233,14 @@ class BlockedMask:
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         flat = lambda x_BHTC: x_BHTC.flatten(0, 1).contiguous()
-        y = BlockedAttention.apply(flat(q_BHTC) * scale, flat(k_BHTC), flat(v_BHTC), self.blocks)
+        y = ops.blocked_attention(flat(q_BHTC) * scale, flat(k_BHTC), flat(v_BHTC), self.blocks)
         return y.view(q_BHTC.shape)
-
-
-class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T) v block by block over (N = B*H, T, C), q already scaled. Saves the probabilities for backward."""
-
-    @staticmethod
-    def forward(ctx, q_NTC, k_NTC, v_NTC, blocks):
-        y_NTC, probabilities = torch.empty_like(q_NTC), []
-        for q, kv, hidden_B1QK in blocks:
-            score = torch.bmm(q_NTC[:, q], k_NTC[:, kv].mT)
-            score.unflatten(0, (len(hidden_B1QK), -1)).masked_fill_(hidden_B1QK, -math.inf)
-            probabilities.append(score.softmax(-1))
-            y_NTC[:, q] = torch.bmm(probabilities[-1], v_NTC[:, kv])
-        ctx.save_for_backward(q_NTC, k_NTC, v_NTC, *probabilities)
-        ctx.blocks = blocks
-        return y_NTC
-
-    @staticmethod
-    def backward(ctx, dy_NTC):
-        q_NTC, k_NTC, v_NTC, *probabilities = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q_NTC), torch.zeros_like(k_NTC), torch.zeros_like(v_NTC)
-        for (q, kv, _), p in zip(ctx.blocks, probabilities):
-            dy = dy_NTC[:, q]
-            dv[:, kv] += torch.bmm(p.mT, dy)
-            ds = torch._softmax_backward_data(torch.bmm(dy, v_NTC[:, kv].mT), p, -1, p.dtype)
-            dq[:, q] = torch.bmm(ds, k_NTC[:, kv])
-            dk[:, kv] += torch.bmm(ds.mT, q_NTC[:, q])
-        return dq, dk, dv, None
 
 
 class FlexMask:
     """For CUDA: FlexAttention over a BlockMask built from block-wise document bounds, never from a T x T mask.
 
-    T must be a multiple of 128. Blocks that every query sees whole skip the mask function (modded-nanogpt records 15-16)."""
+    T must be a multiple of 128. Blocks visible to every query skip the mask function (modded-nanogpt records 15-16)."""
 
     BLOCK = 128
 
@@ -365,7 +339,7 @@ def rotate_normed(x_BTHC: Tensor, ctx: Context) -> Tensor:
 class KeyOffsetAttention(Attention):
     """The channels of a key that do not rotate come from the previous token (modded-nanogpt record 49).
 
-    A query that looks for its own text then finds the token after it: one layer copies, where plain attention needs two."""
+    A query for its own text then finds the token after it: one layer copies, where plain attention needs two."""
 
     def keys(self, k_BTHC: Tensor, ctx: Context) -> Tensor:
         k_BTHC = super().keys(k_BTHC, ctx)
@@ -409,28 +383,27 @@ class KVCache:
         self.ids_BT, self.doc_BT = torch.zeros(2, batch_size, max_len, dtype=torch.int64, device=device)
         self.kept = {}  # module -> tensors (B, max_len, ...)
         self.state = {}  # module -> its state after the last token
-        self.length = 0  # tokens of finished forward passes
+        self.length = 0  # tokens so far
 
     def last_doc(self) -> Tensor:
         """Document (B, 1) of the last cached token, 0 for an empty cache."""
         return self.doc_BT[:, max(0, self.length - 1), None]
 
     def add_tokens(self, ids_BT: Tensor, doc_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ids and documents of the next T tokens; returns those of all S tokens so far."""
-        end = self.length + doc_BT.size(1)
-        if end > self.doc_BT.size(1):
-            raise ValueError(f"the cache has room for {self.doc_BT.size(1)} tokens and {end} were fed; use a larger max_len")
-        self.ids_BT[:, self.length : end], self.doc_BT[:, self.length : end] = ids_BT, doc_BT
+        """Begin a forward pass of T new tokens; returns ids and documents of all S tokens so far."""
+        start, end, room = self.length, self.length + doc_BT.size(1), self.doc_BT.size(1)
+        if end > room:
+            raise ValueError(f"the cache has room for {room} tokens and {end} were fed; use a larger max_len")
+        self.ids_BT[:, start:end], self.doc_BT[:, start:end], self.length = ids_BT, doc_BT, end
         return self.ids_BT[:, :end], self.doc_BT[:, :end]
 
     def append(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
         """Store a module's tensors (B, T, ...) of the new tokens; returns those of all S tokens so far."""
-        end = self.length + parts[0].size(1)
         if module not in self.kept:
             self.kept[module] = tuple(part.new_zeros(*self.doc_BT.shape, *part.shape[2:]) for part in parts)
         for stored, part in zip(self.kept[module], parts):
-            stored[:, self.length : end] = part
-        return tuple(stored[:, :end] for stored in self.kept[module])
+            stored[:, self.length - part.size(1) : self.length] = part
+        return tuple(stored[:, : self.length] for stored in self.kept[module])
 
     def recall(self, module: nn.Module, default: Tensor) -> Tensor:
         """A module's state after the last cached token."""
@@ -454,7 +427,7 @@ class Route(NamedTuple):
 
 
 class LinearRouter(nn.Module):
-    """Noisy top-k gating (1701.06538 eq. 3-5): top-k of x W + N(0, 1) softplus(x W_noise), gates = softmax over the k kept.
+    """Noisy top-k gating (1701.06538 eq. 3-5): top-k of x W + N(0, 1) softplus(x W_noise), gates = softmax of these k.
 
     The noise is drawn in training only. The aux-loss-free bias changes the selection, never the gates (2408.15664)."""
 
@@ -517,8 +490,8 @@ EXPERTS = {"mlp": MLPExperts}  # key of `experts` -> class
 def dispatch(x_TD: Tensor, route: Route, experts) -> tuple[Tensor, Tensor]:
     """The gated sum (T, D) of each token's K experts, and tokens per expert (E,), int64. Dropless, whatever the load.
 
-    experts(rows_RD sorted by expert, ends_E) -> rows_RD. A token with expert id E has no expert: its rows are sorted last.
-    Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
+    experts(rows_RD sorted by expert, ends_E) -> rows_RD. A token with expert id E has no expert: its rows are sorted
+    last. Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
     (T, K), E = route.expert_TK.shape, route.logits_TE.size(1)
     expert_R, slot_R = route.expert_TK.flatten().to(torch.int16).sort(stable=True)  # radix sort: 5x faster than int64
     row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
@@ -548,15 +521,15 @@ ALL_HERE = ExpertRanks()
 def expert_all_to_all(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     """experts(rows, ends) for experts spread over the ranks of `group`: rows travel to their expert's rank and back.
 
-    One host synchronisation: an all-to-all needs the number of rows on the host. A rank may receive any number of rows."""
+    One host synchronisation: an all-to-all needs row counts on the host. A rank may receive any number of rows."""
     N = dist.get_world_size(group)
     sent_NE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(N, -1)  # rows from here, per rank and expert on it
     received_NE = torch.empty_like(sent_NE)
     dist.all_to_all_single(received_NE, sent_NE.contiguous(), group=group)
     sent_N, received_N = torch.stack([sent_NE.sum(1), received_NE.sum(1)]).tolist()
     expert_R = torch.arange(sent_NE.size(1), dtype=torch.int16, device=rows_RD.device).repeat(N)
-    expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))  # sorted by (rank, expert)
-    by_expert_R = expert_R.argsort(stable=True)
+    expert_R = expert_R.repeat_interleave(received_NE.flatten(), output_size=sum(received_N))
+    by_expert_R = expert_R.argsort(stable=True)  # rows arrive sorted by (rank, expert)
     position = torch.arange(len(by_expert_R), device=rows_RD.device)
     by_rank_R = torch.empty_like(by_expert_R).scatter_(0, by_expert_R, position)
     rows_RD = AllToAll.apply(rows_RD, sent_N, received_N, group)
@@ -672,11 +645,11 @@ class Block(nn.Module):
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, V), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses in training; None without targets
-    stats: dict[str, Tensor]  # without a cache: ce, balance_loss, z_loss, entropy, router_loss (0-d), counts_LE
+    stats: dict[str, Tensor]  # ce, balance_loss, z_loss, entropy, router_loss (0-d), counts_LE; zeros while decoding
 
 
 class GPT(nn.Module):
-    """Tokens to logits or loss. `forward` changes nothing but the cache; the training loop calls set_step and balance."""
+    """Tokens to logits or loss. forward changes nothing but the cache; the training loop calls set_step and balance."""
 
     block_type = Block
     cache_type = KVCache
@@ -685,7 +658,8 @@ class GPT(nn.Module):
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
         self.config, self.ranks = config, ranks
-        V, D, W, L = config.padded_vocab_size, config.n_embd, config.n_head * config.head_dim, config.num_moe_layers
+        V, D, W = config.padded_vocab_size, config.n_embd, config.n_head * config.head_dim
+        L, E = config.num_moe_layers, config.num_experts
         self.embed = nn.Parameter(torch.empty(V, D))
         self.ngram_embeds = nn.ParameterList(torch.empty(config.ngram_rows, D) for _ in config.ngrams)
         self.value_embeds = nn.ParameterList(torch.empty(V, W) for _ in range(config.value_embeds))
@@ -693,10 +667,10 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
         self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(V, D))
         self.add_skip = add_skip
-        self.token_nll = functools.partial(softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
+        self.token_nll = functools.partial(ops.softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
         # load balancing, see balance(): load of the last steps, and the selection bias
-        self.register_buffer("load_WLE", torch.full((config.balance_window, L, config.num_experts), 1 / config.num_experts))
-        self.register_buffer("bias_LE", torch.zeros(L, config.num_experts))
+        self.register_buffer("load_WLE", torch.full((config.balance_window, L, E), 1 / E))
+        self.register_buffer("bias_LE", torch.zeros(L, E))
         # written by set_step(): seed, step, number of the micro-batch's first token in the global batch, window
         self.register_buffer("clock", torch.tensor([0, 0, 0, config.window_size]), persistent=False)
         self.init_weights()
@@ -708,7 +682,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """After each optimizer step, with the counts of the global batch: move the load window and the selection bias."""
+        """After each optimizer step, with the global batch's counts: move the load window and the selection bias."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
@@ -723,15 +697,11 @@ class GPT(nn.Module):
         ids_BS, doc_BS = (tokens_BT, doc_BT) if cache is None else cache.add_tokens(tokens_BT, doc_BT)
         x0_BTD = norm(self.embeddings(tokens_BT, ids_BS, doc_BS))
         x_BTD, layer_stats = self.run_blocks(x0_BTD, self.contexts(tokens_BT, doc_BT, doc_BS, cache))
-        x_BTD, stats = norm(x_BTD), {}
-        if cache is None:
-            stats = self.summary(layer_stats)
-        else:
-            cache.length += tokens_BT.size(1)
+        x_BTD, stats = norm(x_BTD), self.summary(layer_stats)
         if targets_BT is None:
             return Output(self.logits(x_BTD), None, stats)
         ce = self.summed_nll(x_BTD, targets_BT) / targets_BT.numel()
-        loss = ce + self.auxiliary_loss(stats) if self.training and stats else ce
+        loss = ce + self.auxiliary_loss(stats) if self.training else ce
         return Output(None, loss, stats | {"ce": ce.detach()})
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
@@ -786,7 +756,8 @@ class GPT(nn.Module):
         letters = zip(config.per_layer("window"), config.per_layer("pattern"), self.layer_value_embeds(ids_BT))
         for window_letter, pattern_letter, value_embed in letters:
             noise_key, bias_E = (seed, step, layer_L[moe_layer], token_T), bias_LE[moe_layer]
-            contexts.append(Context(ids_BT, masks[window_letter], value_embed, cos, sin, same_doc_BS, noise_key, bias_E, cache))
+            mask = masks[window_letter]
+            contexts.append(Context(ids_BT, mask, value_embed, cos, sin, same_doc_BS, noise_key, bias_E, cache))
             moe_layer += pattern_letter == "M"
         return contexts
 
@@ -794,16 +765,16 @@ class GPT(nn.Module):
         """Means over MoE layers, counts per layer. balance_loss is 1 at even load (2101.03961 eq. 4, per layer).
 
         Its load is that of the global batch in the last steps, so its gradient adds up over micro-batches and ranks."""
-        if not stats:
-            zero = self.bias_LE.new_zeros(())
-            return dict.fromkeys(("balance_loss", "z_loss", "entropy", "router_loss"), zero) | {"counts_LE": self.bias_LE.long()}
+        if not stats:  # a dense model, or decoding
+            zeros = dict.fromkeys(("balance_loss", "z_loss", "entropy", "router_loss"), self.bias_LE.new_zeros(()))
+            return zeros | {"counts_LE": torch.zeros_like(self.bias_LE, dtype=torch.int64)}
         counts_LE, prob_LE, z_loss, entropy, losses = zip(*stats)
         balance_L = self.config.num_experts * (self.load_WLE.mean(0) * torch.stack(prob_LE)).sum(-1)
         return {
             "balance_loss": balance_L.mean(),
             "z_loss": torch.stack(z_loss).mean(),
             "entropy": torch.stack(entropy).mean(),
-            "router_loss": torch.as_tensor(sum(losses), device=balance_L.device),
+            "router_loss": sum(losses, start=torch.zeros_like(z_loss[0])),
             "counts_LE": torch.stack(counts_LE),
         }
 
@@ -815,7 +786,7 @@ class GPT(nn.Module):
     def summed_nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets."""
         head = ops.HEADS[self.config.head if self.training else "bf16"]
-        return chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.token_nll)
+        return ops.chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, self.token_nll)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         z_BTV = F.linear(x_BTD, self.head.type_as(x_BTD)).float()
@@ -826,23 +797,24 @@ class GPT(nn.Module):
     # ---- sampling
 
     @torch.no_grad()
-    def stream(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               seed: int = 0, stop_at: int | None = None):  # fmt: skip
+    def stream(self, tokens_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+               top_p: float = 1.0, seed: int = 0, stop_at: int | None = None):  # fmt: skip
         """Yields the ids (B,) that follow (B, T >= 1) ids, one position at a time, sampled with a KV cache.
 
         temperature 0 takes the likeliest id; top_k keeps the k likeliest (0 = all), top_p the likeliest with this total
-        probability (1904.09751). Row b depends on seed + b alone. After `stop_at` a row repeats it; sampling ends when all
-        rows have stopped. Raises ValueError for an empty prompt, ConfigError for a number out of range."""
+        probability (1904.09751). Row b depends on seed + b alone. After `stop_at` a row repeats it; sampling ends when
+        all rows have stopped. Raises ValueError for an empty prompt, UserError for a number out of range."""
         limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"),
                   "top_k": (top_k, top_k >= 0, "at least 0"),
                   "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1")}  # fmt: skip
         for name, (value, fits, legal) in limits.items():
             if not fits:
-                raise ConfigError(f"{name} is {value}; it must be {legal}")
+                raise UserError(f"{name} is {value}; it must be {legal}")
         B, T = tokens_BT.shape
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")
-        training, generators = self.training, [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
+        training = self.training
+        generators = [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
         cache, new_BT = self.cache_type(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
         stopped_B = torch.zeros_like(tokens_BT[:, 0], dtype=torch.bool)
         self.eval()
@@ -891,13 +863,14 @@ class GPT(nn.Module):
         shape = tuple(self.get_parameter(name).shape)
         return (shape[0] * self.ranks.size, *shape[1:]) if parameter_rule(name).kind == "expert" else shape
 
-    def compile_blocks(self):
-        """Compile block by block, so that gradients are ready during backward and can be sent."""
+    def compile_blocks(self) -> str:
+        """Compile block by block, so that gradients are ready during backward and can be sent; returns a note."""
         for block in self.blocks:
             block.compile(fullgraph=self.ranks.size == 1, dynamic=False)  # an all-to-all breaks the graph
         self.add_skip = torch.compile(self.add_skip, dynamic=False)
         if self.head.device.type == "cpu":  # CUDA has a kernel
             self.token_nll = torch.compile(self.token_nll, dynamic=False)
+        return "compiled"
 
     def active_share(self, name: str) -> float:
         """Share of a parameter in one token's forward pass: its top_k experts at even load, one row of each table."""
@@ -920,10 +893,11 @@ class GPT(nn.Module):
         return in_matmul or (name == "embed" and self.config.tie_embeddings)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of forward + backward per token at the full window: 6 per active weight, 12 per attended key and channel.
+        """FLOPs of forward + backward per token: 6 per active weight of a matmul, 12 per attended key and channel.
 
-        Lookups, norms and inactive experts count nothing. Attention counts the keys in the causal window, documents ignored."""
-        weights = sum(p.numel() * self.active_share(name) for name, p in self.named_parameters() if self.is_in_matmul(name))
+        Attention counts the keys in the causal window at its full size, documents ignored."""
+        active = {name: p.numel() * self.active_share(name) for name, p in self.named_parameters()}
+        weights = sum(numel for name, numel in active.items() if self.is_in_matmul(name))
         letters = zip(self.config.per_layer("attention"), self.config.per_layer("window"))
         keys = sum(mean_keys(self.config, window, seq_len) for attention, window in letters if attention != "-")
         return 6 * weights + 12 * keys * self.config.n_head * self.config.head_dim
@@ -938,7 +912,7 @@ def add_skip(weight: Tensor, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
     return ops.blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, y_BTD)
 
 
-def sample_ids(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator]) -> Tensor:
+def sample_ids(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generators: list) -> Tensor:
     """An id (B,) per row, drawn with the row's own generator; the rules are those of GPT.stream."""
     if temperature == 0:
         return logits_BV.argmax(-1)
@@ -976,72 +950,6 @@ def flops_per_token(config: Config, seq_len: int) -> float:
 
 
 # -----------------------------------------------------------------------------
-# Loss
-
-
-@ops.kernel_on_cuda
-def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float) -> Tensor:
-    """Cross-entropy (T,) in nats, fp32, of logits softcapped to 2 c sigmoid(2 z / c); z is overwritten by its gradient.
-
-    The logits are bounded, so exp needs no running maximum. Targets below 0 are ignored. On a CPU sigmoid takes a sixth of
-    the time of tanh, and exp2 a third of that of exp."""
-    s_TV = (z_TV.float() * (2 / softcap)).sigmoid_()
-    bits = 2 * softcap / math.log(2)  # a logit is s * bits in powers of two; minus the middle of the range: +-bits / 2
-    e_TV = torch.rsub(s_TV, -bits / 2, alpha=-bits).exp2_()
-    e_TV[:, vocab_size:] = 0
-    total_T1 = e_TV.sum(-1, keepdim=True)
-    counts_T1 = (target_T >= 0)[:, None].float()
-    target_T1 = target_T.clamp(min=0)[:, None]
-    nll_T1 = total_T1.log() - softcap * (2 * s_TV.gather(1, target_T1) - 1)
-    dlogit_TV = e_TV.mul_(counts_T1 / total_T1).scatter_add_(1, target_T1, -counts_T1)
-    z_TV.copy_(dlogit_TV.mul_(s_TV).mul_(1 - s_TV).mul_(4))
-    return (nll_T1 * counts_T1).squeeze(1)
-
-
-LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # logits in memory at a time
-LOSS_PIECE = {"cpu": 2**20, "cuda": 2**29}  # logits per call of the loss: on a CPU as many as the caches hold in fp32
-
-
-def rows_within(limit: dict[str, int], w_VD: Tensor) -> int:
-    """Tokens with at most `limit` logits; a multiple of 128 where possible, for FP8 matmuls."""
-    rows = max(1, limit.get(w_VD.device.type, 2**24) // len(w_VD))
-    return rows - rows % 128 if rows > 128 else rows
-
-
-def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: ops.HeadMatmul, token_nll) -> Tensor:
-    """Summed cross-entropy (nats) of the head w_VD (fp32), a chunk of tokens at a time.
-
-    token_nll(z_TV, target_T) -> (T,) overwrites z with its gradient."""
-    return ChunkedLoss.apply(x_TD, w_VD, target_T, head, token_nll, torch.is_grad_enabled())
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Forward computes the gradients too, so no logits are kept; backward scales them."""
-
-    @staticmethod
-    def forward(ctx, x_TD, w_VD, target_T, head, token_nll, with_gradients):
-        nats, w_ready = torch.zeros((), device=x_TD.device), head.prepare(w_VD, x_TD)
-        dx_TD, dw_VD = torch.empty_like(x_TD), torch.zeros_like(w_VD)
-        rows, piece = (rows_within(limit, w_VD) for limit in (LOSS_CHUNK, LOSS_PIECE))
-        for start in range(0, len(x_TD), rows):
-            chunk = slice(start, start + rows)
-            z, saved = head.forward(x_TD[chunk], w_ready)
-            for z_piece, target_piece in zip(z.split(piece), target_T[chunk].split(piece)):
-                nats += token_nll(z_piece, target_piece).sum()
-            if with_gradients:
-                dx_chunk, dw_chunk = head.backward(z, saved)  # z holds its own gradient by now
-                dx_TD[chunk] = dx_chunk
-                dw_VD += dw_chunk
-        ctx.save_for_backward(dx_TD, dw_VD)
-        return nats
-
-    @staticmethod
-    def backward(ctx, dnats):
-        dx_TD, dw_VD = ctx.saved_tensors
-        return dx_TD * dnats, dw_VD * dnats, None, None, None, None
-
-
-# -----------------------------------------------------------------------------
 # Initial values, and the optimizer group of each parameter
 
 
@@ -1064,7 +972,8 @@ def init_gpt2(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def init_uniform(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard deviation half of 1 / sqrt(fan in), per matrix; fan in is the last dimension (modded-nanogpt record 19)."""
+    """Standard deviation half of 1 / sqrt(fan in), per matrix; fan in is the last dimension (modded-nanogpt record
+    19)."""
     bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
     return p.uniform_(-bound, bound, generator=generator)
 

@@ -1,9 +1,9 @@
 """Operators of model.py: functions with a hand-written backward, or with one implementation per device.
 
-Each is plain PyTorch to its caller. The sections: elementwise (norm, ReLU^2, blend), rotary embedding, hashes and noise, products in fp32 and
-top-k, grouped matmul, gather and combine, FP8 matmul of the head. Shape suffixes as in model.py: B rows, T tokens, D n_embd, H heads,
-C head_dim, E experts, K top_k, R = T*K routed rows, F expert hidden, V padded vocabulary.
-"""
+Each is plain PyTorch to its caller. The sections: elementwise (norm, ReLU^2, blend), rotary embedding, hashes and
+noise, products in fp32 and top-k, grouped matmul, gather and combine, FP8 matmul of the head. Shape suffixes as in
+model.py: B rows, T tokens, D n_embd, H heads, C head_dim, E experts, K top_k, R = T*K routed rows, F expert hidden, V
+padded vocabulary. """
 
 import functools
 import importlib.util
@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # comes with torch for CUDA, but not on every system
+TRITON_IS_INSTALLED = (
+    importlib.util.find_spec("triton") is not None
+)  # comes with torch for CUDA, but not on every system
 
 
 def kernel_on_cuda(plain):
-    """Decorator: CUDA tensors go to the Triton kernel of the same name in kernels.py. `__wrapped__` is the plain version."""
+    """Decorator: CUDA tensors go to the Triton kernel of the same name in kernels.py. `__wrapped__` is the plain
+    version."""
 
     @functools.wraps(plain)
     def pick(x: Tensor, *args, **kwargs):
@@ -33,7 +36,8 @@ def kernel_on_cuda(plain):
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args); without gradients its forward alone: apply() costs a third of a norm while one token is decoded."""
+    """function.apply(*args); without gradients its forward alone: apply() costs a third of a norm while one token is
+    decoded."""
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(SAVES_NOTHING, *args)
 
 
@@ -94,7 +98,8 @@ def blend(weight_2: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Blend(torch.autograd.Function):
-    """Gradients of the weights are summed row by row in fp32: equal for any number of threads, unlike one long bf16 sum."""
+    """Gradients of the weights are summed row by row in fp32: equal for any number of threads, unlike one long bf16
+    sum."""
 
     @staticmethod
     def forward(ctx, weight_2, x, y):
@@ -149,6 +154,43 @@ class Rotation(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
+# Attention on a CPU
+
+
+def blocked_attention(q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor, blocks: list) -> Tensor:
+    """softmax(q k^T) v over (N = B*H, T, C), q already scaled. blocks: (query slice, key slice, hidden keys)."""
+    return BlockedAttention.apply(q_NTC, k_NTC, v_NTC, blocks)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Saves the probabilities for backward."""
+
+    @staticmethod
+    def forward(ctx, q_NTC, k_NTC, v_NTC, blocks):
+        y_NTC, probabilities = torch.empty_like(q_NTC), []
+        for q, kv, hidden_B1QK in blocks:
+            score = torch.bmm(q_NTC[:, q], k_NTC[:, kv].mT)
+            score.unflatten(0, (len(hidden_B1QK), -1)).masked_fill_(hidden_B1QK, -math.inf)
+            probabilities.append(score.softmax(-1))
+            y_NTC[:, q] = torch.bmm(probabilities[-1], v_NTC[:, kv])
+        ctx.save_for_backward(q_NTC, k_NTC, v_NTC, *probabilities)
+        ctx.blocks = blocks
+        return y_NTC
+
+    @staticmethod
+    def backward(ctx, dy_NTC):
+        q_NTC, k_NTC, v_NTC, *probabilities = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q_NTC), torch.zeros_like(k_NTC), torch.zeros_like(v_NTC)
+        for (q, kv, _), p in zip(ctx.blocks, probabilities):
+            dy = dy_NTC[:, q]
+            dv[:, kv] += torch.bmm(p.mT, dy)
+            ds = torch._softmax_backward_data(torch.bmm(dy, v_NTC[:, kv].mT), p, -1, p.dtype)
+            dq[:, q] = torch.bmm(ds, k_NTC[:, kv])
+            dk[:, kv] += torch.bmm(ds.mT, q_NTC[:, q])
+        return dq, dk, dv, None
+
+
+# -----------------------------------------------------------------------------
 # Hashes and noise: counter-based, so the same on any layout of ranks, after a resume and under recomputation
 
 
@@ -160,7 +202,8 @@ def mix_bits(x: Tensor) -> Tensor:
 
 
 def ngram_hashes(ids_BT: Tensor, doc_BT: Tensor, max_n: int) -> list[Tensor]:
-    """Hashes (B, T), int32, of each token's last 1, 2, ... max_n ids, its own included. Ids of earlier documents count as one id."""
+    """Hashes (B, T), int32, of each token's last 1, 2, ... max_n ids, its own included. Ids of earlier documents count
+    as one id."""
     hashes = [mix_bits(ids_BT.to(torch.int32))]
     for back in range(1, max_n):
         earlier_id_BT, earlier_doc_BT = (F.pad(x, (back, 0), value=-1)[:, : x.size(1)] for x in (ids_BT, doc_BT))
@@ -175,7 +218,8 @@ def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -
 
 
 def hashed_normal(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor, num: int) -> Tensor:
-    """Standard normal noise (T, num), a pure function of its arguments. Box-Muller: two 24-bit hashes make two normals."""
+    """Standard normal noise (T, num), a pure function of its arguments. Box-Muller: two 24-bit hashes make two
+    normals."""
     lane = torch.arange(-(-num // 2), dtype=torch.int32, device=token_T.device)
     counter_T1 = hashed_counter(seed, step, layer, token_T)[:, None]
     u, v = ((mix_bits(counter_T1 ^ mix_bits(2 * lane + i)) & 0xFFFFFF).float() for i in (1, 2))
@@ -256,7 +300,9 @@ def grouped_mm(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     Row r belongs to the first expert with ends_E (int32) above r. Rows past the last end are uninitialised memory."""
     if rows_RK.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grouped_mm_op(rows_RK, weight_ENK, ends_E)
-    return mm_expert_by_expert(rows_RK, weight_ENK, ends_E)  # decoding one token: the operator costs more than the product
+    return mm_expert_by_expert(
+        rows_RK, weight_ENK, ends_E
+    )  # decoding one token: the operator costs more than the product
 
 
 @torch.library.custom_op("nanomoe::grouped_mm", mutates_args=())
@@ -274,8 +320,8 @@ def grouped_outer(dy_RN: Tensor, rows_RK: Tensor, ends_E: Tensor) -> Tensor:
 def row_multiple(n: int) -> int:
     """On a CPU n rows are computed as a multiple of this: 16 multiples per octave.
 
-    oneDNN spends about a millisecond and a megabyte on every new matmul shape, and row counts change at every step; few shapes
-    stay in its cache."""
+    oneDNN spends about a millisecond and a megabyte on every new matmul shape, and row counts change at every step; few
+    shapes stay in its cache."""
     return 1 << max(0, n.bit_length() - 5)
 
 
@@ -299,7 +345,8 @@ def mm_expert_by_expert(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> 
 
 @grouped_outer.register_kernel("cpu")
 def _(dy_RN: Tensor, rows_RK: Tensor, ends_E: Tensor) -> Tensor:
-    """One product per expert in two parts: most of its rows, then its last ones together with zeroed rows before them."""
+    """One product per expert in two parts: most of its rows, then its last ones together with zeroed rows before
+    them."""
     out_ENK, start = dy_RN.new_zeros(len(ends_E), dy_RN.size(1), rows_RK.size(1)), 0
     for out_NK, end in zip(out_ENK, ends_E.tolist()):
         multiple = row_multiple(end - start)
@@ -329,7 +376,7 @@ grouped_mm_op.register_autograd(
 )
 
 # -----------------------------------------------------------------------------
-# Gather and combine, the two data movements of dispatch. slot_R: the (token, k) slot of each sorted row; row_TK: its inverse
+# Gather and combine, the data movements of dispatch. slot_R: (token, k) slot of each sorted row; row_TK: its inverse
 
 
 def gather(x_TD: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -398,11 +445,15 @@ def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return q, q.T.contiguous()
 
 
-FP8_RANGE = {"weight": 24.0, "dz": 1.0}  # largest magnitude of a head weight and of the loss's gradient: fixed, not measured
+FP8_RANGE = {
+    "weight": 24.0,
+    "dz": 1.0,
+}  # largest magnitude of a head weight and of the loss's gradient: fixed, not measured
 
 
 def fp8_scale(name: str, n_embd: int) -> float:
-    """Divisor before the cast to e4m3, whose largest value is 448. An input is RMS-normed, so its magnitude is at most sqrt(D)."""
+    """Divisor before the cast to e4m3, whose largest value is 448. An input is RMS-normed, so its magnitude is at most
+    sqrt(D)."""
     return FP8_RANGE.get(name, math.sqrt(n_embd)) / 448
 
 
@@ -442,3 +493,68 @@ HEADS = {
     ),
     "fp8": HeadMatmul(fp8_prepare, fp8_forward, fp8_backward),
 }
+
+# -----------------------------------------------------------------------------
+# Loss: no more than a chunk of the logits ever exists
+
+
+@kernel_on_cuda
+def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float) -> Tensor:
+    """Cross-entropy (T,) in nats, fp32, of logits softcapped to 2 c sigmoid(2 z / c); z is overwritten by its gradient.
+
+    The logits are bounded, so exp needs no running maximum. Targets below 0 are ignored. On a CPU sigmoid takes a sixth
+    of the time of tanh, and exp2 a third of that of exp."""
+    s_TV = (z_TV.float() * (2 / softcap)).sigmoid_()
+    bits = 2 * softcap / math.log(2)  # a logit is s * bits in powers of two; minus the middle of the range: +-bits / 2
+    e_TV = torch.rsub(s_TV, -bits / 2, alpha=-bits).exp2_()
+    e_TV[:, vocab_size:] = 0
+    total_T1 = e_TV.sum(-1, keepdim=True)
+    counts_T1 = (target_T >= 0)[:, None].float()
+    target_T1 = target_T.clamp(min=0)[:, None]
+    nll_T1 = total_T1.log() - softcap * (2 * s_TV.gather(1, target_T1) - 1)
+    dlogit_TV = e_TV.mul_(counts_T1 / total_T1).scatter_add_(1, target_T1, -counts_T1)
+    z_TV.copy_(dlogit_TV.mul_(s_TV).mul_(1 - s_TV).mul_(4))
+    return (nll_T1 * counts_T1).squeeze(1)
+
+
+LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # logits in memory at a time
+LOSS_PIECE = {"cpu": 2**20, "cuda": 2**29}  # logits per call of the loss: on a CPU as many as the caches hold in fp32
+
+
+def rows_within(limit: dict[str, int], w_VD: Tensor) -> int:
+    """Tokens with at most `limit` logits; a multiple of 128 where possible, for FP8 matmuls."""
+    rows = max(1, limit.get(w_VD.device.type, 2**24) // len(w_VD))
+    return rows - rows % 128 if rows > 128 else rows
+
+
+def chunked_loss(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, head: HeadMatmul, token_nll) -> Tensor:
+    """Summed cross-entropy (nats) of the head w_VD (fp32), a chunk of tokens at a time.
+
+    token_nll(z_TV, target_T) -> (T,) overwrites z with its gradient."""
+    return ChunkedLoss.apply(x_TD, w_VD, target_T, head, token_nll, torch.is_grad_enabled())
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Forward computes the gradients too, so no logits are kept; backward scales them."""
+
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, target_T, head, token_nll, with_gradients):
+        nats, w_ready = torch.zeros((), device=x_TD.device), head.prepare(w_VD, x_TD)
+        dx_TD, dw_VD = torch.empty_like(x_TD), torch.zeros_like(w_VD)
+        rows, piece = (rows_within(limit, w_VD) for limit in (LOSS_CHUNK, LOSS_PIECE))
+        for start in range(0, len(x_TD), rows):
+            chunk = slice(start, start + rows)
+            z, saved = head.forward(x_TD[chunk], w_ready)
+            for z_piece, target_piece in zip(z.split(piece), target_T[chunk].split(piece)):
+                nats += token_nll(z_piece, target_piece).sum()
+            if with_gradients:
+                dx_chunk, dw_chunk = head.backward(z, saved)  # z holds its own gradient by now
+                dx_TD[chunk] = dx_chunk
+                dw_VD += dw_chunk
+        ctx.save_for_backward(dx_TD, dw_VD)
+        return nats
+
+    @staticmethod
+    def backward(ctx, dnats):
+        dx_TD, dw_VD = ctx.saved_tensors
+        return dx_TD * dnats, dw_VD * dnats, None, None, None, None

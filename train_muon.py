@@ -1,43 +1,36 @@
 """The speedrun: train the model of model.py with Muon on its matrices and AdamW on the rest.
 
-    python train_muon.py --experiment_name muon                                  # one GPU, or a laptop's CPU
+    python train_muon.py --experiment_name muon                                     # one GPU, or a laptop's CPU
     torchrun --standalone --nproc_per_node=8 train_muon.py --experiment_name muon   # 8 GPUs, the same mathematics
 
-The file reads top to bottom: hyperparameters, Muon, schedules, slabs and buckets (who owns what, and what travels together), the
-exchange, checkpoints, guards, evaluation, one training step, the loop, the command line. Who wants the speedrun on one GPU reads Muon,
-`train_step` and `train`. train_adamw.py is the control: it imports `main` from here and brings another Recipe.
+From top to bottom: settings, Muon, schedules, slabs and buckets, the exchange between ranks, evaluation, a training
+step, the run, the command line. On one GPU, Muon, `train_step` and `train` are all there is to read.
 
-A parameter is cut into slabs (one matrix, or some rows of a table). Each slab has one owner among the ranks: its gradient is summed
-there while backward goes on, updated there, and the new values are gathered back while the next slabs are updated, so optimizer state
-exists once in the world. Losses are divided by the constant number of micro-batches in the global batch, so gradients add up to the
-same sum at any world size. With --expert_parallel N, N ranks share the experts and tokens travel to them (model.py: exchanged).
+Distribution: a parameter is cut into slabs, each one matrix or some rows of a table, and each slab has one owner rank.
+Its gradient is summed there during backward and the update computed there; new values are gathered while later slabs
+are updated. So optimizer state exists once in the world. Losses are divided by the constant number of micro-batches
+in the global batch: gradients add up to the same sum at any world size. With --expert_parallel N, N ranks share the
+experts, and token rows travel to them (model.py).
 
-Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon), distributed and overlapped as in modded-nanogpt records 6 and 22-24;
-owners balanced by cost as in Megatron's layer-wise optimizer, with padding kept small bucket by bucket.
+Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon); distribution and overlap as in modded-nanogpt records
+6 and 22-24; owners balanced by cost as in Megatron's layer-wise optimizer, with little padding in each bucket.
 """
 
 import argparse
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
-import hashlib
-import heapq
-import itertools
-import json
 import math
 import os
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -46,18 +39,27 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import data
+import distributed
+import facts
+import guards
 import logger
-import model as model_file
-from logger import PhaseTimer, Run, RunError
-from model import DTYPES, GPT, CheckpointError, Config, ConfigError, ExpertRanks, Parser, add_flags, on_cuda_a_kernel
+import model
+from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
+from cli import Parser, UserError, add_flags, positive, require
+from distributed import Bucket, Slab, World, make_buckets, slab_part
+from facts import cpu_has_bf16, progress_bar, synchronize
+from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
+from logger import PhaseTimer, Run
+from model import DTYPES, GPT, Config
+from ops import kernel_on_cuda
 
 # -----------------------------------------------------------------------------
-# Hyperparameters: every field is a flag
+# Settings: every field is a flag
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
-    """What every optimizer's run has. Rates belong to the speedrun's batch; PRESETS hold the tuned values."""
+class TrainConfig:
+    """Settings of a run with any optimizer. The defaults are the speedrun's; PRESETS hold others."""
 
     # the run
     data: str = "data/fineweb"  # folder of shards
@@ -69,28 +71,18 @@ class Common:
     num_iterations: int = 1770
     batch_tokens: int = 8 * 48 * 1024  # per optimizer step, over all ranks
     seq_len: int = 48 * 1024
-    micro_batch_tokens: int = 48 * 1024  # per rank and forward pass, at most, but a row at least; accumulation fills in the rest
+    micro_batch_tokens: int = 48 * 1024  # per rank and forward pass, at most, but a row at least; accumulated
     # evaluation and safety
     val_every: int = 125  # steps; 0 = at the end only
     val_tokens: int = 10_485_760  # 0 = all
-    routes_tokens: int = 0  # of them, whose ways through the model each evaluation keeps, for logger.py --routes
     checkpoint_every: int = 0  # steps; 0 = at the end only
     sample_tokens: int = 256  # generated at the end
     warmup_steps: int = 10  # untimed steps on random tokens, undone before the clock starts
-    stuck_after: float = 600.0  # seconds without progress on one of several ranks, after which the run ends and names it
+    stuck_after: float = 600.0  # seconds without progress of one of several ranks, after which the run ends
     # several ranks
     expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
     bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
     overlap: bool = True  # gradients leave during backward; false: after it, one bucket at a time, with the same result
-    # domains, where the data folder is a mixture
-    domain_weights: str = ""  # name=number,...; "" = the tokens that each domain has
-    domain_temperature: float = 1.0  # shares are weights to the power of 1 / this
-    domain_epochs: str = ""  # passes over a domain at most: a number for all, or name=number,...; "" = as many as it takes
-    round_robin_steps: int = 0  # at first, whose batches have one domain each, all in turn
-    domain_coef: float = 0.0  # price of sending a domain's tokens to other experts than its own ...
-    domain_steps: int = 0  # ... which is whole at first ...
-    domain_anneal_steps: int = 0  # ... and falls to 0 in so many more
-    trunk_domain: str = "web"  # has no expert of its own; the others have the first ones, in order
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
     final_lr_scale: float = 0.1  # ... to this share
@@ -105,36 +97,26 @@ class Common:
     beta1: float = 0.8
     beta2: float = 0.95
 
-    def check(self, field: str, fine: bool, legal: str):
-        if not fine:
-            raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
-
     def __post_init__(self):
-        check = self.check
-        for field in ("num_iterations", "batch_tokens", "seq_len", "micro_batch_tokens", "window_start", "expert_parallel"):
-            check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("val_every", "val_tokens", "checkpoint_every", "sample_tokens", "warmup_steps", "routes_tokens",
-                      "round_robin_steps", "domain_steps", "domain_anneal_steps"):  # fmt: skip
-            check(field, getattr(self, field) >= 0, "at least 0")
-        for field in dataclasses.fields(self):
-            if field.name.endswith("_lr") or field.name.endswith("decay"):
-                check(field.name, 0 <= getattr(self, field.name) < 1e30, "at least 0 and below 1e30")
-        for field in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
-            check(field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
-        check("domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
-        check("domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
-        check("bucket_mb", 0 <= self.bucket_mb < math.inf, "at least 0")
-        check("stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
-        check("num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
-        check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
-        check("device", self.device in (None, "cpu", "cuda")[: 2 + torch.cuda.is_available()], "one that this machine has: cpu, cuda or none")
-        check("val_tokens", self.val_tokens == 0 or self.val_tokens >= self.seq_len, f"0 (all) or at least seq_len = {self.seq_len}")
-        check("batch_tokens", self.batch_tokens % self.seq_len == 0, f"a multiple of seq_len = {self.seq_len}")
+        for legal, is_legal, fields in BOUNDS:
+            for field in fields.split():
+                if hasattr(self, field):
+                    require(self, field, is_legal(getattr(self, field)), legal)
+        require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
+        devices = (None, "cpu", "cuda") if torch.cuda.is_available() else (None, "cpu")
+        require(self, "device", self.device in devices, "one that this machine has: cpu, cuda or none")
+        enough = self.val_tokens == 0 or self.val_tokens >= self.seq_len
+        require(self, "val_tokens", enough, f"0 (all) or at least seq_len = {self.seq_len}")
+        require(self, "batch_tokens", self.batch_tokens % self.seq_len == 0, f"a multiple of seq_len = {self.seq_len}")
+
+    @property
+    def collectives_timeout(self) -> timedelta:
+        return timedelta(seconds=2 * self.stuck_after)  # so that the watchdog reports first
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyperparameters(Common):
-    """Muon's own: modded-nanogpt records 20-21."""
+class MuonConfig(TrainConfig):
+    """Settings of a run with Muon (modded-nanogpt records 20-21)."""
 
     muon_lr: float = 0.05
     momentum: float = 0.95
@@ -145,153 +127,152 @@ class Hyperparameters(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("momentum", "momentum_start"):
-            self.check(field, 0 <= getattr(self, field) < 1, "at least 0 and below 1")
-        self.check("momentum_warmup", self.momentum_warmup >= 0, "at least 0")
-        self.check("ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        require(self, "ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
-CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=2048, micro_batch_tokens=2048, val_every=125, val_tokens=2**18,
-               warmup_steps=1, window_start=512, bucket_mb=1.0, ngram_embed_lr=0.1)  # fmt: skip
+BOUNDS = [  # legal values, the test, the fields of all optimizers
+    ("at least 1", lambda x: x >= 1,
+     "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel"),
+    ("at least 0", lambda x: x >= 0,
+     "val_every val_tokens checkpoint_every sample_tokens warmup_steps momentum_warmup lr_warmup"),
+    ("at least 0 and below 1e30", lambda x: 0 <= x < 1e30,
+     "embed_lr ngram_embed_lr value_embed_lr head_lr router_lr scalar_lr muon_lr matrix_lr weight_decay"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "cooldown_frac final_lr_scale beta1 beta2"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "momentum momentum_start"),
+    ("at least 0", lambda x: 0 <= x < math.inf, "bucket_mb"),
+    ("between 1 and 1,000,000 seconds", lambda x: 1 <= x <= 10**6, "stuck_after"),
+    ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63, "seed"),
+]  # fmt: skip
+
+
+CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=2048, micro_batch_tokens=2048,
+               val_every=125, val_tokens=2**18, warmup_steps=1, window_start=512, bucket_mb=1.0,
+               ngram_embed_lr=0.1)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
-DOMAINS_RUN = dict(data="data/domains", num_iterations=6000, batch_tokens=131_072, seq_len=4096, micro_batch_tokens=16_384, domain_coef=0.3,
-                   domain_steps=2000, domain_anneal_steps=1000, embed_lr=0.008)  # fmt: skip
-DOMAINS_CPU_RUN = CPU_RUN | dict(data="data/domains", num_iterations=400, seq_len=512, val_tokens=6 * 2**14, window_start=256, domain_coef=0.3,
-                                 domain_steps=150, domain_anneal_steps=50, embed_lr=0.012)  # fmt: skip
-
 PRESETS = {
-    "cpu": Hyperparameters(**CPU_RUN, muon_lr=0.04, momentum=0.8, momentum_start=0.8),  # hundreds of steps are few for a mean over twenty
-    "small": Hyperparameters(**SMALL_RUN),
-    "100m": Hyperparameters(**DOMAINS_RUN),
-    "100m-cpu": Hyperparameters(**DOMAINS_CPU_RUN, muon_lr=0.03, momentum_warmup=100),
-    "speedrun": Hyperparameters(),
+    "cpu": MuonConfig(**CPU_RUN, muon_lr=0.04, momentum=0.8, momentum_start=0.8),  # a shorter mean, as steps are few
+    "small": MuonConfig(**SMALL_RUN),
+    "speedrun": MuonConfig(),
 }
 
 # -----------------------------------------------------------------------------
 # Muon
 
+NEWTON_SCHULZ_STEPS = 5
+MAX_BATCH_NUMEL = 2**28  # elements orthogonalised at once: 14 bytes of temporaries for each
+
 
 def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix to each of (..., rows, cols): singular values land in [0.68, 1.21].
+    """The nearest semi-orthogonal matrix to each of (..., rows, cols), roughly: singular values in [0.68, 1.21].
 
-    Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, whose slope at 0 is steep rather than its fixed point exact.
-    They start from G over its Schatten-4 norm, ||G G^T||^(1/2), which the first step has at hand: never below the largest singular
-    value, and for n equal ones n^(1/4) times that, where the Frobenius norm is n^(1/2). What starts larger ends nearer to one: 0.004 bits
-    per byte less in two pairs of 600 steps; a fifth step saved instead costs 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero.
-    Returns `dtype`."""
+    Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, which is steep at 0 instead of exact at 1. G is first
+    divided by its Schatten-4 norm ||G G^T||^(1/2), closer to the largest singular value than the Frobenius norm:
+    0.004 bits per byte (n = 2). A fifth step less costs 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
     X = X if wide else X.mT
+
     A = gram(X)
-    largest = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True) + 1e-14  # at least the largest singular value's square
-    X, A = X / largest.sqrt(), A / largest
+    norm_squared = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True) + 1e-14  # of the Schatten-4 norm
+    X, A = X / norm_squared.sqrt(), A / norm_squared
     for step in range(NEWTON_SCHULZ_STEPS):
         A = A if step == 0 else gram(X)
         X = torch.baddbmm(X, gram_polynomial(A, b, c), X, beta=a)
     return (X if wide else X.mT).reshape(G.shape)
 
 
-@on_cuda_a_kernel
+@kernel_on_cuda
 def gram(X: Tensor) -> Tensor:
     """X X^T of (N, rows, cols)."""
     return X @ X.mT
 
 
-@on_cuda_a_kernel
+@kernel_on_cuda
 def gram_polynomial(A: Tensor, b: float, c: float) -> Tensor:
     """b A + c A A of symmetric (N, rows, rows)."""
     return torch.baddbmm(A, A, A, beta=b, alpha=c)
 
 
-NEWTON_SCHULZ_STEPS = 5
-MOST_TOGETHER = 2**28  # elements orthogonalised at once: 14 bytes of temporaries for each
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised matrix by matrix.
 
-    params: tensors (..., rows, cols); every leading index is a matrix of its own (an expert, a part of QKV). The update is
-    scaled by sqrt(max(1, rows / cols)). Momentum is a lerp, so its buffers hold a mean gradient. A matrix whose gradient is
-    exactly zero (an expert that saw no token) only decays: stale momentum would still move it by a full-norm step.
+    params: tensors (..., rows, cols); each leading index is a matrix of its own (an expert, a part of QKV). The update
+    is scaled by sqrt(max(1, rows / cols)). Momentum is a lerp, so its buffers hold a mean gradient. A matrix with an
+    all-zero gradient (an expert without tokens) only decays, as stale momentum would still give it a full-norm step.
     Raises ValueError for parameters with fewer than two dimensions."""
 
-    def __init__(self, params, lr: float = 0.05, momentum: float = 0.95, weight_decay: float = 0.0, ns_dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, params, lr: float = 0.05, momentum: float = 0.95, weight_decay: float = 0.0,
+                 ns_dtype: torch.dtype = torch.bfloat16):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_dtype=ns_dtype))
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim < 2:
-                    raise ValueError(f"Muon takes matrices; a parameter of shape {tuple(p.shape)} belongs to AdamW")
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.ndim < 2:
+                raise ValueError(f"Muon takes matrices; a parameter of shape {tuple(p.shape)} belongs to AdamW")
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # (rows, cols) -> batches of parameters
-            for p in group["params"]:
-                if p.grad is not None:
-                    earlier = by_shape.setdefault(p.shape[-2:], [])
-                    if not earlier or sum(q.numel() for q in earlier[-1]) + p.numel() > MOST_TOGETHER:
-                        earlier.append([])
-                    earlier[-1].append(p)
-            for (rows, cols), params in ((shape, params) for shape, batches in by_shape.items() for params in batches):
-                grads = [p.grad for p in params]
-                for p in params:
-                    if p not in self.state:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                batch = torch.cat([u.reshape(-1, rows, cols).to(group["ns_dtype"]) for u in nesterov])
-                seen = torch.cat([g.reshape(-1, rows * cols).any(-1) for g in grads])
-                update = newton_schulz(batch, group["ns_dtype"]) * seen[:, None, None]
-                step_size = group["lr"] * max(1, rows / cols) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                pieces = update.split([p.numel() // (rows * cols) for p in params])
-                torch._foreach_add_(params, [u.view_as(p).to(p.dtype) for u, p in zip(pieces, params)], alpha=-step_size)
+            for params in batches_of_one_shape([p for p in group["params"] if p.grad is not None]):
+                self.update(params, group["lr"], group["momentum"], group["weight_decay"], group["ns_dtype"])
+
+    def update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float, ns_dtype: torch.dtype):
+        """One step of parameters whose matrices have the same (rows, cols)."""
+        rows, cols = params[0].shape[-2:]
+        grads = [p.grad for p in params]
+        for p in params:
+            if p not in self.state:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, momenta, momentum)
+
+        batch = torch.cat([u.reshape(-1, rows, cols).to(ns_dtype) for u in nesterov])
+        has_grad = torch.cat([g.reshape(-1, rows * cols).any(-1) for g in grads])
+        update = newton_schulz(batch, ns_dtype) * has_grad[:, None, None]
+
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        updates = update.split([p.numel() // (rows * cols) for p in params])
+        updates = [u.view_as(p).to(p.dtype) for u, p in zip(updates, params)]
+        torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
-def adamw_groups(tensors: dict[str, list[Tensor]], hp: Common) -> list[dict]:
-    """AdamW's groups for the kinds that are not matrices; `base_lr` is what the schedule scales."""
-    kinds = ("embed", "ngram_embed", "value_embed", "head", "router", "scalar")
-    return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
+def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters by their last two dimensions, at most MAX_BATCH_NUMEL elements together."""
+    by_shape = {}
+    for p in params:
+        batches = by_shape.setdefault(p.shape[-2:], [])
+        if not batches or sum(q.numel() for q in batches[-1]) + p.numel() > MAX_BATCH_NUMEL:
+            batches.append([])
+        batches[-1].append(p)
+    return [batch for batches in by_shape.values() for batch in batches]
 
 
-def adamw(groups: list[dict], hp: Common) -> list[torch.optim.Optimizer]:
-    """[AdamW] over these groups, or [] where a rank owns none of them."""
-    return [torch.optim.AdamW(groups, lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)] if groups else []
+# -----------------------------------------------------------------------------
+# Optimizers and schedules: rates are pure functions of the step
 
 
-def make_optimizers(tensors: dict[str, list[Tensor]], hp: Hyperparameters) -> list[torch.optim.Optimizer]:
-    """kind -> the slabs this rank owns, to [AdamW, Muon] over those kinds that it owns any of."""
+def make_optimizers(tensors: dict[str, list[Tensor]], hp: MuonConfig) -> list[torch.optim.Optimizer]:
+    """AdamW and Muon over this rank's slabs, given by kind; only those with any."""
     matrices = [dict(params=tensors[kind], base_lr=hp.muon_lr) for kind in ("matrix", "expert") if tensors.get(kind)]
     muon = [Muon(matrices, weight_decay=hp.weight_decay, ns_dtype=DTYPES[hp.ns_dtype])] if matrices else []
     return adamw(adamw_groups(tensors, hp), hp) + muon
 
 
-# -----------------------------------------------------------------------------
-# Schedules: pure functions of the step
+def adamw_groups(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[dict]:
+    """AdamW's groups of the kinds that are not matrices; schedules scale `base_lr`."""
+    kinds = ("embed", "ngram_embed", "value_embed", "head", "router", "scalar")
+    return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
 
 
-def lr_scale(step: int, hp: Common) -> float:
-    """1, then linear to final_lr_scale over the last cooldown_frac of the run."""
-    left = (hp.num_iterations - step) / hp.num_iterations / max(hp.cooldown_frac, 1e-9)
-    return 1.0 if left >= 1 else left + (1 - left) * hp.final_lr_scale
+def adamw(groups: list[dict], hp: TrainConfig) -> list[torch.optim.Optimizer]:
+    """[AdamW], or [] without groups."""
+    if not groups:
+        return []
+    return [torch.optim.AdamW(groups, lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)]
 
 
-def window(step: int, hp: Common, config: Config) -> int:
-    """Tokens that a long layer sees, in whole blocks of 128, growing linearly over the run (modded-nanogpt record 13)."""
-    now = hp.window_start + (config.window_size - hp.window_start) * step / hp.num_iterations
-    return min(config.window_size, -(-int(now) // 128) * 128)
-
-
-def domain_price(step: int, hp: Common) -> float:
-    """domain_coef for domain_steps, then linear to 0 over domain_anneal_steps."""
-    gone = (step - hp.domain_steps + 1) / (hp.domain_anneal_steps + 1)
-    return hp.domain_coef * min(1.0, max(0.0, 1 - gone))
-
-
-def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters):
+def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: MuonConfig):
     warm = min(1.0, step / max(1, hp.momentum_warmup))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -300,252 +281,20 @@ def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparam
                 group["momentum"] = hp.momentum_start + warm * (hp.momentum - hp.momentum_start)
 
 
-class Recipe(NamedTuple):
-    """What differs between train_muon.py and train_adamw.py."""
-
-    name: str  # also the default experiment name
-    hyperparameters: type
-    presets: dict
-    make_optimizers: callable  # (kind -> owned slabs, hyperparameters) -> optimizers
-    set_rates: callable  # (optimizers, step, hyperparameters): writes the groups' values for this step
-    matrix_state: int  # floats of optimizer state for each element of a matrix
-    newton_schulz: int  # of each matrix in a step
+def lr_scale(step: int, hp: TrainConfig) -> float:
+    """1, then linear to final_lr_scale over the last cooldown_frac of the run."""
+    left = (hp.num_iterations - step) / hp.num_iterations / max(hp.cooldown_frac, 1e-9)
+    return 1.0 if left >= 1 else left + (1 - left) * hp.final_lr_scale
 
 
-# -----------------------------------------------------------------------------
-# Slabs, their owners and the buckets they travel in: pure functions of the model and the number of ranks
-
-
-class Slab(NamedTuple):
-    """A piece of a parameter whose identity never depends on the number of ranks."""
-
-    name: str  # blocks.3.ffn.experts.up[5]
-    kind: str
-    numel: int
-    cost: int  # what updating it takes, comparable within a family (matrices, the rest)
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.kind in ("matrix", "expert")
-
-
-TABLE_BLOCKS = 64  # row blocks that a large table is cut into, at most; a small one into 8
-
-
-def cut_slabs(config: Config) -> list[Slab]:
-    """Every parameter of the whole model exactly once: 3-D ones by matrix, tables by blocks of rows, the others whole."""
-    with torch.device("meta"):
-        model = GPT(config)
-    slabs, kinds = [], model.parameter_kinds()
-    for name, p in model.named_parameters():
-        if p.numel() == 0:  # the skips of a single layer
-            continue
-        if kinds[name] in ("matrix", "expert"):
-            rows, cols = sorted(p.shape[-2:])
-            names = [f"{name}[{i}]" for i in range(len(p))] if p.ndim == 3 else [name]
-            cost = NEWTON_SCHULZ_STEPS * 2 * rows**2 * (2 * cols + rows)  # FLOPs of newton_schulz
-        else:
-            blocks = min(TABLE_BLOCKS, max(8, p.numel() // 2**16))
-            edges = [len(p) * i // blocks for i in range(blocks + 1)]
-            names = [f"{name}[{a}:{b}]" for a, b in zip(edges, edges[1:])] if p.ndim == 2 and len(p) >= blocks else [name]
-            cost = p.numel() // len(names)
-        tensors = {name: p}
-        slabs += [Slab(slab, kinds[name], model_file.slab_view(tensors, slab).numel(), cost) for slab in names]
-    return slabs
-
-
-class Bucket(NamedTuple):
-    """Slabs that travel together, in one reduce-scatter and one all-gather among `ranks`."""
-
-    ranks: tuple[int, ...]
-    slabs: tuple[Slab, ...]
-    owners: tuple[int, ...]  # the rank that updates each slab
-
-    @property
-    def part(self) -> int:
-        """Elements of the longest owner's part, to which all parts are padded: the collectives want equal ones."""
-        lengths = collections.Counter()
-        for slab, owner in zip(self.slabs, self.owners):
-            lengths[owner] += slab.numel
-        return max(lengths.values())
-
-    @property
-    def padding(self) -> float:
-        """Padded elements per real one."""
-        return self.part * len(self.ranks) / sum(slab.numel for slab in self.slabs) - 1
-
-
-BACKWARD_ORDER = {"head": 0, "blocks": 1, "depth": 2, "value_embeds": 3}  # then the embedding, which every block reads
-
-
-def backward_order(slab: Slab) -> tuple[int, int]:
-    """When in the backward pass its gradient is ready: the head's first, then block by block from the last, then skips and tables."""
-    module, number, *_ = *slab.name.partition("[")[0].split("."), ""
-    return BACKWARD_ORDER.get(module, 4), -int(number) if number.isdigit() else 0
-
-
-MOST_PADDING = 0.25  # of a bucket, before it is closed
-
-
-def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, bucket_mb: float = 0.0) -> list[Bucket]:
-    """Which slabs travel together, in the order in which they leave, and who owns each.
-
-    A bucket closes with the gradients of a block (or of a table) when it has bucket_mb MiB in fp32 and little padding. Experts
-    travel among the ranks that hold the same ones: every expert_parallel-th. Where a slab has one holder nothing travels."""
-
-    def holders(slab: Slab) -> tuple[int, ...]:
-        first = 0
-        if slab.kind == "expert":
-            first = model_file.slab_part(slab.name)[1] * expert_parallel // config.num_experts
-        return tuple(range(first, world_size, expert_parallel if slab.kind == "expert" else 1))
-
-    waiting, buckets, work = {}, [], collections.Counter()  # work: (family, rank) -> cost so far
-
-    def close(ranks: tuple[int, ...], most_padding: float):
-        nonlocal work
-        after = work.copy()
-        bucket = Bucket(ranks, tuple(waiting[ranks]), tuple(assign_owners(waiting[ranks], ranks, after)))
-        if bucket.padding <= most_padding:
-            buckets.append(bucket)
-            del waiting[ranks]
-            work = after
-
-    for _, unit in itertools.groupby(sorted(cut_slabs(config), key=backward_order), key=backward_order):
-        for slab in unit:
-            waiting.setdefault(holders(slab), []).append(slab)
-        for ranks in [ranks for ranks, slabs in waiting.items() if len(ranks) > 1 and bucket_bytes(slabs) >= bucket_mb * 2**20]:
-            close(ranks, MOST_PADDING)
-    for ranks in list(waiting):
-        close(ranks, math.inf)
-    return buckets
-
-
-def bucket_bytes(slabs: list[Slab]) -> int:
-    return 4 * sum(slab.numel for slab in slabs)
-
-
-def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.Counter) -> list[int]:
-    """The owner of each slab: dearest first, each to the rank with the least work so far, in all buckets, of those with room for it.
-
-    Room is what the longest part has when sizes alone are balanced, so that balancing work costs no padding. Adds to `work`."""
-    parts = [0] * len(ranks)
-    for numel in sorted((slab.numel for slab in slabs), reverse=True):
-        heapq.heapreplace(parts, parts[0] + numel)
-    room, owners = dict.fromkeys(ranks, max(parts)), [0] * len(slabs)
-    idlest = {family: [(work[family, rank], rank) for rank in ranks] for family in (False, True)}  # heaps, sorted lists at first
-    for queue in idlest.values():
-        queue.sort()
-    for i in sorted(range(len(slabs)), key=lambda i: (-slabs[i].cost, slabs[i].name)):
-        slab, queue, full = slabs[i], idlest[slabs[i].is_matrix], []
-        while queue and room[queue[0][1]] < slab.numel:
-            full.append(heapq.heappop(queue))
-        done, owner = heapq.heappop(queue) if queue else full.pop(full.index(max(full, key=lambda entry: room[entry[1]])))
-        for entry in (*full, (done + slab.cost, owner)):
-            heapq.heappush(queue, entry)
-        owners[i] = owner
-        work[slab.is_matrix, owner] += slab.cost
-        room[owner] -= slab.numel
-    return owners
-
-
-def plan(config: Config, hp: Common, recipe: Recipe, world_size: int) -> dict:
-    """What a step of this run sends, holds and computes on world_size ranks, without running it. Bytes and FLOPs of the busiest rank.
-
-    Rings send (W-1)/W of a buffer twice: out as gradients, back as values. An exchange of rows sends k rows per token and routed
-    layer, of which (N-1)/N leave the rank if the load is even: out and back, forward and backward."""
-    parts = hp.expert_parallel
-    buckets = make_buckets(config, world_size, parts, hp.bucket_mb)
-    ring, held, state, newton_schulz = ([0] * world_size for _ in range(4))
-    for bucket in buckets:
-        sent, numel = 2 * 4 * bucket.part * (len(bucket.ranks) - 1), bucket_bytes(bucket.slabs) // 4
-        for rank in bucket.ranks:
-            ring[rank] += sent
-            held[rank] += numel
-        for slab, owner in zip(bucket.slabs, bucket.owners):
-            state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.is_matrix else 2)
-            newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.is_matrix
-    numel = sum(bucket_bytes(bucket.slabs) for bucket in buckets) // 4
-    tokens = hp.batch_tokens / world_size
-    row_bytes = config.n_embd * DTYPES[config.dtype].itemsize
-    routed_runs = sum(times for times, letter in zip(config.layer_runs, config.tiled("pattern")) if letter == "M")
-    rows = 4 * tokens * config.top_k * routed_runs * row_bytes * (parts - 1) / parts
-    flops = model_file.flops_per_token(config, hp.seq_len) * tokens
-    return {
-        "parameters": numel,
-        "held": max(held),
-        "all_reduce_bytes": round(2 * 4 * numel * (world_size - 1) / world_size),
-        "sent_bytes": max(ring),
-        "rows_bytes": round(rows),
-        "optimizer_bytes": max(state),
-        "optimizer_bytes_total": sum(state),
-        "newton_schulz_flops": max(newton_schulz),
-        "newton_schulz_total": sum(newton_schulz),
-        "model_flops": round(flops),
-        "buckets": buckets,
-    }
-
-
-def plan_text(config: Config, hp: Common, recipe: Recipe, world_size: int) -> str:
-    """plan() for reading: the optimizer's and the communication's part of the model card."""
-    check_expert_parallel(config, hp.expert_parallel, world_size)
-    p, mib = plan(config, hp, recipe, world_size), lambda number: f"{number / 2**20:,.1f} MiB"
-    travelling = [bucket for bucket in p["buckets"] if len(bucket.ranks) > 1]
-    sizes = [4 * bucket.part * len(bucket.ranks) for bucket in travelling]
-    mean = p["newton_schulz_total"] / world_size
-    rows = [
-        ("ranks", f"{world_size}, experts shared by {hp.expert_parallel}; {hp.batch_tokens // world_size:,} tokens of each step per rank"),
-        ("parameters", f"{p['parameters']:,}, at most {p['held']:,} on a rank"),
-        ("buckets", f"{len(travelling)} travel" + (f", {mib(min(sizes))} to {mib(max(sizes))} each" if sizes else "")),
-        ("sent per step", f"{mib(p['sent_bytes'])} per rank: a plain all-reduce's {mib(p['all_reduce_bytes'])} "
-                          f"{'+' if p['sent_bytes'] >= p['all_reduce_bytes'] else '-'} {mib(abs(p['sent_bytes'] - p['all_reduce_bytes']))} of "
-                          f"{'padding' if hp.expert_parallel == 1 else 'padding and experts that stay'}"),
-        ("rows exchanged", f"{mib(p['rows_bytes'])} per rank and step at even load"),
-        ("optimizer state", f"{mib(p['optimizer_bytes'])} per rank, {mib(p['optimizer_bytes_total'])} in the world"),
-        ("Newton-Schulz", f"{p['newton_schulz_flops'] / 1e9:,.2f} GFLOPs per rank and step, "
-                          f"{100 * p['newton_schulz_flops'] / p['model_flops']:.2f}% of forward + backward; "
-                          f"the busiest rank has {p['newton_schulz_flops'] / max(mean, 1):.2f} of the mean"),
-    ]  # fmt: skip
-    return "\n".join(f"{label:<20} {text}" for label, text in rows)
+def window(step: int, hp: TrainConfig, config: Config) -> int:
+    """Attention window of a long layer in tokens: whole blocks of 128, linear growth (modded-nanogpt record 13)."""
+    now = hp.window_start + (config.window_size - hp.window_start) * step / hp.num_iterations
+    return min(config.window_size, -(-int(now) // 128) * 128)
 
 
 # -----------------------------------------------------------------------------
-# The exchange: gradients go to their owners during backward, new values come back during the updates
-
-
-class World(NamedTuple):
-    rank: int
-    size: int
-    device: torch.device
-    expert_parallel: int = 1  # ranks that share the experts; rank r holds part r % expert_parallel
-    run_id: str = ""  # prefix of this run's keys in the store
-    restarted: bool = False  # by torchrun, after ranks were lost
-    groups: dict = {}  # ranks of a bucket -> its process group; absent: all ranks
-    expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
-
-    def with_groups(self, timeout: timedelta) -> "World":
-        """The process groups of the ranks that hold the same experts, and of those that share them; all ranks make all of them.
-
-        Rows never travel in a bucket's group, as buckets and rows may take turns in another order on another rank."""
-        every, step = tuple(range(self.size)), self.expert_parallel
-        if step == 1:
-            return self
-        holding = [every[first::step] for first in range(step)]
-        sharing = [dist.new_group(every[first : first + step], timeout=timeout) for first in range(0, self.size, step)]
-        groups = {ranks: dist.new_group(ranks, timeout=timeout) for ranks in holding if len(ranks) > 1}
-        return self._replace(groups=groups, expert_group=sharing[self.rank // step])
-
-    @property
-    def expert_ranks(self) -> ExpertRanks:
-        return ExpertRanks(self.rank % self.expert_parallel, self.expert_parallel, self.expert_group)
-
-    def store(self) -> dist.Store:
-        """A connection of one's own to the store that all ranks share; a blocking read holds it."""
-        if self.size == 1:
-            return dist.HashStore()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
-        return dist.PrefixStore(self.run_id, client)
-
+# The exchange: gradients to their owners during backward, new values back during the updates
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -556,46 +305,46 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]):
         torch._foreach_copy_(targets, sources)
 
 
-class Piece(NamedTuple):
+class LocalSlab(NamedTuple):
     """A slab on one of the ranks that hold it."""
 
     slab: Slab
     parameter: torch.nn.Parameter
     part: int | slice  # of the parameter's dimension 0
-    value: Tensor  # that part, a view; its gradient in .grad while its owner updates it
-    packed: Tensor | None  # its place in Transfer.parts
-    mine: Tensor | None  # its place in Transfer.mine, on its owner
+    value: Tensor  # view of that part; the owner's update finds its gradient in .grad
+    in_send_buf: Tensor | None  # None if it does not travel
+    in_recv_buf: Tensor | None  # None on ranks that do not own it
 
 
 class Transfer:
-    """One bucket on one of its ranks. Its buffers live as long as the run: nothing is freed under a collective in flight."""
+    """One bucket on one of its ranks. Buffers live as long as the run, so none is freed under a running collective."""
 
-    def __init__(self, bucket: Bucket, model: GPT, world: World, overlap: bool):
+    def __init__(self, bucket: Bucket, net: GPT, world: World, overlap: bool):
         self.travels = len(bucket.ranks) > 1
         self.group, self.overlap, self.work, self.missing = world.groups.get(bucket.ranks), overlap, None, 0
-        padded = bucket.part if self.travels else 0
-        self.parts = torch.zeros(len(bucket.ranks), padded, device=world.device)  # to each owner, later from each
-        self.mine = torch.zeros(padded, device=world.device)  # sums of the gradients that this rank owns, later their new values
-        self.pieces, ends = [], collections.Counter()
+        part_numel = bucket.part if self.travels else 0
+        self.send_buf = torch.zeros(len(bucket.ranks), part_numel, device=world.device)  # all owners' parts
+        self.recv_buf = torch.zeros(part_numel, device=world.device)  # this rank's part
+        self.slabs, ends = [], collections.Counter()
         for slab, owner in zip(bucket.slabs, bucket.owners):
-            name, part = model_file.slab_part(slab.name)
-            parameter = model.get_parameter(name)
+            name, part = slab_part(slab.name)
+            parameter = net.get_parameter(name)
             if slab.kind == "expert":
-                part -= model.ranks.first(model.config.num_experts)
+                part -= net.ranks.first(net.config.num_experts)
             value, place = parameter.detach()[part], slice(ends[owner], ends[owner] + slab.numel)
             ends[owner] = place.stop
-            packed = self.parts[bucket.ranks.index(owner), place].view(value.shape) if self.travels else None
-            mine = self.mine[place].view(value.shape) if self.travels and owner == world.rank else None
-            self.pieces.append(Piece(slab, parameter, part, value, packed, mine))
-        self.parameters = list({id(piece.parameter): piece.parameter for piece in self.pieces}.values())
-        self.owned = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner == world.rank]
-        self.others = [piece for piece, owner in zip(self.pieces, bucket.owners) if owner != world.rank]
+            sent = self.send_buf[bucket.ranks.index(owner), place].view(value.shape) if self.travels else None
+            received = self.recv_buf[place].view(value.shape) if self.travels and owner == world.rank else None
+            self.slabs.append(LocalSlab(slab, parameter, part, value, sent, received))
+        self.parameters = list({id(local.parameter): local.parameter for local in self.slabs}.values())
+        self.owned = [local for local, owner in zip(self.slabs, bucket.owners) if owner == world.rank]
+        self.others = [local for local, owner in zip(self.slabs, bucket.owners) if owner != world.rank]
         self.optimizers = []
 
     def owned_by_kind(self) -> dict[str, list[Tensor]]:
         tensors = {}
-        for piece in self.owned:
-            tensors.setdefault(piece.slab.kind, []).append(piece.value)
+        for local in self.owned:
+            tensors.setdefault(local.slab.kind, []).append(local.value)
         return tensors
 
     def start(self, collective, output: Tensor, source: Tensor):
@@ -609,72 +358,77 @@ class Transfer:
             self.work = None
 
     def send_gradients(self):
-        """Begin to sum each slab's gradient on its owner; a parameter without a gradient here adds zero."""
+        """Start to sum each slab's gradient on its owner. A parameter without a gradient here adds zero."""
         if self.travels:
-            there = [piece for piece in self.pieces if piece.parameter.grad is not None]
-            if len(there) < len(self.pieces):
-                self.parts.zero_()
-            copy_all([piece.packed for piece in there], [piece.parameter.grad[piece.part] for piece in there])
+            with_grad = [local for local in self.slabs if local.parameter.grad is not None]
+            if len(with_grad) < len(self.slabs):
+                self.send_buf.zero_()
+            grads = [local.parameter.grad[local.part] for local in with_grad]
+            copy_all([local.in_send_buf for local in with_grad], grads)
             for parameter in self.parameters:
                 parameter.grad = None
-            self.start(reduce_scatter, self.mine, self.parts.flatten())
+            self.start(reduce_scatter, self.recv_buf, self.send_buf.flatten())
 
     def receive_gradients(self):
-        """Wait until the gradients that this rank owns are whole, in .grad of the slabs."""
+        """Wait for the summed gradients of the slabs that this rank owns, and set their .grad."""
         self.wait()
-        for piece in self.owned:
-            grad = piece.parameter.grad
-            piece.value.grad = piece.mine if self.travels else torch.zeros_like(piece.value) if grad is None else grad[piece.part]
+        for local in self.owned:
+            if self.travels:
+                local.value.grad = local.in_recv_buf
+            else:
+                grad = local.parameter.grad
+                local.value.grad = torch.zeros_like(local.value) if grad is None else grad[local.part]
 
     def send_values(self):
-        """Begin to hand the owners' new values to the other ranks."""
-        for piece in self.owned:
-            piece.value.grad = None
+        """Start to gather the owners' new values on all ranks."""
+        for local in self.owned:
+            local.value.grad = None
         if self.travels:
-            copy_all([piece.mine for piece in self.owned], [piece.value for piece in self.owned])
-            self.start(all_gather, self.parts.flatten(), self.mine)
+            copy_all([local.in_recv_buf for local in self.owned], [local.value for local in self.owned])
+            self.start(all_gather, self.send_buf.flatten(), self.recv_buf)
 
     def receive_values(self):
         self.wait()
         for parameter in self.parameters:
             parameter.grad = None
-        copy_all([piece.value for piece in self.others], [piece.packed for piece in self.others])
+        copy_all([local.value for local in self.others], [local.in_send_buf for local in self.others])
 
 
 class Exchange:
     """Every bucket of this rank, in the order in which all ranks send them.
 
-    A bucket leaves when its last gradient of the last micro-batch is there and the buckets before it have left, so a late one
-    holds up the rest and no two ranks ever differ in order. overlap=False sends the same buckets in the same order after backward
-    and waits for each: the reference, bit for bit, and what the benchmark compares with."""
+    A bucket leaves once its last gradient of the last micro-batch is ready and the buckets before it have left. So a
+    late one delays the rest, and the order is the same on all ranks. overlap=False sends the same buckets in the same
+    order after backward and waits for each: the reference, with the same bits."""
 
-    def __init__(self, model: GPT, world: World, bucket_mb: float = 0.0, overlap: bool = True):
-        self.world, self.model, self.overlap = world, model, overlap
-        buckets = make_buckets(model.config, world.size, world.expert_parallel, bucket_mb)
-        self.transfers = [Transfer(bucket, model, world, overlap) for bucket in buckets if world.rank in bucket.ranks]
-        self.armed, self.sent, self.totals_work = False, 0, None
+    def __init__(self, net: GPT, world: World, bucket_mb: float = 0.0, overlap: bool = True):
+        self.world, self.model, self.overlap = world, net, overlap
+        buckets = make_buckets(net.config, world.size, world.expert_parallel, bucket_mb)
+        self.transfers = [Transfer(bucket, net, world, overlap) for bucket in buckets if world.rank in bucket.ranks]
+        self.reducing, self.sent, self.totals_work = False, 0, None
         if world.size > 1 and overlap:
             for transfer in self.transfers:
                 for parameter in transfer.parameters:
-                    parameter.register_post_accumulate_grad_hook(functools.partial(self.gradient_is_there, transfer))
+                    hook = functools.partial(self.on_grad_ready, transfer)
+                    parameter.register_post_accumulate_grad_hook(hook)
 
     @property
-    def owned(self) -> list[Piece]:
-        return [piece for transfer in self.transfers for piece in transfer.owned]
+    def owned(self) -> list[LocalSlab]:
+        return [local for transfer in self.transfers for local in transfer.owned]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer for transfer in self.transfers for optimizer in transfer.optimizers]
 
-    def equip(self, recipe: Recipe, hp: Common) -> list[torch.optim.Optimizer]:
-        """Give every bucket the optimizers of the slabs that this rank owns; returns them all."""
+    def attach_optimizers(self, recipe: "Recipe", hp: TrainConfig):
+        """Make the optimizers of each bucket, for the slabs that this rank owns."""
         for transfer in self.transfers:
             transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
-        return self.optimizers
+        check_cover(self)
 
-    def arm(self, totals: Tensor):
-        """Before the last backward: buckets may leave from now on, and `totals` is summed over the ranks beside them, in place."""
-        self.armed, self.sent = True, 0
+    def begin_reduce(self, totals: Tensor):
+        """Call before the last backward: buckets may leave from now on. `totals` is summed over ranks, in place."""
+        self.reducing, self.sent = True, 0
         for transfer in self.transfers:
             transfer.missing = len(transfer.parameters)
         if self.world.size > 1:
@@ -682,8 +436,8 @@ class Exchange:
             if not self.overlap:
                 self.totals_work.wait()
 
-    def gradient_is_there(self, transfer: Transfer, parameter: Tensor):
-        if self.armed:
+    def on_grad_ready(self, transfer: Transfer, parameter: Tensor):
+        if self.reducing:
             transfer.missing -= 1
             while self.sent < len(self.transfers) and self.transfers[self.sent].missing == 0:
                 self.send_next()
@@ -692,9 +446,9 @@ class Exchange:
         self.transfers[self.sent].send_gradients()
         self.sent += 1
 
-    def flush(self):
-        """After the last backward: send what is left, as a parameter that took no part in it has called no hook."""
-        self.armed = False
+    def flush_reduce(self):
+        """Call after the last backward: send the rest. A parameter outside the graph has called no hook."""
+        self.reducing = False
         while self.sent < len(self.transfers):
             self.send_next()
 
@@ -707,392 +461,69 @@ class Exchange:
             transfer.receive_values()
 
 
+def check_cover(exchange: Exchange):
+    """Every owned slab is in exactly one optimizer group."""
+    groups = [group for optimizer in exchange.optimizers for group in optimizer.param_groups]
+    grouped = sorted(id(p) for group in groups for p in group["params"])
+    owned = sorted(id(local.value) for local in exchange.owned)
+    assert grouped == owned, "the optimizers' groups do not cover the parameters exactly once"
+
+
 # -----------------------------------------------------------------------------
-# Checkpoints: a folder per step, each rank's file holds the slabs it owns
+# A run: the parts that another script replaces, and the parts that stay the same during it
 
 
-class Saver:
-    """Saves in a thread: `save` copies what this rank owns and returns, the files are written while training goes on.
+class Recipe(NamedTuple):
+    """The parts of a run that differ between train_muon.py, train_adamw.py and train_zoo.py."""
 
-    What the thread meets (a full disk, values that are not finite) is raised by the next save() or wait()."""
+    script: str
+    name: str  # of the optimizer, and the default experiment name
+    train_config: type
+    presets: dict
+    make_optimizers: callable  # (kind -> owned slabs, hp) -> optimizers
+    set_rates: callable  # (optimizers, step, hp): writes the rates of this step into the groups
+    matrix_state: int  # floats of optimizer state per element of a matrix
+    newton_schulz: int  # iterations for each matrix in a step
+    model_config: type
+    model_presets: dict
+    check: callable  # (config, hp, world size, device type): raises UserError
+    data: ModuleType  # with load_meta, verify, fingerprint and validation_batches of data.py
+    open_loader: callable  # (config, hp, world, micro_rows) -> loader; raises UserError
+    loss: callable  # (model, batch, step, hp) -> loss, statistics
+    evaluate: callable  # (session, step) -> metrics
+    validation_text: callable  # (session, encoding) -> bytes, for the compressors
 
-    def __init__(self, folder: Path, exchange: Exchange, world: World):
-        self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
-        self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
 
-    def save(self, step: int, facts: dict, log: Run):
-        """facts: what the manifest holds besides the files (model, hyperparameters, loader position, clock ...)."""
-        self.wait()
-        slabs = snapshot(self.exchange, self.world)
-        copied = torch.cuda.Event() if self.world.device.type == "cuda" else None
-        if copied:
-            copied.record()
-        self.thread = threading.Thread(target=self.run, args=(step, slabs, copied, facts, log), daemon=True)
-        self.thread.start()
+class Session(NamedTuple):
+    """The parts of a run that stay the same during it."""
 
-    def run(self, step: int, slabs: dict, copied, facts: dict, log: Run):
-        try:
-            if copied:
-                copied.synchronize()
-            self.last_good = write_checkpoint(self.folder, step, slabs, facts, self.world, self, log.sync)
-        except BaseException as error:  # raised again by wait(), in the thread that can stop the run
-            self.error = error
+    recipe: Recipe
+    hp: TrainConfig
+    model: GPT
+    exchange: Exchange
+    timer: PhaseTimer
+    folder: Path = Path()  # of the run
+    micro_rows: int = 1  # rows of one forward pass
+    token_bytes: Tensor | None = None  # UTF-8 bytes of each id, where known
 
     @property
-    def failed(self) -> bool:
-        return self.error is not None
+    def world(self) -> World:
+        return self.exchange.world
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, *exception):
-        if kind is not None:
-            self.abandoned.set()  # the other ranks may be gone, and what they have to say with them
-        self.join()
+def compute_loss(net: GPT, batch: data.Batch, step: int, hp: TrainConfig) -> tuple[Tensor, dict]:
+    """Loss of a micro-batch, and its statistics: 0-d tensors, counts_LE, and numbers."""
+    output = net(batch.inputs_BT, batch.targets_BT)
+    return output.loss, output.stats
 
-    def join(self):
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
 
-    def tell(self, key: str, words: str):
-        self.store.set(key, words)
+def open_loader(config: Config, hp: TrainConfig, world: World, micro_rows: int) -> data.Loader:
+    return data.Loader(hp.data, **loader_options(config, hp, world, micro_rows))
 
-    def wait_for(self, keys: list[str]) -> list[str]:
-        """What other threads told, once all of it is there. No blocking read: a thread inside one could not end with its process."""
-        while not self.store.check(keys):
-            if self.abandoned.wait(0.02):
-                raise RunError("the run ended while a checkpoint was being written; the one before is complete")
-        return [self.store.get(key).decode() for key in keys]
 
-    def wait(self):
-        """Until what was begun is on disk. Raises what the thread met."""
-        self.join()
-        if isinstance(self.error, RunError):
-            stop(self.world, str(self.error))
-        if self.error is not None:
-            raise self.error
-
-
-def snapshot(exchange: Exchange, world: World) -> dict[str, dict[str, Tensor]]:
-    """Slab name -> copies on the host of its value and optimizer state, for what this rank owns; rank 0 adds the model's buffers."""
-    slabs = {piece.slab.name: {"value": piece.value} for piece in exchange.owned}
-    for transfer in exchange.transfers:
-        for piece in transfer.owned:
-            for optimizer in transfer.optimizers:
-                slabs[piece.slab.name] |= optimizer.state.get(piece.value, {})
-    if world.rank == 0:
-        buffers = dict(exchange.model.named_buffers())
-        slabs |= {name: {"value": buffers[name]} for name in exchange.model.state_dict() if name in buffers}
-    to_host = lambda value: value.to("cpu", non_blocking=True, copy=True)  # on CUDA into pinned memory, behind the step's kernels
-    return {name: {key: to_host(value) for key, value in slab.items()} for name, slab in slabs.items()}
-
-
-def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver, sync_log=lambda: None) -> Path:
-    """Write this rank's file of folder/step_NNNNNN; when all are there, rank 0 writes the manifest and renames the folder into place. Before it,
-    sync_log(): a checkpoint on the disk never goes further than the log there.
-
-    That folder and the one before are kept. The ranks meet on the board, for collectives belong to the training thread.
-    Raises RunError on every rank if one of them could not write; the checkpoints that were there stay."""
-    target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
-    try:
-        sync_log()
-        partial.mkdir(parents=True, exist_ok=True)
-        report = {"files": write_file(partial / f"rank{world.rank}.pt", lambda file: torch.save(slabs, file))}
-        bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
-        if bad:
-            report = {"failure": f"{bad[0]} is not finite"}
-    except Exception as error:  # whatever it is, the other ranks wait for a report; torch.save tells of a full disk as RuntimeError
-        report = {"failure": str(error) or type(error).__name__}
-    board.tell(f"{key}/{world.rank}", json.dumps(report))
-    if world.rank == 0:
-        reports = [json.loads(report) for report in board.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
-        failures = [report["failure"] for report in reports if "failure" in report]
-        if not failures:
-            manifest = {"step": step, **facts, "files": {name: file for report in reports for name, file in report["files"].items()}}
-            try:
-                manifest["sha256"] = model_file.manifest_sha256(manifest)
-                write_file(partial / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-                sync_folder(folder)
-                there = model_file.checkpoints(folder)
-                for old in set(there) - set([path for path in there if path <= target][:2]):  # a newer one was found damaged
-                    shutil.rmtree(old)
-            except OSError as error:
-                failures = [str(error)]
-        if failures:
-            shutil.rmtree(partial, ignore_errors=True)
-        board.tell(f"{key}/outcome", " ".join(failures[:1]))
-    [failure] = board.wait_for([f"{key}/outcome"])
-    if failure:
-        mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
-        raise RunError(f"the checkpoint of step {step} could not be written to {folder} ({failure}); {last_good(folder)}; {mend}")
-    return target
-
-
-OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
-
-
-def last_good(folder: Path) -> str:
-    return next((f"the last good checkpoint is {path}" for path in model_file.checkpoints(folder)), "there is no checkpoint")
-
-
-def sync_folder(folder: Path):
-    """See a rename in it onto the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, write) -> dict[str, dict]:
-    """Write a file through write(file) and see it onto the disk; {name: its size and sha256}."""
-    with open(path, "wb+") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}
-
-
-def soundest_checkpoint(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all what its manifest says, and what is wrong with newer ones. The ranks share the work.
-
-    None if there is no checkpoint at all; ends the run if there are some and none is sound."""
-    complaints = []
-    for path in model_file.checkpoints(folder):
-        complaint = ""
-        try:
-            model_file.verified_manifest(path, world.rank, world.size)
-        except CheckpointError as error:
-            complaint = str(error).partition(";")[0]
-        found = [complaint for complaint in gather_objects(complaint, world) if complaint]
-        if not found:
-            return path, complaints
-        complaints += found[:1]
-    if complaints:
-        stop(world, f"{'; '.join(complaints)}; no checkpoint in {folder} is sound, so start over under another --experiment_name")
-    return None, []
-
-
-def load_checkpoint(path: Path, exchange: Exchange, config: Config, hp: Common) -> dict:
-    """Put a verified checkpoint's values and optimizer state in place, at any number of ranks and of expert parts; returns the manifest.
-
-    Raises RunError when it was saved by another configuration."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    check_same_run(manifest, config, hp, path)
-    slabs, buffers = model_file.read_slabs(path, manifest), dict(exchange.model.named_buffers())
-    missing = [piece.slab.name for transfer in exchange.transfers for piece in transfer.pieces if piece.slab.name not in slabs]
-    if missing:
-        raise RunError(f"{path} lacks {missing[0]}, so another version of this code wrote it; resume with that, or start another --experiment_name")
-    for name in exchange.model.state_dict().keys() & buffers.keys():
-        buffers[name].copy_(slabs[name]["value"])
-    for transfer in exchange.transfers:
-        owner_of = {tensor: optimizer for optimizer in transfer.optimizers for group in optimizer.param_groups for tensor in group["params"]}
-        for piece in transfer.pieces:
-            piece.value.copy_(slabs[piece.slab.name]["value"])
-        for piece in transfer.owned:
-            state = {key: value.to(piece.value.device, copy=True) for key, value in slabs[piece.slab.name].items() if key != "value"}
-            if state:
-                owner_of[piece.value].state[piece.value] = state
-    return manifest
-
-
-RESUME_FREE = set("""data out_dir device compile micro_batch_tokens val_every val_tokens routes_tokens checkpoint_every sample_tokens warmup_steps
-                     expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
-
-
-def check_same_run(manifest: dict, config: Config, hp: Common, path: Path):
-    """A resumed run must be the run that was saved: RunError names the first field that differs."""
-    now = dataclasses.asdict(config) | {k: v for k, v in dataclasses.asdict(hp).items() if k not in RESUME_FREE}
-    then = manifest["model"] | manifest["hyperparameters"]
-    for field, value in now.items():
-        if then.get(field) != value:
-            was = then.get(field)
-            raise RunError(f"{path} was saved with {field} = {was}, not {value}; pass --{field} {was}, or another --experiment_name")
-
-
-# -----------------------------------------------------------------------------
-# Guards: ranks that agree, signals, a loss read late, and who keeps whom waiting
-
-
-def gather_objects(value, world: World) -> list:
-    """Every rank's value, on every rank."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-class Ended(RunError):
-    """An error that all ranks end with; rank 0 says it."""
-
-
-def stop(world: World, message: str):
-    """End the run where all ranks know that it ends."""
-    raise Ended(message)
-
-
-MISTAKES = (ConfigError, CheckpointError, data.DataError, RunError)
-
-
-def agree(world: World, prepare):
-    """prepare() on every rank and its result; if one of them fails, all stop, and rank 0 says whose complaint it is."""
-    result, complaint = None, None
-    try:
-        result = prepare()
-    except MISTAKES as error:
-        if world.size == 1:
-            raise
-        complaint = f"{error} (on {socket.gethostname()})"
-    complaints = gather_objects(complaint, world)
-    for rank, complaint in enumerate(complaints):
-        if complaint:
-            stop(world, f"rank {rank}: {complaint}")
-    return result
-
-
-def agree_on(facts: dict, world: World):
-    """Stop before training if the ranks differ in one of these facts, and name it."""
-    everyone = gather_objects(facts, world)
-    for rank, theirs in enumerate(everyone):
-        for name in sorted(everyone[0].keys() | theirs.keys()):
-            here, there = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
-            if here != there:
-                stop(world, f"the ranks differ: {name} is {there} on rank {rank} and {here} on rank 0; "
-                            "start all of them with the same flags, data and code")  # fmt: skip
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for a checkpoint and an end. Alone, a second Ctrl-C ends at once; torchrun repeats signals by itself."""
-
-    def __init__(self, world: World):
-        self.world, self.received, self.before = world, 0, {}
-
-    def note(self, number, frame):
-        self.received = number
-        if self.world.size == 1:
-            signal.signal(number, self.before[number])
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Late:
-    """The values of a small tensor, for a host that asks for them a step later and so waits for nothing."""
-
-    def __init__(self, values: Tensor):
-        self.host = values.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if values.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-    def tolist(self) -> list[float]:
-        if self.copied:
-            self.copied.synchronize()
-        return self.host.tolist()
-
-
-class Watchdog:
-    """A thread that tells the other ranks every second that this one lives and what it does.
-
-    When this rank gets no further for stuck_after seconds, it ends the run and names the ranks that keep the others waiting:
-    those that are silent, else those that are busy with something else than waiting. A rank that loses a peer in the middle of
-    a collective asks for the silent ones at once."""
-
-    BEAT = 1.0  # seconds
-
-    def __init__(self, world: World, timer: PhaseTimer, stuck_after: float):
-        self.world, self.timer, self.stuck_after = world, timer, stuck_after
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def __enter__(self):
-        self.store = self.world.store()
-        if self.world.size > 1:
-            self.thread.start()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        lost_peer = self.world.size > 1 and isinstance(error, RuntimeError) and not isinstance(error, RunError)  # what collectives raise
-        silent = {}
-        if lost_peer:
-            try:
-                silent = self.silent_ranks()
-            except RuntimeError as gone:
-                self.end_alone(gone)
-        self.closed.set()
-        if self.world.size > 1:
-            self.thread.join(2 * self.BEAT)  # a thread that its process ends inside torch takes the exit status with it
-        if silent:
-            self.tell(f"{self.names(silent)} no longer there")
-            raise SystemExit(1) from error
-
-    def run(self):
-        try:
-            self.beat()
-            while not self.closed.wait(self.BEAT):
-                self.beat()
-                if time.monotonic() - self.timer.place[1] > self.stuck_after:
-                    self.accuse()
-        except RuntimeError as error:
-            if not self.closed.is_set():
-                self.end_alone(error)
-
-    def beat(self):
-        words = [time.monotonic(), self.timer.place[0], f"{socket.gethostname()}, pid {os.getpid()}"]
-        self.store.set(f"beat/{self.world.rank}", json.dumps(words))
-
-    def end_alone(self, error: RuntimeError):
-        """Without torchrun nobody would restart this process, and a second one could write beside it."""
-        reason = str(error).splitlines()[0]
-        print(f"\nerror: rank {self.world.rank} ends, for the store of torchrun is gone ({reason})", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def beats(self) -> dict[int, list]:
-        ranks = [rank for rank in range(self.world.size) if self.store.check([f"beat/{rank}"])]
-        return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in ranks}
-
-    def silent_ranks(self) -> dict[int, list]:
-        """rank -> its last words, of the ranks that say nothing for three beats."""
-        before = self.beats()
-        for _ in range(4):  # others look at this rank too
-            time.sleep(self.BEAT)
-            self.beat()
-        now = self.beats()
-        silent = [rank for rank in range(self.world.size) if rank != self.world.rank and now.get(rank) == before.get(rank)]
-        return {rank: now.get(rank, [0, "the start", "unknown host"]) for rank in silent}
-
-    def accuse(self):
-        silent = self.silent_ranks()
-        busy = {rank: words for rank, words in self.beats().items() if not words[1].endswith("communication")}
-        if time.monotonic() - self.timer.place[1] > self.stuck_after:  # still
-            waited = f"after {self.stuck_after:g} s without progress"
-            if silent:
-                self.tell(f"{self.names(silent)} no longer there, {waited}")
-            elif busy:
-                self.tell(f"{self.names(busy)} stuck, {waited}")
-            else:
-                self.tell(f"all ranks wait for one another, {waited}: the network between them may have failed")
-            os._exit(1)  # the training thread may be inside a collective that never returns
-
-    def names(self, ranks: dict[int, list]) -> str:
-        return ", ".join(f"rank {rank} ({here}; {place})" for rank, (_, place, here) in ranks.items()) + (" is" if len(ranks) == 1 else " are")
-
-    def tell(self, message: str):
-        """The first rank that finds out says it; the others give it the time."""
-        if self.store.add("told", 1) == 1:
-            print(f"\nerror: {message}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * self.BEAT)
+def loader_options(config: Config, hp: TrainConfig, world: World, micro_rows: int) -> dict:
+    return dict(seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=micro_rows, rank=world.rank,
+                world_size=world.size, seed=hp.seed, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -1100,48 +531,43 @@ class Watchdog:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, step: int, hp: Common, micro_rows: int, token_bytes: Tensor | None, world: World,
-             timer: PhaseTimer) -> dict[str, float]:  # fmt: skip
-    """val/loss in nats per token over the first val_tokens, and val/bpb in bits per byte of text when the byte lengths are known; of a mixture
-    the same for each domain, val/<domain>/..., which experts its tokens meet, and how many bits of the domain a choice of expert tells."""
-    model.eval()
-    window_now = window(step, hp, model.config)
-    names, L, E = list(data.domains(hp.data)), *model.bias_LE.shape
-    totals_DX = torch.zeros(len(names), 3 + L * E, dtype=torch.float64, device=world.device)  # nats, tokens, bytes, choices of experts
-    batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
-                                      world_size=world.size, vocab_size=model.config.vocab_size, device=world.device)  # fmt: skip
-    for batch in batches:
-        timer.begin("validation")
-        model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window_now)  # objective masked hides by a token's number
-        counts = batch.targets_BT >= 0
-        _, loss, stats = model(batch.inputs_BT, batch.targets_BT, real_B=counts.any(1) if len(names) > 1 else None)
-        nbytes = counts.sum() * 0 if token_bytes is None else (token_bytes[batch.targets_BT.clamp(min=0)] * counts).sum()
-        sums = torch.stack([loss.double() * counts.numel(), counts.sum().double(), nbytes.double()])
-        row_X = torch.cat([sums, stats["counts_LE"].flatten().double()])
-        totals_DX.index_add_(0, batch.domain_B[:1], row_X[None])  # no copy to the host, which would wait for the batch
-    timer.begin("communication")
+def evaluate(session: Session, step: int) -> dict[str, float]:
+    """val/loss in nats per token of the first val_tokens; val/bpb in bits per byte if the bytes of ids are known."""
+    net, world = session.model, session.world
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    net.eval()
+    for batch in validation_batches(session, step):
+        totals += loss_totals(net(batch.inputs_BT, batch.targets_BT).loss, batch.targets_BT, session.token_bytes)
+    net.train()
+
+    session.timer.begin("communication")
     if world.size > 1:
-        dist.all_reduce(totals_DX)
-    model.train()
-
-    def losses(prefix: str, totals_X: Tensor) -> dict[str, float]:
-        nats, tokens, nbytes = totals_X[:3].tolist()
-        return {f"{prefix}/loss": nats / tokens} | ({f"{prefix}/bpb": nats / nbytes / math.log(2)} if nbytes else {})
-
-    values = losses("val", totals_DX.sum(0))
-    for name, totals_X in zip(names, totals_DX) if len(names) > 1 else ():
-        values |= losses(f"val/{name}", totals_X)
-    if len(names) > 1 and L:
-        share_DLE = totals_DX[:, 3:].view(-1, L, E) / totals_DX[:, 3:].view(-1, L, E).sum(-1, keepdim=True)
-        values |= {"moe/domain_load": share_DLE, "moe/domain_information": domain_information(share_DLE).mean()}
-    return values
+        dist.all_reduce(totals)
+    return loss_metrics("val", totals)
 
 
-def domain_information(share_DLE: Tensor) -> Tensor:
-    """Mutual information (L,) of domain and chosen expert in bits, all domains being equally likely: 0 = the choice tells nothing."""
-    joint_DLE = share_DLE / len(share_DLE)
-    apart_DLE = joint_DLE.sum(0) * joint_DLE.sum(-1, keepdim=True)
-    return torch.where(joint_DLE > 0, joint_DLE * (joint_DLE / apart_DLE.clamp(min=1e-30)).log2(), 0.0).sum((0, 2))
+def validation_batches(session: Session, step: int):
+    """Validation batches of this rank; sets the model's step, position and window for each."""
+    hp, net, world = session.hp, session.model, session.world
+    window_now = window(step, hp, net.config)
+    for batch in session.recipe.data.validation_batches(
+            hp.data, seq_len=hp.seq_len, rows=session.micro_rows, max_tokens=hp.val_tokens or None, rank=world.rank,
+            world_size=world.size, vocab_size=net.config.vocab_size, device=world.device):  # fmt: skip
+        session.timer.begin("validation")
+        net.set_step(hp.seed, step, batch.first_row * hp.seq_len, window_now)
+        yield batch
+
+
+def loss_totals(mean_loss: Tensor, targets_BT: Tensor, token_bytes: Tensor | None) -> Tensor:
+    """(3,) in fp64: nats, tokens and bytes of a batch. mean_loss is over all places, also those without a target."""
+    is_target = targets_BT >= 0
+    nbytes = is_target.sum() * 0 if token_bytes is None else (token_bytes[targets_BT.clamp(min=0)] * is_target).sum()
+    return torch.stack([mean_loss.double() * is_target.numel(), is_target.sum().double(), nbytes.double()])
+
+
+def loss_metrics(prefix: str, totals: Tensor) -> dict[str, float]:
+    nats, tokens, nbytes = totals.tolist()
+    return {f"{prefix}/loss": nats / tokens} | ({f"{prefix}/bpb": nats / nbytes / math.log(2)} if nbytes else {})
 
 
 # -----------------------------------------------------------------------------
@@ -1157,43 +583,41 @@ def phase(timer: PhaseTimer, name: str):
     timer.mark(name)
 
 
-TOTALS = ("ce", "balance_loss", "z_loss", "entropy", "loops", "domain_loss")  # sums over the global batch, beside the counts
-Alarms = NamedTuple("Alarms", [("signal", bool), ("disk", bool)])  # of one rank; where their sum is not zero, all ranks act
-QUIET = Alarms(False, False)
+NO_FLAGS = StepFlags()
 
 
-def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step: int, hp: Common, recipe: Recipe,
-               timer: PhaseTimer, alarms: Alarms = QUIET, expert_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """One optimizer step over the global batch; returns its statistics, and [loss, *alarms] summed over ranks, on the device.
+def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLAGS) -> tuple[dict, Tensor]:
+    """One optimizer step over the global batch; returns its metrics, and [loss, *flags] summed over ranks.
 
-    next_step() gives this rank's micro-batches; expert_D each domain's own expert, -1 for none, or is None where nobody is told. While the last
-    backward goes on, its gradients leave bucket by bucket, and the losses, counts and alarms beside them; while a bucket is updated, those
-    before it go back and those behind it arrive.
-    The phase "communication" is what nothing hid: the time spent waiting."""
-    device, world = exchange.world.device, exchange.world
+    next_step() returns the micro-batches of this rank. During the last backward, gradients leave bucket by bucket, with
+    the losses, counts and flags beside them. While one bucket is updated, earlier ones are gathered and later ones
+    reduced. The phase "communication" is the wait that nothing hid."""
+    recipe, hp, net, exchange, timer = session[:5]
+    device = exchange.world.device
     timer.start(step)
     with phase(timer, "data"):
         batches = next_step()
-    share = 1 / (len(batches) * world.size)  # of the global batch that one micro-batch is: a constant, so gradients add
-    sums = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
-    counts_LE = torch.zeros_like(model.bias_LE, dtype=torch.float64)
-    alarm = torch.tensor(alarms, dtype=torch.float64).to(device, non_blocking=True)
+    share = 1 / (len(batches) * exchange.world.size)  # of a micro-batch in the global batch; constant, so gradients add
+    sums = torch.zeros((), dtype=torch.float64, device=device)
+    counts_LE = torch.zeros_like(net.bias_LE, dtype=torch.float64)
+    flags = torch.tensor(flags, dtype=torch.float64).to(device, non_blocking=True)
+
     for batch in batches:
         with phase(timer, "forward"):
-            model.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, model.config))
-            _, loss, stats = model(batch.inputs_BT, batch.targets_BT, expert_B=None if expert_D is None else expert_D[batch.domain_B])
-            if expert_D is not None:
-                loss = loss + domain_price(step, hp) * stats["domain_loss"]
-            sums += share * torch.stack([stats[key].detach() for key in TOTALS])
+            net.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, net.config))
+            loss, stats = recipe.loss(net, batch, step, hp)
+            names = [name for name, value in stats.items() if torch.is_tensor(value) and value.ndim == 0]
+            sums = sums + (share * torch.stack([stats[name].detach() for name in names])).double()
             counts_LE += stats["counts_LE"]
         with phase(timer, "backward"):
             if batch is batches[-1]:
-                totals = torch.cat([sums, alarm, counts_LE.flatten()])
-                exchange.arm(totals)
+                totals = torch.cat([sums, flags, counts_LE.flatten()])
+                exchange.begin_reduce(totals)
             (loss * share).backward()
+
     with phase(timer, "communication"):
-        exchange.flush()
-    recipe.set_rates(optimizers, step, hp)
+        exchange.flush_reduce()
+    recipe.set_rates(exchange.optimizers, step, hp)
     for transfer in exchange.transfers:
         with phase(timer, "communication"):
             transfer.receive_gradients()
@@ -1204,554 +628,328 @@ def train_step(model: GPT, exchange: Exchange, optimizers: list, next_step, step
             transfer.send_values()
     with phase(timer, "communication"):
         exchange.finish()
-    sums, alarm, counts = totals.split([len(sums), len(alarm), counts_LE.numel()])
+
+    sums, flags, counts = totals.split([len(names), len(flags), counts_LE.numel()])
     counts_LE = counts.view_as(counts_LE).long()
-    model.balance(counts_LE)
-    ce, balance_loss, z_loss, entropy, loops, domain_loss = sums.unbind()
-    row = {"train/loss": ce} | ({} if model.config.depth == "stack" else {"depth/loops": loops})
-    if expert_D is not None:
-        row |= {"train/domain_loss": domain_loss, "train/domain_price": domain_price(step, hp)}
+    net.balance(counts_LE)
+    means = stats | dict(zip(names, sums.unbind()))
+    return step_metrics(means, counts_LE), torch.cat([means["ce"][None], flags])
+
+
+LOG_NAMES = {"ce": "train/loss", "balance_loss": "train/balance_loss", "z_loss": "train/z_loss",
+             "entropy": "moe/router_entropy"}  # fmt: skip
+
+
+def step_metrics(stats: dict, counts_LE: Tensor) -> dict:
+    """Statistics under the names of the log, and the load of experts. Others are logged if their name has a slash."""
+    names = LOG_NAMES if len(counts_LE) else {"ce": "train/loss"}
+    row = {names.get(name, name): value for name, value in stats.items() if name in names or "/" in name}
     if len(counts_LE):
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-        row |= {"train/balance_loss": balance_loss, "train/z_loss": z_loss, "moe/router_entropy": entropy, "moe/load": load_LE,
-                "moe/load_max_over_mean": (load_LE.amax(-1) * load_LE.size(-1)).mean()}  # fmt: skip
-    return row, torch.cat([ce[None], alarm])
+        max_over_mean = (load_LE.amax(-1) * load_LE.size(-1)).mean()
+        row |= {"moe/load": load_LE, "moe/load_max_over_mean": max_over_mean}
+    return row
 
 
 # -----------------------------------------------------------------------------
 # Training
 
 
-class Prepared(NamedTuple):
-    """What a rank finds out before training, when every mistake can still be told in one sentence."""
-
-    meta: dict  # of the data
-    loader: data.Loader
-    micro_rows: int  # of one forward pass
-    expert_D: Tensor | None  # each domain's own expert
-
-
-def prepare(config: Config, hp: Common, folder: Path, resume: bool, fresh: bool, world: World) -> Prepared:
-    """Check what flags, data, folder and ranks must fulfil together. Raises ConfigError, DataError, RunError."""
-    if resume and not folder.exists():
-        raise RunError(f"there is no {folder} to resume; start the run without --resume, or correct --experiment_name or --out_dir")
-    if fresh:
-        logger.refuse_existing(folder)
-    check_expert_parallel(config, hp.expert_parallel, world.size)
-    if config.objective != "next" and hp.sample_tokens:
-        raise ConfigError(f"sample_tokens is {hp.sample_tokens}; it must be 0 with objective {config.objective}, which cannot continue a text")
-    rows = hp.batch_tokens // hp.seq_len
-    micro_rows = micro_batch_rows(rows, hp, world)
-    if world.device.type == "cuda":
-        check_for_cuda(config, hp)
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
-    loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=micro_rows, rank=world.rank, world_size=world.size,
-                         seed=hp.seed, vocab_size=config.vocab_size, device=world.device, mix=mix(hp), steps=hp.num_iterations)  # fmt: skip
-    data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # raises here, not after the last step
-    if hp.routes_tokens:
-        model_file.routes_batches(config, hp.data, hp.routes_tokens)
-    return Prepared(data.load_meta(hp.data), loader, micro_rows, domain_experts(config, hp, world.device))
-
-
-def check_expert_parallel(config: Config, parts: int, ranks: int):
-    if ranks % parts or config.num_experts % parts:
-        raise ConfigError(f"expert_parallel is {parts}; it must divide both the {ranks} ranks and num_experts = {config.num_experts}")
-    if parts > 1 and len(config.expert_counts) > 1:
-        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
-    if parts > 1 and (config.depth == "routed" or config.halt != "none"):
-        raise ConfigError(f"expert_parallel is {parts}; it must be 1 where tokens go apart (depth {config.depth}, halt {config.halt}), "
-                          "as ranks would not exchange rows equally often")  # fmt: skip
-
-
-def check_for_cuda(config: Config, hp: Common):
-    """What a GPU's matmuls and FlexAttention ask for beyond what a CPU does."""
-    for name, value, step in (("seq_len", hp.seq_len, 16), ("n_embd", config.n_embd, 16)):
-        if config.head == "fp8" and value % step:
-            raise ConfigError(f"{name} is {value}; with head fp8 on CUDA it must be a multiple of {step}, or pass --head bf16")
-    if config.head_dim < 16:
-        raise ConfigError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
-    tokens, block = hp.seq_len + config.num_meta_tokens, model_file.FlexMask.BLOCK
-    if tokens % block and tokens > MOST_MASKED:
-        raise ConfigError(f"seq_len + num_meta_tokens is {tokens}; on CUDA it must be a multiple of {block} beyond {MOST_MASKED}, or attention would "
-                          "hold a mask of all pairs")  # fmt: skip
-
-
-MOST_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
-
-
-def mix(hp: Common) -> data.Mix:
-    return data.Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
-
-
-def domain_experts(config: Config, hp: Common, device: torch.device) -> Tensor | None:
-    """The expert that each domain's tokens should choose: the first ones in the order of the domains, -1 for the trunk's; None where domain_coef
-    is 0. Raises ConfigError where there are too few, or where nothing can learn to choose."""
-    if hp.domain_coef == 0:
-        return None
-    names = list(data.domains(hp.data))
-    own = [name for name in names if name != hp.trunk_domain]
-    most = sum(count for kind, count in config.expert_counts.items() if model_file.EXPERTS[kind].has_matmuls)
-    learns = config.routed_layers > 0 and issubclass(model_file.ROUTERS[config.router], model_file.Router)
-    if len(names) == 1 or len(own) > most or not learns:
-        raise ConfigError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {most} domains (and that of "
-                          f"trunk_domain), one for each expert that a learned router can choose; it has "
-                          f"{', '.join(names) if len(names) > 1 else 'none'}")
-    return torch.tensor([own.index(name) if name in own else -1 for name in names], device=device)
-
-
-SOURCES = [Path(__file__).with_name(name) for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py")]
-
-
-def shared_facts(config: Config, hp: Common, **others) -> dict:
-    """What must be the same on all ranks: settings, data, code, torch."""
-    fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | others
-    flags = {f"--{name}": value for name, value in fields.items() if name != "data"}  # the path may differ, what it holds may not
-    shards = {f"shard {name}": contents for name, contents in data.fingerprint(hp.data).items()}
-    code = {f"the code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in SOURCES}
-    return flags | shards | code | {"torch": torch.__version__}
-
-
-def train(config: Config, hp: Common, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool, world: World, sinks=()):
-    """Train to hp.num_iterations; leaves run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name. sinks: see logger.SINKS."""
-    device, folder, timer = world.device, Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
+def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool,
+          world: World, sinks=()):  # fmt: skip
+    """Train to hp.num_iterations: run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
+    folder, timer = Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
     fresh = not (resume or enable_profiling)
-    meta, loader, micro_rows, expert_D = agree(world, lambda: prepare(config, hp, folder, resume, fresh, world))
-    agree_on(shared_facts(config, hp, experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling), world)
-    world = world._replace(expert_parallel=hp.expert_parallel).with_groups(collectives_timeout(hp))
-    rows = hp.batch_tokens // hp.seq_len
-    token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=device)
+    meta, loader = agree(world, lambda: prepare(config, hp, recipe, folder, resume, fresh, world))
+    choices = dict(experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling)
+    agree_on(facts.shared_facts(config, hp, recipe, **choices), world)
+    world = world.with_expert_groups(hp.expert_parallel, hp.collectives_timeout)
 
     # ---- the model, its buckets, and the optimizers of each
-    model = GPT(config, world.expert_ranks).init_weights(hp.seed).to(device)
-    exchange = Exchange(model, world, hp.bucket_mb, hp.overlap)
-    optimizers = exchange.equip(recipe, hp)
-    check_cover(exchange, optimizers)
-    compile_note = compile_model(model, hp, device)
+    net = model.build(config, world.expert_ranks).init_weights(hp.seed).to(world.device)
+    exchange = Exchange(net, world, hp.bucket_mb, hp.overlap)
+    exchange.attach_optimizers(recipe, hp)
+    compile_note = compile_model(net, hp, world.device)
+    token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=world.device)
+    session = Session(recipe, hp, net, exchange, timer, folder, loader.micro_rows, token_bytes)
 
-    watchdog, saver = Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
-    with StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
+    watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
+    with guards.StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
-        # ---- warm up: compile and allocate everything on random tokens, then put the model back
-        before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-        random_step = random_batches(config, hp, rows // micro_rows // world.size, micro_rows, device)
-        for _ in range(hp.warmup_steps):
-            train_step(model, exchange, optimizers, random_step, 0, hp, recipe, timer, QUIET, expert_D)
-        model.load_state_dict(before)
-        for optimizer in optimizers:
-            optimizer.state.clear()
+        warm_up(session)
         if enable_profiling:
-            one_step = lambda step: train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer, QUIET, expert_D)
+            from tools.profile import profile
+
+            one_step = lambda step: train_step(session, loader.next_step, step)
             return profile(folder / "profile", one_step, config, hp, world)
 
-        # ---- where a resumed run goes on
-        start, train_time, resume_step, validated, notes = 0, 0.0, None, False, []
-        if resume:
-            timer.begin("resuming")
-            path, notes = soundest_checkpoint(folder / "checkpoint", world)
-            resume_step = -1  # a run that left no checkpoint starts over
-            if path is not None:
-                manifest = agree(world, lambda: load_checkpoint(path, exchange, config, hp))
-                loader.load_state_dict(manifest["loader"])
-                start, train_time, resume_step, validated = manifest["step"], manifest["train_time"], manifest["step"], manifest["validated"]
-                if start == hp.num_iterations and gather_objects(logger.has_ended(folder), world)[0]:
-                    if world.rank == 0:
-                        print(f"{folder} has all its {start} steps; nothing is left to do")
-                    return
+        # ---- where the run begins
+        start = resume_run(session, loader, saver) if resume else Start()
+        if start.step == hp.num_iterations and gather_objects(logger.has_ended(folder), world)[0]:
+            if world.rank == 0:
+                print(f"{folder} has all its {start.step} steps; nothing is left to do")
+            return
+        about = facts.run_facts(session, experiment_name, meta["encoding"])
+        log = opened.enter_context(Run(hp.out_dir, experiment_name, config=about, sources=facts.source_files(),
+                                       resume_step=start.resume_step, active=world.rank == 0, sinks=sinks))  # fmt: skip
+        for note in (*start.notes, facts.header(session, about, compile_note)):
+            log.print(note)
 
-        # ---- the log
-        per_token = model_file.flops_per_token(config, hp.seq_len)
-        peak = world.size * matmul_rate(device, config.dtype)
-        parameters = model_file.count_parameters(config)
-        facts = {"experiment_name": experiment_name, "optimizer": recipe.name, "model": dataclasses.asdict(config),
-                 "hyperparameters": dataclasses.asdict(hp), "parameters": parameters, "flops_per_token": per_token,
-                 "encoding": meta["encoding"], "world_size": world.size, "matmul_flops_per_second": peak}  # fmt: skip
-        run = opened.enter_context(Run(hp.out_dir, experiment_name, config=facts, sources=SOURCES, resume_step=resume_step,
-                                       active=world.rank == 0, sinks=sinks))  # fmt: skip
-        for note in notes:
-            run.print(f"{note}; going on from step {start} instead")
-        run.print(f"{recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; {rows} rows x {hp.seq_len} tokens per step, "
-                  f"{micro_rows} rows at a time on {world.size} x {device.type}; activations {config.dtype}; {compile_note}")  # fmt: skip
-        bar = progress_bar(hp.num_iterations, start, world)
-        opened.callback(bar.close)
-        look_every = 1 if device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
-
-        # ---- the loop: validate, checkpoint, step
-        latest, stopping, values = Late(torch.zeros(3)), False, {}
-        model.train()
-        synchronize(device)
-        clock = time.perf_counter()
-        for step in range(start, hp.num_iterations + 1):
-            last = step == hp.num_iterations
-            due = last or (hp.val_every and step % hp.val_every == 0)
-            validate_now = due and (last or not stopping) and not (step == resume_step and validated)
-            save_now = (last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)) and step not in (0, resume_step)
-            if validate_now or save_now:
-                look(latest, step, saver, world)
-                synchronize(device)
-            if validate_now:
-                train_time += time.perf_counter() - clock
-                values = evaluate(model, step, hp, micro_rows, token_bytes, world, timer)
-                if hp.routes_tokens:
-                    arrays = model_file.validation_routes(model, meta["encoding"], hp.data, hp.routes_tokens)  # all ranks, as they may share experts
-                    if world.rank == 0:
-                        model_file.write_routes(folder / "routes" / f"step_{step:06d}.npz", arrays)
-                run.log({"step": step, "train_time": train_time, "train/flops": step * hp.batch_tokens * per_token, **values})
-                run.flush()
-                line = f"step:{step}/{hp.num_iterations} val_loss:{values['val/loss']:.5f} train_time:{train_time:.3f}s"
-                line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
-                run.print(line + "".join(f" {key.replace('/', '_')}:{value:.4f}" for key, value in values.items() if key.endswith("/bpb")))
-                synchronize(device)
-                clock = time.perf_counter()
-            if save_now:
-                timer.begin("saving")
-                run.flush()
-                seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-                saver.save(step, facts | {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}, run)
-            if last or stopping:
-                break
-            began = time.perf_counter()
-            row, signs = train_step(model, exchange, optimizers, loader.next_step, step, hp, recipe, timer,
-                                    Alarms(signals.received > 0, saver.failed), expert_D)  # fmt: skip
-            before_latest, latest = latest, Late(signs)
-            timer.begin("communication")
-            stopping = look(before_latest, step, saver, world)  # a host that is ahead of its GPU waits here
-            now = time.perf_counter()
-            speed = hp.batch_tokens / (now - began)
-            row |= {"train/tok_per_sec": speed, "train/mfu": speed * per_token / peak, "train/lr_scale": lr_scale(step, hp),
-                    "train/flops": (step + 1) * hp.batch_tokens * per_token, "memory/peak_bytes": peak_bytes(device)}  # fmt: skip
-            run.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
-            if (step + 1) % look_every == 0:
-                run.flush()
-            bar.update()
-
-        # ---- the end: what was reached, beside what compressors need, and a sample
-        bar.close()
-        if stopping and not last:
+        # ---- train, and sum up
+        step, train_time, metrics = train_steps(session, loader, log, saver, signals, start, about)
+        if step < hp.num_iterations:
             saver.wait()
-            run.flush()
-            run.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; go on with --resume")
+            log.flush()
+            where = f"the checkpoint is {saver.last_good}; go on with --resume"
+            log.print(f"stopped by a signal after step {step}; {where}")
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
-        end = {"step": hp.num_iterations, "event": "end", "train_time": train_time, "train/flops": hp.num_iterations * hp.batch_tokens * per_token,
-               "memory/peak_bytes": peak_bytes(device)}  # fmt: skip
-        run.print(f"peak memory: {end['memory/peak_bytes'] / 2**20:,.0f} MiB")
-        timer.begin("sampling")
-        prompt, continuation = sample(model, hp, device)  # on all ranks, as one may hold a part of the experts only
-        if world.rank == 0:
-            try:
-                encoding = data.get_encoding(meta["encoding"])
-            except data.DataError as error:
-                run.print(f"no comparison with compressors and no sample: {error}")
-            else:
-                rivals = compressors(encoding, hp)
-                end |= {f"val/{name}": bpb for name, bpb in rivals.items()}
-                ours = f", this model {values['val/bpb']:.4f}" if "val/bpb" in values else ""
-                run.print(f"bits per byte of the validation text: gzip -9 {rivals['gzip_bpb']:.4f}, xz -9 {rivals['xz_bpb']:.4f}{ours}")
-                if hp.sample_tokens:
-                    end["sample/text"] = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
-                    run.print(f"{'-' * 30} sample\n{end['sample/text']}\n{'-' * 37}")
-        run.log(end)
+        facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
         saver.wait()
         timer.begin("communication")
-        gather_objects("done", world)  # no rank takes the shared store with it while another still needs it
+        gather_objects("done", world)  # or rank 0 could end, and the shared store with it, while another rank needs it
 
 
-def look(signs: Late, step: int, saver: Saver, world: World) -> bool:
-    """Was a rank asked to stop? Ends the run when the loss of `step` is not finite or a checkpoint could not be written."""
-    loss, signalled, disk = signs.tolist()
-    if not math.isfinite(loss):
-        saver.join()
-        stop(world, f"the loss of step {step} is {loss}; {last_good(saver.folder)}; {OTHER_RATES}")
-    if disk:
-        saver.wait()
-    return signalled > 0
+class Start(NamedTuple):
+    """Where a run begins: at step 0, or at a checkpoint."""
+
+    step: int = 0
+    train_time: float = 0.0  # seconds
+    validated: bool = False  # the evaluation of this step is in the log already
+    resume_step: int | None = None  # None: a new run; -1: one that left no checkpoint and starts over
+    notes: tuple[str, ...] = ()  # on newer checkpoints that are damaged
 
 
-def micro_batch_rows(rows: int, hp: Common, world: World) -> int:
+def warm_up(session: Session):
+    """Compile and allocate everything in steps on random tokens, then restore the model and clear the optimizers."""
+    hp, net, world = session.hp, session.model, session.world
+    before = {name: value.to("cpu", copy=True) for name, value in net.state_dict().items()}
+    micro_steps = hp.batch_tokens // hp.seq_len // session.micro_rows // world.size
+    next_step = random_batches(net.config, hp, micro_steps, session.micro_rows, world.device)
+    for _ in range(hp.warmup_steps):
+        train_step(session, next_step, 0)
+    net.load_state_dict(before)
+    for optimizer in session.exchange.optimizers:
+        optimizer.state.clear()
+
+
+def random_batches(config: Config, hp: TrainConfig, count: int, micro_rows: int, device: torch.device):
+    """A stand-in for loader.next_step, with `count` micro-batches of tokens from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def next_step() -> list[data.Batch]:
+        shape = (count, micro_rows, hp.seq_len + 1)
+        ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+        return [data.Batch(micro[:, :-1], micro[:, 1:], i * micro_rows) for i, micro in enumerate(ids)]
+
+    return next_step
+
+
+def resume_run(session: Session, loader, saver: Saver) -> Start:
+    """Load the latest valid checkpoint into the model, the optimizers and the loader."""
+    session.timer.begin("resuming")
+    path, faults = latest_valid_checkpoint(saver.folder, session.world)
+    if path is None:
+        return Start(resume_step=-1)
+    manifest = agree(session.world, lambda: load_checkpoint(path, session.exchange, session.model.config, session.hp))
+    loader.load_state_dict(manifest["loader"])
+    step = manifest["step"]
+    notes = tuple(f"{fault}; going on from step {step} instead" for fault in faults)
+    return Start(step, manifest["train_time"], manifest["validated"], step, notes)
+
+
+def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start: Start, about: dict):
+    """Validate, save and step until num_iterations or a signal; returns the step, its time and the last evaluation."""
+    hp, world, timer = session.hp, session.world, session.timer
+    bar, flush_every = progress_bar(hp.num_iterations, start.step, world), 1 if world.device.type == "cpu" else 25
+    latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
+    session.model.train()
+    synchronize(world.device)
+    clock = time.perf_counter()
+    for step in range(start.step, hp.num_iterations + 1):
+        last = step == hp.num_iterations
+        due = last or (hp.val_every and step % hp.val_every == 0)
+        validate_now = due and (last or not stopping) and not (step == start.step and start.validated)
+        save_due = last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)
+        save_now = save_due and step not in (0, start.resume_step)
+        if validate_now or save_now:
+            check_health(latest, step, saver)
+            synchronize(world.device)
+        if validate_now:
+            train_time += time.perf_counter() - clock
+            metrics = session.recipe.evaluate(session, step)
+            facts.log_evaluation(session, log, step, train_time, metrics, about)
+            synchronize(world.device)
+            clock = time.perf_counter()
+        if save_now:
+            timer.begin("saving")
+            log.flush()
+            seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
+            progress = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
+            saver.save(step, about | {"config_class": class_name(session.model.config)} | progress, log)
+        if last or stopping:
+            break
+
+        began = time.perf_counter()
+        row, totals = train_step(session, loader.next_step, step, StepFlags(signals.received > 0, saver.failed))
+        before_latest, latest = latest, AsyncHostCopy(totals)
+        timer.begin("communication")
+        stopping = check_health(before_latest, step, saver)  # a host that is ahead of its GPU waits here
+        now = time.perf_counter()
+        row |= facts.speed_metrics(session, step + 1, now - began, about) | {"train/lr_scale": lr_scale(step, hp)}
+        log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
+        if (step + 1) % flush_every == 0:  # bringing rows to the host makes a GPU wait
+            log.flush()
+        bar.update()
+    bar.close()
+    return step, train_time, metrics
+
+
+# -----------------------------------------------------------------------------
+# Before training: checks, data, compilation
+
+
+def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
+    """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
+    if resume and not folder.exists():
+        mend = "start the run without --resume, or correct --experiment_name or --out_dir"
+        raise UserError(f"there is no {folder} to resume; {mend}")
+    if fresh:
+        logger.refuse_existing(folder)
+    recipe.check(config, hp, world.size, world.device.type)
+    micro_rows = micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
+    loader = recipe.open_loader(config, hp, world, micro_rows)
+    recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # or raises
+    return recipe.data.load_meta(hp.data), loader
+
+
+def check(config: Config, hp: TrainConfig, world_size: int, device_type: str):
+    """Raises UserError for settings that do not go together."""
+    parts = hp.expert_parallel
+    if world_size % parts or config.num_experts % parts:
+        legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
+        raise UserError(f"expert_parallel is {parts}; it must {legal}")
+    if device_type == "cuda":
+        check_for_cuda(config, hp, hp.seq_len)
+
+
+def check_for_cuda(config: Config, hp: TrainConfig, row_tokens: int):
+    """Raises UserError for shapes that matmuls and FlexAttention cannot take on a GPU."""
+    for name, value in {"seq_len": hp.seq_len, "n_embd": config.n_embd}.items():
+        if config.head == "fp8" and value % 16:
+            legal = "with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"
+            raise UserError(f"{name} is {value}; {legal}")
+    if config.head_dim < 16:
+        raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
+    block = model.FlexMask.BLOCK
+    if row_tokens % block and row_tokens > MAX_MASKED:
+        name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
+        legal = f"on CUDA it must be a multiple of {block} beyond {MAX_MASKED}"
+        raise UserError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
+
+
+MAX_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
+
+
+def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
     """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
     if rows % world.size:
-        raise RunError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
+        raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
                        "change --batch_tokens or --nproc_per_node")  # fmt: skip
     most = max(1, hp.micro_batch_tokens // hp.seq_len)
     return max(n for n in range(1, rows // world.size + 1) if rows // world.size % n == 0 and n <= most)
 
 
-def check_cover(exchange: Exchange, optimizers: list):
-    """Every owned slab is in exactly one optimizer group."""
-    grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(piece.value) for piece in exchange.owned), "the optimizers' groups do not cover the parameters exactly once"
-
-
-def compile_model(model: GPT, hp: Common, device: torch.device) -> str:
-    """Compile block by block, so that gradients are ready during backward, and say what was done."""
+def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
+    """Compile block by block, so that gradients are ready during backward; returns a note for the log."""
     if not (device.type == "cuda" if hp.compile is None else hp.compile):
         return "eager"
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
         return "eager (--compile needs a C++ compiler and found none)"
-    if model.depth.needs_keys:
-        return "eager (tokens that leave a loop make shapes of their own)"
     torch._dynamo.config.recompile_limit = 64  # graphs: one for each kind of layer, while training and while evaluating
-    for block in model.blocks:
-        block.compile(fullgraph=model.ranks.size == 1, dynamic=False)  # an exchange of rows between ranks breaks the graph
-    for name in model.depth.to_compile:
-        setattr(model.depth, name, torch.compile(getattr(model.depth, name), dynamic=False))
-    if device.type == "cpu":  # CUDA has a kernel
-        model.chunk_nll = torch.compile(model.chunk_nll, dynamic=False)
-    return "compiled"
-
-
-def random_batches(config: Config, hp: Common, count: int, micro_rows: int, device: torch.device):
-    """A stand-in for loader.next_step whose tokens come from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-
-    def next_step() -> list[data.Batch]:
-        ids = torch.randint(config.vocab_size, (count, micro_rows, hp.seq_len + 1), generator=generator).to(device)
-        return [data.Batch(micro[:, :-1], micro[:, 1:], i * micro_rows, micro.new_zeros(len(micro))) for i, micro in enumerate(ids)]
-
-    return next_step
-
-
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16
-
-
-def matmul_rate(device: torch.device, dtype: str) -> float:
-    """FLOP/s that MFU is a share of: a known GPU's dense bf16 peak, else the best of fifty 1024^3 matmuls on this machine."""
-    if device.type == "cuda":
-        for name, peak in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name():
-                return peak
-    x, best = torch.randn(1024, 1024, device=device).to(DTYPES[dtype]), math.inf
-    for _ in range(50):
-        synchronize(device)
-        began = time.perf_counter()
-        x @ x
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that the GPU's tensors, or this process on a CPU, have taken so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def progress_bar(total: int, start: int, world: World):
-    """A tqdm bar on rank 0's terminal; in a file, or without tqdm installed, the lines at each evaluation are all there is."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return argparse.Namespace(update=lambda: None, close=lambda: None)
-    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world.rank != 0 or None, smoothing=0.1)
-
-
-def compressors(encoding: data.Encoding, hp: Common) -> dict[str, float]:
-    """Bits per byte that gzip and xz need for the text that evaluate() predicts, up to COMPRESSED_BYTES of it."""
-    names, ids = data.domains(hp.data), {}
-    most = min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES)
-    for batch in data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max(most, hp.seq_len * len(names))):
-        ids.setdefault(batch.domain_B[0].item(), []).append(batch.targets_BT[batch.targets_BT >= 0])
-    texts = [encoding.decode_bytes(torch.cat(parts)) for parts in ids.values()]
-    return data.compressed_bpb(b"".join(text[: data.COMPRESSED_BYTES // len(texts)] for text in texts))  # as much of each domain
-
-
-def sample(model: GPT, hp: Common, device: torch.device) -> tuple[list[int], list[int]]:
-    """Ids: the beginning of the validation text, and how the model goes on."""
-    prompt = next(data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)).inputs_BT
-    ids, length = model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist(), prompt.size(1)
-    return ids[:length], ids[length:]
-
-
-# -----------------------------------------------------------------------------
-# Profiling
-
-
-def phase_seconds(events) -> dict[str, float]:
-    """Of each named part of a step, the host's time: on CUDA each also has an entry for what ran on the device meanwhile."""
-    names, host = ("data", "forward", "backward", "communication", "optimizer"), torch.autograd.DeviceType.CPU
-    return {e.key: e.cpu_time_total / 1e6 for e in events if e.key in names and e.device_type == host}
-
-
-def profile(folder: Path, step_function, config: Config, hp: Common, world: World):
-    """Three steady steps under torch.profiler: trace.json for Perfetto or chrome://tracing, summary.txt with the top ten operators."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    folder.mkdir(parents=True, exist_ok=True)
-    cuda, waits, steps = world.device.type == "cuda", 20, 3  # on a CPU experts meet new row counts for a while, which cost a primitive each
-    for step in range(waits):
-        step_function(step)
-    synchronize(world.device)
-    if cuda:
-        torch.cuda.memory._record_memory_history()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with torch_profile(activities=activities, acc_events=True) as profiler:
-        began = time.perf_counter()
-        for step in range(waits, waits + steps):
-            step_function(step)
-        synchronize(world.device)
-        seconds = (time.perf_counter() - began) / steps
-    if world.rank > 0:
-        return
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    if cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
-    events = profiler.key_averages()
-    phases = phase_seconds(events)
-    rate = hp.batch_tokens * model_file.flops_per_token(config, hp.seq_len) / seconds
-    order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    lines = [
-        f"{seconds * 1000:.1f} ms per step under the profiler, {hp.batch_tokens / seconds:,.0f} tokens/s",
-        f"MFU {100 * rate / world.size / matmul_rate(world.device, config.dtype):.1f}% on active parameters",
-        f"peak memory {peak_bytes(world.device) / 2**20:,.0f} MiB",
-        "share of the host's time: " + ", ".join(f"{name} {100 * t / sum(phases.values()):.1f}%" for name, t in phases.items()),
-        events.table(sort_by=order, row_limit=10, max_name_column_width=45),
-        f"trace: {folder / 'trace.json'} (open it in https://ui.perfetto.dev or chrome://tracing)",
-    ]
-    (folder / "summary.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return net.compile_blocks()
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
 
-def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, Common, argparse.Namespace]:
-    """Flags -> configuration, hyperparameters, and the flags that belong to neither. Nothing is allocated and no data are looked at yet.
-    Raises ConfigError."""
-    parser = Parser(prog=f"train_{recipe.name}.py", description=f"Train with {recipe.name}; every field of Config and Hyperparameters is a flag.")
+def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
+    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
+    about = f"Train with {recipe.name}; every field of the configurations is a flag."
+    parser = Parser(prog=recipe.script, description=about)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
         parser.add_argument(f"--{sink}", action="store_true", help=f"feed the same numbers to {sink} besides")
-    parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true", help="profile a few steps into profile/ and stop")
-    parser.add_argument("--plan", action="store_true", help="print what --world_size ranks would send, hold and compute, and stop")
-    parser.add_argument("--world_size", "--world-size", type=model_file.positive, default=8, help="ranks of the --plan")
-    add_flags(parser, recipe.hyperparameters, "the run, whose defaults a preset changes")
-    add_flags(parser, Config, "the model, likewise")
+    parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true",
+                        help="profile a few steps into profile/ and stop")  # fmt: skip
+    parser.add_argument("--plan", action="store_true",
+                        help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
+    parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
+    add_flags(parser, recipe.train_config, "the run, whose defaults a preset changes")
+    add_flags(parser, recipe.model_config, "the model, likewise")
+
     args = parser.parse_args(argv)
     args.preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
     given = vars(args)
     pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
-    hp = dataclasses.replace(recipe.presets[args.preset], **pick(recipe.hyperparameters))
-    config = dataclasses.replace(model_file.PRESETS[args.preset], **pick(Config))
+    hp = dataclasses.replace(recipe.presets[args.preset], **pick(recipe.train_config))
+    config = dataclasses.replace(recipe.model_presets[args.preset], **pick(recipe.model_config))
     return config, hp, args
 
 
-def fit_to_data_and_machine(config: Config, hp: Common, args: argparse.Namespace, device: torch.device) -> Config:
-    """The data's vocabulary, and fp32 where a CPU has no bf16 of its own, unless flags say otherwise."""
-    meta, changes = data.load_meta(hp.data), {}
+def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace,
+                   device: torch.device) -> Config:  # fmt: skip
+    """The configuration with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them."""
+    meta, changes = recipe.data.load_meta(hp.data), {}
     if "vocab_size" not in args:
         changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
     elif config.vocab_size < meta["vocab_size"]:
-        raise ConfigError(f"vocab_size is {config.vocab_size}; it must be at least {meta['vocab_size']}, the vocabulary of {hp.data}")
+        legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
+        raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
     if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
         changes["dtype"] = "fp32"
     return dataclasses.replace(config, **changes)
 
 
-def cpu_has_bf16() -> bool:
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return supported() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
-def keep_freed_memory():
-    """Let malloc keep what tensors give back. By default glibc returns blocks above 32 MiB to the kernel, and each next one is
-    paged in anew: at 16k tokens of width 1024 that was a third of an MLP's time. Other systems' allocators are left alone."""
-    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(malloc, "mallopt"):
-        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            malloc.mallopt(option, size)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def collectives_timeout(hp: Common) -> timedelta:
-    """The watchdog speaks first."""
-    return timedelta(seconds=2 * hp.stuck_after)
-
-
-def join(hp: Common) -> World:
-    """This process among those that torchrun started, or alone without it."""
-    keep_freed_memory()
-    device = torch.device(hp.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if "RANK" not in os.environ:
-        return World(0, 1, device, restarted=restarted)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = collectives_timeout(hp)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    run_id = meet(store, rank, size, timeout)
-    dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, device, run_id=run_id, restarted=restarted or not run_id.startswith("1 "))  # its attempts: hosts may come and go
-
-
-def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that all ranks of this attempt know and none before had, "<number of the attempt> <hex>". torchrun keeps its store over restarts,
-    with what dead ranks left there, and each host counts its own restarts alone. Rank 0 answers whoever asks until all have said that they
-    heard it. Raises RunError where ranks stay away."""
-    me = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"hello/{rank}", me)
-        store.wait([f"answer/{me}"], timeout)
-        run_id = store.get(f"answer/{me}").decode()
-        store.set(f"{run_id}/heard/{rank}", "")
-        return run_id
-    run_id, others, answered = f"{store.add('attempts', 1)} {me}", range(1, size), set()
-    ends = time.monotonic() + timeout.total_seconds()
-    while others and not store.check([f"{run_id}/heard/{other}" for other in others]):
-        if time.monotonic() > ends:
-            raise RunError(f"not all {size} ranks came within {timeout.total_seconds():g} s; see what ended the others")
-        for asker in {store.get(f"hello/{other}").decode() for other in others if store.check([f"hello/{other}"])} - answered:
-            store.set(f"answer/{asker}", run_id)
-            answered.add(asker)
-        time.sleep(0.02)
-    return run_id
-
-
-def main(recipe: Recipe):
-    world, start = World(0, 1, torch.device("cpu")), f"train_{recipe.name}.py: error: "
+def main(recipe: Recipe, argv: list[str] | None = None):
+    world, start = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
     try:
-        config, hp, args = parse(recipe)
+        config, hp, args = parse(recipe, argv)
         if args.plan:
-            print(plan_text(config, hp, recipe, args.world_size))
+            from tools import cost
+
+            print(cost.model_card(config, hp.seq_len), cost.plan_text(config, hp, recipe, args.world_size), sep="\n\n")
             return
         sinks = [name for name in logger.SINKS if vars(args)[name]]
         for name in sinks:
-            logger.sink_module(name)  # is it there? Better said before training than after
-        world = join(hp)
-        config = agree(world, lambda: fit_to_data_and_machine(config, hp, args, world.device))
-        restarted = gather_objects(world.restarted and (Path(hp.out_dir) / args.experiment_name).exists(), world)
-        resume = args.resume or any(restarted)
+            logger.sink_module(name)  # raises now, rather than after training, if the package is missing
+        world = distributed.init_distributed(hp.device, hp.collectives_timeout)
+        config = agree(world, lambda: resolve_config(config, hp, recipe, args, world.device))
+        restarted = world.restarted and (Path(hp.out_dir) / args.experiment_name).exists()
+        resume = args.resume or any(gather_objects(restarted, world))
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, sinks)
     except Ended as error:
         if world.rank == 0:
             print(f"{start}{error}", file=sys.stderr, flush=True)
         if world.size > 1:
-            dist.barrier()  # nobody leaves before it is said: torchrun ends the others when one has left
+            dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
         sys.exit(1)
-    except MISTAKES as error:  # of this rank alone: torchrun ends the others
+    except UserError as error:  # of this rank alone: torchrun ends the others
         sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-MUON = Recipe("muon", Hyperparameters, PRESETS, make_optimizers, set_rates, matrix_state=1, newton_schulz=1)
+MUON = Recipe(
+    "train_muon.py", "muon", MuonConfig, PRESETS, make_optimizers, set_rates, matrix_state=1,
+    newton_schulz=NEWTON_SCHULZ_STEPS, model_config=Config, model_presets=model.PRESETS, check=check, data=data,
+    open_loader=open_loader, loss=compute_loss, evaluate=evaluate, validation_text=facts.validation_text)  # fmt: skip
 
 if __name__ == "__main__":
     main(MUON)

@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
 
+from cli import UserError  # noqa: E402
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from tools import routes, sources  # noqa: E402
+from tools import routes, sources# noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
 DATA = "data.py --source arithmetic --encoding bytes --max_tokens 4_000_000".split()
@@ -90,7 +92,7 @@ def run(args):
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
             words = ["train_muon.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
             if track.launch(words, args.threads):
-                raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
+                raise UserError(f"{name} with seed {seed} failed; what it said is above")
             row = logger.get_final_row(logger.read_run(folder)["rows"], "val/bpb")
             config, hp, _ = train_muon.parse(train_muon.MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
             line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
@@ -103,9 +105,9 @@ def run(args):
 def curve(args):
     for seed in args.seeds:
         for name in args.models:
-            net, manifest = model_file.load_checkpoint(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
+            net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
             if net.config.depth != "loop":
-                raise logger.RunError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
+                raise UserError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
             for loops in range(1, 2 * net.config.loops + 1):
                 net.depth.eval_loops = loops
                 found = routes.analyse(model_file.validation_routes(net, manifest["encoding"], args.data, args.tokens))
@@ -174,7 +176,7 @@ def act(name: str, args):
     os.chdir(ROOT)
     try:
         args.function(args)
-    except (logger.RunError, data.DataError, model_file.ConfigError, model_file.CheckpointError, OSError) as error:
+    except (UserError, UserError, UserError, OSError) as error:
         sys.exit(f"{name}.py: error: {error}")
 
 

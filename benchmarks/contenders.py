@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import guards
 import train_adamw
 import train_muon
 from benchmarks.floor import dense_twin
@@ -53,11 +54,11 @@ class Work(NamedTuple):
 
 def ours(optimizer: str, shape):
     def build(work: Work):
-        train_muon.keep_freed_memory()  # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
+        guards.keep_freed_memory()  # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
         config, recipe = shape(work.config), RECIPES[optimizer]
         hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**5,
                                  micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
-        world, model, timer = train_muon.World(0, 1, CPU), build_model(config), PhaseTimer("cpu")
+        world, model, timer = guards.World(0, 1, CPU), build_model(config), PhaseTimer("cpu")
         exchange = train_muon.Exchange(model, world, hp.bucket_mb)
         exchange.equip(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)

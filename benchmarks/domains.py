@@ -18,14 +18,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
-from arithmetic import act, action_parsers, add_line, markdown  # noqa: E402
+from arithmetic import act, action_parsers, add_line, markdown# noqa: E402
 
+from cli import UserError  # noqa: E402
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from tools import sources  # noqa: E402
-from zoo import mixture  # noqa: E402
+from guards import World# noqa: E402
+from tools import sources# noqa: E402
+from zoo import mixture# noqa: E402
 
 STEPS, VAL_TOKENS = 400, 6 * 2**14
 PACE = 1.334  # of a MoE step on one core, in dense steps, measured side by side
@@ -63,7 +66,7 @@ def run(args):
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
             if track.launch(["train_muon.py", *base, *flags, *args.flags, *ours.split()], args.threads):
                 folder.with_suffix(".begun").unlink()
-                raise logger.RunError(f"{name} with seed {seed} failed; what it said is above")
+                raise UserError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
                     "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,
@@ -78,12 +81,12 @@ def run(args):
 def off(args):
     """Bits per byte of each domain with each expert switched off, less those with all on."""
     for seed in args.seeds:
-        net, manifest = model_file.load_checkpoint(Path(args.out_dir) / f"warm_{seed}" / "checkpoint")
+        net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"warm_{seed}" / "checkpoint")
         hp = train_muon.parse(train_muon.MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"])[1]
         nbytes, names = torch.tensor(mixture.load_meta(args.data)["token_bytes"]), list(mixture.domains(args.data))
 
         def losses() -> list[float]:
-            world = train_muon.World(0, 1, torch.device("cpu"))
+            world = World(0, 1, torch.device("cpu"))
             values = train_muon.evaluate(net, manifest["step"], hp, 4, nbytes, world, logger.PhaseTimer("cpu"))
             return [values[f"val/{name}/bpb"] for name in names]
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import ConfigError, Parser, add_flags, positive  # noqa: E402
+from cli import Parser, UserError, add_flags, positive  # noqa: E402
 from model import DTYPES, Config, build, mean_keys, parameter_rule  # noqa: E402
 from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
@@ -301,7 +301,7 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags -> their values; `config` is the shape with the given fields changed. Raises ConfigError."""
+    """Flags -> their values; `config` is the shape with the given fields changed. Raises UserError."""
     parser = Parser(prog="floor.py", description="The least time of a training step, part by part, at the rates of this machine.")
     parser.add_argument("--shape", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--tokens", type=positive, default=8 * 512, help="per optimizer step")
@@ -329,7 +329,7 @@ def main():
             rows = [c.part._asdict() | dict(gemms=[*c.part.gemms], flops=c.part.flops, compute=c.compute, own=c.own, move=c.move) for c in costs]
             plain = {field: getattr(rates, field) for field in ("matmul", "memory", "cache", "exp")}
             args.json.write_text(json.dumps({"config": dataclasses.asdict(args.config), "rates": plain, "parts": rows}, indent=1) + "\n")
-    except (ConfigError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         sys.exit(f"floor.py: error: {error}")
 
 

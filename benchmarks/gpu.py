@@ -37,7 +37,8 @@ import ops  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
-from cli import ConfigError, Parser, positive  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from guards import World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, ROUTERS, Config, Route, flops_per_token  # noqa: E402
 
@@ -70,7 +71,7 @@ def uniform(config: Config) -> Config:
 def plain_versions():
     """The functions that have kernels without them; those of the head compiled, which makes them faster."""
     kept = {}
-    for module, name in ((model, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
+    for module, name in ((ops, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
         kept[module, name] = getattr(module, name)
         plain = kept[module, name].__wrapped__
         setattr(module, name, plain if module is train_muon else torch.compile(plain, dynamic=False))
@@ -119,10 +120,10 @@ class Stepper:
                                  num_iterations=10**5, window_start=config.window_size)  # fmt: skip
         self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
-        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, train_muon.World(0, 1, DEVICE))
+        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, World(0, 1, DEVICE))
         with self.versions():
             self.model = drawn_on_the_device(config).train()
-            self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, DEVICE))
+            self.exchange = train_muon.Exchange(self.model, World(0, 1, DEVICE))
             self.exchange.equip(train_muon.MUON, hp)
             train_muon.compile_model(self.model, hp, DEVICE)
             self.batches = batches(config, hp, rows, args.data)
@@ -356,8 +357,8 @@ def head_parts(args):
     V, D = c.padded_vocab_size, c.n_embd
     x, w = grad(T, D), (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
     target, z = torch.randint(c.vocab_size, (T,), device=DEVICE), torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16)
-    nll = lambda z, target: model.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
-    loss = lambda head: lambda x, w: model.chunked_loss(x, w, target, ops.HEADS[head], nll)
+    nll = lambda z, target: ops.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
+    loss = lambda head: lambda x, w: ops.chunked_loss(x, w, target, ops.HEADS[head], nll)
     for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions compiled")):
         with versions():
             for head in ops.HEADS:
@@ -483,7 +484,7 @@ def main():
         print(text(results))
         if wrong:
             raise RuntimeError("; ".join(wrong))
-    except (data.DataError, ConfigError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist  # noqa: E402
 
+import guards  # noqa: E402
 import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
@@ -44,7 +45,7 @@ def delayed(collective, seconds: list[float]):
 def measure(args) -> dict[str, dict[str, list[float]]]:
     """variant -> seconds of whole steps and of waiting in them, the slowest rank's of each step."""
     config, hp = model_file.PRESETS[args.preset], train_muon.PRESETS[args.preset]
-    world = train_muon.join(hp)
+    world = guards.init_distributed(hp.device, train_muon.collectives_timeout(hp))
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = train_muon.micro_batch_rows(rows, hp, world)
     next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
@@ -64,7 +65,7 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
             began = time.perf_counter()
             train_muon.train_step(model, exchanges[overlap], exchanges[overlap].optimizers, next_step, 0, hp, train_muon.MUON, timer)
             own = time.perf_counter() - began, timer.row()["time/communication"]
-            slowest = [max(values) for values in zip(*train_muon.gather_objects(own, world))]
+            slowest = [max(values) for values in zip(*guards.gather_objects(own, world))]
             if round_ >= 2:
                 seconds[name]["step"].append(slowest[0])
                 seconds[name]["wait"].append(slowest[1])

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --gpu H200 --models 30x3584-e128k4 --scaling weak --json rows.json
 
 Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of train_muon.plan, parameters those of
-model.count_parameters, activations those of model_card.activation_bytes; this file adds seconds. Every number that it divides by is a flag
+model.count_parameters, activations those of cost.activation_bytes; this file adds seconds. Every number that it divides by is a flag
 whose help names its source.
 
 Three schemes, as many as --expert_parallel can express:
@@ -55,12 +55,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_muon  # noqa: E402
-from cli import ConfigError, Parser, positive  # noqa: E402
-from logger import RunError  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from distributed import Bucket, Slab, World  # noqa: E402
 from model import DTYPES, Config, build, count_parameters, flops_per_token  # noqa: E402
-from tools.model_card import activation_bytes  # noqa: E402
+from tools.cost import activation_bytes  # noqa: E402
 from tools.plots import COLOURS, THEME  # noqa: E402
-from train_muon import MUON, Bucket, Hyperparameters, Slab, World  # noqa: E402
+from train_muon import MUON, MuonConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # The machine: every field is a flag
@@ -167,7 +167,7 @@ def parameter_of(slab: Slab) -> str:
 def planned(config: Config, world_size: int, parts: int, seq_len: int, bucket_mb: float) -> dict:
     """train_muon.plan of one row per rank (what depends on tokens grows with them, the rest does not), the rank that sends most, and
     what its buckets take there besides weights and state."""
-    hp = Hyperparameters(batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb)
+    hp = MuonConfig(batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb)
     p = train_muon.plan(config, hp, MUON, world_size)
     busiest = busiest_rank(p["buckets"])
     own = [bucket for bucket in p["buckets"] if busiest in bucket.ranks]
@@ -345,12 +345,12 @@ BOUND = {"compute": "compute", "newton_schulz": "Newton-Schulz", "memory": "memo
 
 
 def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args: argparse.Namespace) -> dict:
-    """A model on world_size ranks of which `parts` share the experts. Raises RunError if the batch does not divide."""
+    """A model on world_size ranks of which `parts` share the experts. Raises UserError if the batch does not divide."""
     machine = args.machine
     p = planned(config, world_size, parts, args.seq_len, args.bucket_mb)
     world, room = World(0, world_size, torch.device("cpu")), args.micro_batch_tokens
     while True:  # the largest micro-batch that fits, as a user would look for it
-        hp = Hyperparameters(batch_tokens=batch_tokens, seq_len=args.seq_len, micro_batch_tokens=room, val_tokens=0)
+        hp = MuonConfig(batch_tokens=batch_tokens, seq_len=args.seq_len, micro_batch_tokens=room, val_tokens=0)
         micro_rows = train_muon.micro_batch_rows(batch_tokens // args.seq_len, hp, world)
         held = memory(config, p, parts, micro_rows * args.seq_len, machine)
         if sum(held.values()) <= machine.memory or micro_rows == 1:
@@ -382,7 +382,7 @@ def all_rows(args: argparse.Namespace) -> list[dict]:
         for parts in dict.fromkeys(parts_of(scheme, name, world_size, args.machine) for scheme in SCHEMES):
             try:
                 rows.append({"model": name, "scaling": scaling} | predict(LADDER[name], world_size, parts, tokens, args))
-            except RunError:
+            except UserError:
                 break
     return rows
 
@@ -574,7 +574,7 @@ def main():
     args = parse()
     try:
         rows = all_rows(args)
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"scaling.py: error: {error}")
     stops = stop_lines(rows, args)
     print(table(rows))

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_muon  # noqa: E402
 from benchmarks.contenders import CONTENDERS, CPU, Work  # noqa: E402
 from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor  # noqa: E402
-from cli import ConfigError, Parser, add_flags, positive  # noqa: E402
+from cli import Parser, UserError, add_flags, positive  # noqa: E402
 from model import DTYPES, Config  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def judgement(rows: list[dict]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags -> their values; `configs`: shape -> its Config with the given fields changed. Raises ConfigError."""
+    """Flags -> their values; `configs`: shape -> its Config with the given fields changed. Raises UserError."""
     parser = Parser(prog="throughput.py", description="Tokens/s, share of the matmul rate and memory, against Mixtral, nanoGPT and the dense twin.")
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=["mixtral"])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -295,7 +295,7 @@ def main():
                                 torch=torch.__version__, threads=torch.get_num_threads(), best_matmul=rates.matmul))  # fmt: skip
         if args.json:
             args.json.write_text(json.dumps(written, indent=1) + "\n")
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         sys.exit(f"throughput.py: error: {error}")
 
 

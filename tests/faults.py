@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
@@ -161,8 +162,8 @@ def continuations(run: Path) -> list[int]:
 
 def newest(run: Path) -> int:
     """The step of the newest checkpoint, which must be sound; 0 without one."""
-    for path in model.checkpoints(run / "checkpoint")[:1]:
-        return model.verified_manifest(path)["step"]
+    for path in checkpoint.checkpoints(run / "checkpoint")[:1]:
+        return checkpoint.verified_manifest(path)["step"]
     return 0
 
 
@@ -183,7 +184,7 @@ def untimed(run: Path) -> list[dict]:
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """`slab/key` -> tensor of the newest checkpoint: parameters, buffers and optimizer state."""
-    slabs = model.read_checkpoint(model.latest_checkpoint(run / "checkpoint"))[1]
+    slabs = checkpoint.read_checkpoint(checkpoint.latest_checkpoint(run / "checkpoint"))[1]
     return {f"{name}/{key}": tensor for name, slab in slabs.items() for key, tensor in slab.items()}
 
 
@@ -204,8 +205,8 @@ def check_equal(run: Path, straight: Path):
 
 
 def check_finite(run: Path):
-    for path in model.checkpoints(run / "checkpoint"):
-        for name, slab in model.read_checkpoint(path)[1].items():
+    for path in checkpoint.checkpoints(run / "checkpoint"):
+        for name, slab in checkpoint.read_checkpoint(path)[1].items():
             check(all(value.isfinite().all() for value in slab.values()), f"{path.name} holds a value of {name} that is not finite")
 
 
@@ -578,7 +579,7 @@ def not_finite(lab: Lab, ranks: int, fault: dict | None = None, within: int = 20
     else:
         with Job(lab, out, ranks, fault=fault, **values) as job:
             said = job.fail()
-    good = [path.name for path in model.checkpoints(run / "checkpoint")[:1]]
+    good = [path.name for path in checkpoint.checkpoints(run / "checkpoint")[:1]]
     check(re.search(r"\bstep \d+", said) and last_step(run) <= within, f"after step {last_step(run)} it said: {said}")
     check((good[0] in said if good else "no checkpoint" in said), f"it does not say that {good or 'nothing'} is good: {said}")
     check_finite(run)
@@ -650,15 +651,15 @@ def tmpfs(size: int) -> list[str]:
 def full_disk(lab: Lab, ranks: int, rooms: tuple[float, ...]) -> str:
     """A disk with room for the log and for so many checkpoints, where three are needed; with more room the run goes on."""
     straight, told = lab.straight(ranks).run, []
-    checkpoint = sum(map(len, contents(model.latest_checkpoint(straight / "checkpoint")).values()))
+    needed = sum(map(len, contents(checkpoint.latest_checkpoint(straight / "checkpoint")).values()))
     log = sum(len(text) for path, text in contents(straight).items() if path.parent == straight)
     for room in rooms:
-        with mounted(lab, *tmpfs(int(log + room * checkpoint))) as folder:
+        with mounted(lab, *tmpfs(int(log + room * needed))) as folder:
             out = folder / "logs"
             with Job(lab, out, ranks) as job:
                 said = job.fail()
             check(str(job.run) in said and re.search("space|written", said), said)
-            sound = [model.verified_manifest(path)["step"] for path in model.checkpoints(job.run / "checkpoint")]
+            sound = [checkpoint.verified_manifest(path)["step"] for path in checkpoint.checkpoints(job.run / "checkpoint")]
             told.append(f"room for {room:g}: stopped at step {last_step(job.run)} with {sound or 'nothing'} saved")
             check(root("mount", "-o", f"remount,size={2**26}", folder), "the disk cannot be made larger")
             lab.resume(out, ranks)

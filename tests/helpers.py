@@ -242,7 +242,7 @@ def documents_like(B: int, T: int, rate: float, seed: int = 0):
 # 4. Inputs of a single layer of the zoo
 
 
-def row_context(config: zoo.Config, T: int, starts=()) -> zoo.gpt.Context:
+def row_context(config: zoo.Config, T: int, starts=()) -> zoo.block.Context:
     """The context of one row of T tokens whose documents start at these."""
     doc_BT, position = torch.zeros(1, T, dtype=torch.int64), torch.arange(T)
     doc_BT[0, list(starts)] = 1
@@ -250,7 +250,7 @@ def row_context(config: zoo.Config, T: int, starts=()) -> zoo.gpt.Context:
     mask = model.DenseMask(position, position, doc_BT, doc_BT, torch.tensor(config.window_size))
     same_doc_BS = nn.functional.pad(doc_BT, (1, -1), value=-1) == doc_BT
     noise_key = (torch.tensor(SEED), torch.tensor(STEP), torch.tensor(0), position)
-    return zoo.gpt.Context(None, mask, None, None, None, same_doc_BS, noise_key, torch.zeros(config.num_experts), None)
+    return zoo.block.Context(None, mask, None, None, None, same_doc_BS, noise_key, torch.zeros(config.num_experts), None)
 
 
 def document_starts(starts, T: int) -> list[int]:

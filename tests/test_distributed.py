@@ -46,11 +46,13 @@ from test_train import (  # noqa: F401  (fixtures are used by name)
     whole_batch,
 )
 
+import checkpoint
 import model
 import train_muon
+from guards import World
 from model import GPT
 from train_adamw import ADAMW
-from train_muon import MUON, World, make_buckets
+from train_muon import MUON, make_buckets
 
 STEPS = 30
 KEPT = dict(checkpoint_every=10)  # worker.py keeps a copy of step 10
@@ -244,7 +246,7 @@ def test_the_plan_predicts_the_optimizer_s_memory(world):
     for name in ("muon2", "muon3", "adamw2", "muon4_parts2"):
         (config, hp), job = parsed(name), Seen(world, name)
         recipe = ADAMW if name.startswith("adamw") else MUON
-        folder = model.latest_checkpoint(job.run / "checkpoint")
+        folder = checkpoint.latest_checkpoint(job.run / "checkpoint")
         held = []
         for rank in range(job.ranks):
             slabs = torch.load(folder / f"rank{rank}.pt", weights_only=True)
@@ -322,7 +324,7 @@ def test_an_expert_that_no_rank_uses_stands_still(world):
     assert all(not gradient.any() for slab, gradient in job.gradients.items() if re.search(r"experts.*\[2\]", slab))
     loads = np.array([load for _, load in series(job.run, "moe/load")])
     assert (loads[:, :, 2] == 0).all() and np.allclose(loads.sum(-1), 1)
-    net, start = model.load_checkpoint(job.run / "checkpoint")[0], tiny_model().init_weights(LAYOUT_RUNS["muon"]["seed"])
+    net, start = checkpoint.load_model_from_run(job.run / "checkpoint")[0], tiny_model().init_weights(LAYOUT_RUNS["muon"]["seed"])
     assert torch.equal(net.blocks[0].ffn.experts.up[2], start.blocks[0].ffn.experts.up[2])
     assert not torch.equal(net.blocks[0].ffn.experts.up[1], start.blocks[0].ffn.experts.up[1])
 
@@ -356,7 +358,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_anywhere(name, world, whole_batch):  
     for key in ("train/loss", "val/loss"):
         assert_near_series(tail(job.run, key), tail(straight.run, key), 1e-5)
     assert_near(state_of(job.run), state_of(straight.run), 1e-4)
-    assert len(json.loads((model.latest_checkpoint(job.run / "checkpoint") / "manifest.json").read_text())["files"]) == job.ranks
+    assert len(json.loads((checkpoint.latest_checkpoint(job.run / "checkpoint") / "manifest.json").read_text())["files"]) == job.ranks
 
 
 def test_at_the_same_number_of_ranks_it_goes_on_bit_by_bit(world):
@@ -502,7 +504,7 @@ def test_two_hosts_in_network_namespaces_train_the_run_of_one(two_hosts, shards,
 
 def test_training_goes_on_while_a_checkpoint_is_written(shards, tmp_path, monkeypatch):  # noqa: F811
     """The writer of step 3 is held until three more steps are done."""
-    write, step, done, held = train_muon.write_checkpoint, train_muon.train_step, threading.Event(), []
+    write, step, done, held = checkpoint.write_checkpoint, train_muon.train_step, threading.Event(), []
 
     def slow_write(folder, number, *words):
         if number == 3:
@@ -517,12 +519,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(shards, tmp_path, monkey
         return row
 
     straight = train(tmp_path / "straight", data=shards, **LAYOUT_RUN | dict(num_iterations=6, checkpoint_every=3))
-    monkeypatch.setattr(train_muon, "write_checkpoint", slow_write)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
     monkeypatch.setattr(train_muon, "train_step", counting_step)
     run = train(tmp_path, data=shards, **LAYOUT_RUN | dict(num_iterations=6, checkpoint_every=3))
     assert held == [True]
     for name in ("step_000003", "step_000006"):  # what was saved is what was there when it was due
-        saved, expected = (model.read_checkpoint(folder / "checkpoint" / name)[1] for folder in (run, straight))
+        saved, expected = (checkpoint.read_checkpoint(folder / "checkpoint" / name)[1] for folder in (run, straight))
         assert all(torch.equal(saved[slab][key], expected[slab][key]) for slab in expected for key in expected[slab])
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step_000003", "step_000006"]
 

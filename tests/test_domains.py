@@ -14,11 +14,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import data  # noqa: E402
 import logger  # noqa: E402
 import model as M  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
+from checkpoint import load_model_from_run  # noqa: E402
 from tools import prepare  # noqa: E402
 from zoo import mixture  # noqa: E402
 
@@ -35,11 +35,6 @@ def texts(folder: Path, name: str, count: int = 120) -> Path:
 def make(tmp_path, *words, out="out") -> Path:
     prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / out), *map(str, words)])
     return tmp_path / out
-
-
-def documents(folder, split="train") -> list[str]:
-    ids = np.concatenate([tokens for _, tokens in data.open_split(folder, split)])
-    return bytes(np.where(ids == 256, 0, ids).astype(np.uint8)).decode().strip("\0").split("\0")
 
 
 # -----------------------------------------------------------------------------
@@ -275,7 +270,7 @@ def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
         make(tmp_path, "--path", *paths, *words, out=name)
         run("train_muon.py", *TRAIN, "--data", tmp_path / name, "--out_dir", tmp_path / "logs", "--experiment_name", name, "--num_iterations", 150,
             "--batch_tokens", 1024, "--micro_batch_tokens", 1024, "--val_every", 0, "--round_robin_steps", 0, "--domain_coef", 0)  # fmt: skip
-        model, _ = M.load_checkpoint(tmp_path / "logs" / name / "checkpoint")
+        model, _ = load_model_from_run(tmp_path / "logs" / name / "checkpoint")
         with torch.no_grad():
             losses[name] = loss_of_text(model, held_out, "clean\n" if words else "")
     assert losses["tagged"] < losses["plain"] - 0.1, losses

@@ -19,6 +19,8 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model as M  # noqa: E402
 import train_muon  # noqa: E402
+from checkpoint import load_model_from_run  # noqa: E402
+from guards import AsyncHostCopy, World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, Config  # noqa: E402
 from tools import prepare  # noqa: E402
@@ -129,7 +131,7 @@ class Trainer:
         settings = dict(batch_tokens=2 * rows * seq_len, micro_batch_tokens=rows * seq_len, seq_len=seq_len) | hp
         self.hp = dataclasses.replace(train_muon.PRESETS["speedrun"], **settings)
         self.model = GPT(config).init_weights(0).to(device).train()
-        self.exchange = train_muon.Exchange(self.model, train_muon.World(0, 1, device))
+        self.exchange = train_muon.Exchange(self.model, World(0, 1, device))
         self.exchange.equip(train_muon.MUON, self.hp)
         self.note = train_muon.compile_model(self.model, self.hp, device)
         self.next_step = train_muon.random_batches(config, self.hp, 2, rows, device)
@@ -138,7 +140,7 @@ class Trainer:
         row, signs = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, self.next_step, number, self.hp,
                                            train_muon.MUON, self.timer)  # fmt: skip
         self.row = row
-        return train_muon.Late(signs)
+        return AsyncHostCopy(signs)
 
 
 @pytest.fixture(scope="module")
@@ -280,5 +282,5 @@ def test_a_run_from_start_to_sample(tmp_path, monkeypatch):
     shutil.rmtree(logs / "muon/checkpoint/step_000030")
     again = run("--resume")
     assert [row["val/loss"] for row in again if "val/loss" in row][-1] == pytest.approx(ends[-1], abs=0.02)
-    model, manifest = M.load_checkpoint(logs / "muon/checkpoint", CUDA.type)
+    model, manifest = load_model_from_run(logs / "muon/checkpoint", CUDA.type)
     assert manifest["step"] == 30 and model.generate(torch.tensor([[256, 100]], device=CUDA), 4).shape == (1, 6)

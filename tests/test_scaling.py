@@ -21,8 +21,9 @@ import model  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import scaling  # noqa: E402
 from benchmarks.scaling import Leg, predict, ring_seconds, rows_seconds, two_clocks  # noqa: E402
+from guards import World  # noqa: E402
 from model import GPT, Config, activation_bytes  # noqa: E402
-from train_muon import MUON, Exchange, Hyperparameters, World  # noqa: E402
+from train_muon import MUON, Exchange, Hyperparameters  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, window_size=64)

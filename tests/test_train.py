@@ -27,14 +27,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
 import data  # noqa: E402
+import guards  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from model import DTYPES, GPT, Config, slab_view  # noqa: E402
+from checkpoint import slab_view  # noqa: E402
+from guards import World  # noqa: E402
+from model import DTYPES, GPT, Config  # noqa: E402
 from tools import prepare  # noqa: E402
 from train_adamw import ADAMW  # noqa: E402
-from train_muon import MUON, Exchange, Muon, Transfer, World, cut_slabs, lr_scale, make_buckets, newton_schulz, window  # noqa: E402
+from train_muon import MUON, Exchange, Muon, Transfer, cut_slabs, lr_scale, make_buckets, newton_schulz, window  # noqa: E402
 
 BOTH = pytest.mark.parametrize("recipe", [MUON, ADAMW], ids=lambda recipe: recipe.name)
 CPU = torch.device("cpu")
@@ -141,7 +145,7 @@ def untimed(run: Path) -> list[dict]:
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """`slab/key` -> tensor of the newest checkpoint: parameters, buffers and optimizer state."""
-    slabs = model.read_checkpoint(model.latest_checkpoint(run / "checkpoint"))[1]
+    slabs = checkpoint.read_checkpoint(checkpoint.latest_checkpoint(run / "checkpoint"))[1]
     return {f"{name}/{key}": tensor for name, slab in slabs.items() for key, tensor in slab.items()}
 
 
@@ -432,7 +436,7 @@ def test_a_slab_is_one_matrix_or_some_rows_and_its_value_is_the_parameter():
     net = GPT(CONFIGS["tiny"])
     parameters, names = dict(net.named_parameters()), set()
     for transfer in Exchange(net, World(0, 1, CPU)).transfers:
-        for piece in transfer.pieces:
+        for piece in transfer.slabs:
             name = piece.slab.name
             assert name not in names
             names.add(name)
@@ -516,7 +520,7 @@ def test_ranks_cut_the_same_slabs_whatever_their_number():
     names = sorted(slab.name for slab in cut_slabs(config))
     for size in (1, 2, 3, 5):
         exchanges = [Exchange(GPT(config), World(rank, size, CPU)) for rank in range(size)]
-        assert all(sorted(piece.slab.name for t in exchange.transfers for piece in t.pieces) == names for exchange in exchanges)
+        assert all(sorted(piece.slab.name for t in exchange.transfers for piece in t.slabs) == names for exchange in exchanges)
         assert sorted(piece.slab.name for exchange in exchanges for piece in exchange.owned) == names
 
 
@@ -755,7 +759,7 @@ def kill_while_saving(moment):
     """Stop in the middle of writing the checkpoint of step `at`."""
 
     def plant(patch, at):
-        save, rename, write, remove = torch.save, Path.rename, train_muon.write_file, shutil.rmtree
+        save, rename, write, remove = torch.save, Path.rename, checkpoint.write_file, shutil.rmtree
         name = f"step_{at:06d}"
 
         def fatal_save(value, file, *words, **names):
@@ -780,7 +784,7 @@ def kill_while_saving(moment):
                 raise Killed
             return remove(path, *words, **names)
 
-        patch.setattr(*{"tensors": (torch, "save", fatal_save), "manifest": (train_muon, "write_file", fatal_write),
+        patch.setattr(*{"tensors": (torch, "save", fatal_save), "manifest": (checkpoint, "write_file", fatal_write),
                         "rename": (Path, "rename", fatal_rename), "removal": (shutil, "rmtree", fatal_remove)}[moment])  # fmt: skip
 
     return plant
@@ -855,15 +859,15 @@ def test_a_damaged_checkpoint_is_not_sampled_from(shards, tmp_path, monkeypatch)
     interrupt(tmp_path, data=shards)
     DAMAGES["flipped"](tmp_path / "muon/checkpoint/step_000006")
     never_open(monkeypatch, 6)
-    with pytest.raises(model.CheckpointError, match="rank0.pt does not match its sha256; remove .*step_000006"):
-        model.load_checkpoint(tmp_path / "muon/checkpoint")
+    with pytest.raises(checkpoint.CheckpointError, match="rank0.pt does not match its sha256; remove .*step_000006"):
+        checkpoint.load_model_from_run(tmp_path / "muon/checkpoint")
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monkeypatch):
-    order, sync, write = [], logger.Run.sync, train_muon.write_file
+    order, sync, write = [], logger.Run.sync, checkpoint.write_file
     rows = lambda: [row["step"] for row in training_rows(tmp_path / "muon")][-1]
     monkeypatch.setattr(logger.Run, "sync", lambda self: order.append(("log", rows() >= 2)) or sync(self))
-    monkeypatch.setattr(train_muon, "write_file", lambda path, *words: order.append(path.name) or write(path, *words))
+    monkeypatch.setattr(checkpoint, "write_file", lambda path, *words: order.append(path.name) or write(path, *words))
     train(tmp_path, data=shards, num_iterations=4, checkpoint_every=2)
     assert order == 2 * [("log", True), "rank0.pt", "manifest.json"]
 
@@ -873,18 +877,18 @@ def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path)
     def full(*_):
         raise logger.RunError("cannot write run.log: No space left on device")
 
-    board, world = train_muon.Saver.__new__(train_muon.Saver), World(0, 1, CPU)
+    board, world = checkpoint.Saver.__new__(checkpoint.Saver), World(0, 1, CPU)
     board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
     with pytest.raises(logger.RunError, match="the checkpoint of step 3 could not be written .*No space left on device"):
-        train_muon.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
+        checkpoint.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
 
 
 def test_a_checkpoint_that_was_found_damaged_is_not_kept_beside_those_made_since(tmp_path):
-    board, world = train_muon.Saver.__new__(train_muon.Saver), World(0, 1, CPU)
+    board, world = checkpoint.Saver.__new__(checkpoint.Saver), World(0, 1, CPU)
     board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
     for step in (100, 200, 300, 125, 150, 175):  # 200 and 300 turned out to be damaged, and the run went on from 100
-        train_muon.write_checkpoint(tmp_path, step, {"x": {"value": torch.zeros(1)}}, {}, world, board)
-        there = [int(path.name.removeprefix("step_")) for path in model.checkpoints(tmp_path)]
+        checkpoint.write_checkpoint(tmp_path, step, {"x": {"value": torch.zeros(1)}}, {}, world, board)
+        there = [int(path.name.removeprefix("step_")) for path in checkpoint.checkpoints(tmp_path)]
         assert there == {100: [100], 200: [200, 100], 300: [300, 200], 125: [125], 150: [150, 125], 175: [175, 150]}[step]
 
 
@@ -1008,16 +1012,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(what, shards
     def full(*words):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save, write = torch.save, train_muon.write_file
+    save, write = torch.save, checkpoint.write_file
     if what == "tensors":
         monkeypatch.setattr(torch, "save", lambda value, file: full() if "step_000004" in file.name else save(value, file))
     else:
         is_it = lambda path: path.name == "manifest.json" and "step_000004" in str(path)
-        monkeypatch.setattr(train_muon, "write_file", lambda path, fill: full() if is_it(path) else write(path, fill))
+        monkeypatch.setattr(checkpoint, "write_file", lambda path, fill: full() if is_it(path) else write(path, fill))
     said = refused(tmp_path, data=shards, **RESUMED_RUN)
     assert "step 4" in said and "No space left" in said and "--resume" in said
     assert [path.name for path in (tmp_path / "muon/checkpoint").iterdir()] == ["step_000002"]
-    model.read_checkpoint(tmp_path / "muon/checkpoint/step_000002")
+    checkpoint.read_checkpoint(tmp_path / "muon/checkpoint/step_000002")
 
 
 # -----------------------------------------------------------------------------
@@ -1205,7 +1209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
     assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]  # read one step late
     assert training_rows(tmp_path / "muon")[5]["train/loss"] is None  # JSON knows no NaN
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000004"]
-    model.read_checkpoint(tmp_path / "muon/checkpoint/step_000004")
+    checkpoint.read_checkpoint(tmp_path / "muon/checkpoint/step_000004")
 
 
 def test_a_checkpoint_due_right_after_a_loss_that_is_not_finite_is_not_written(shards, tmp_path, monkeypatch):
@@ -1395,7 +1399,7 @@ def shown_to(cls, monkeypatch, shards, tmp_path, **values) -> list:
 
 
 def stuck_after_acts(shards, tmp_path, monkeypatch):  # tests/test_faults.py has a rank that is stuck
-    assert shown_to(train_muon.Watchdog, monkeypatch, shards, tmp_path, stuck_after=7.5)[2] == 7.5
+    assert shown_to(guards.Watchdog, monkeypatch, shards, tmp_path, stuck_after=7.5)[2] == 7.5
 
 
 def overlap_acts(shards, tmp_path, monkeypatch):  # tests/test_distributed.py sees when buckets leave
@@ -1548,7 +1552,7 @@ def test_a_run_leaves_its_files(recipe, finished):
     run = finished(recipe)
     assert {path.name for path in run.iterdir()} == {"run.log", "metrics.jsonl", "config.json", "checkpoint"}
     text = (run / "run.log").read_text()
-    for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "data.py", "logger.py"):
+    for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "checkpoint.py", "guards.py", "data.py", "logger.py"):
         assert (ROOT / name).read_text().strip() in text
     tail = text.rpartition("=" * 100)[2]
     line = re.compile(r"^step:(\d+)/(\d+) val_loss:([0-9.]+) train_time:[0-9.]+s step_avg:[0-9.]+ms", re.M)
@@ -1596,7 +1600,7 @@ def validation_rows(shards, seq_len=32):
 @BOTH
 def test_the_last_validation_is_the_mean_over_every_token_and_bpb_follows(recipe, finished, shards):
     run = finished(recipe)
-    net, _ = model.load_checkpoint(run / "checkpoint")
+    net, _ = checkpoint.load_model_from_run(run / "checkpoint")
     inputs, targets, tokens = validation_rows(shards)
     nats = count = 0
     for row, target in zip(inputs, targets):
@@ -1616,7 +1620,7 @@ def evaluate(net, hp, rows: int) -> dict[str, float]:
 
 
 def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
-    net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
+    net, _ = checkpoint.load_model_from_run(finished(MUON) / "checkpoint")
     inputs, targets, _ = validation_rows(shards)
     hp = hyper(MUON, data=shards, val_tokens=96)
     values = evaluate(net, hp, 2)
@@ -1625,7 +1629,7 @@ def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
 
 
 def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, finished):
-    net, _ = model.load_checkpoint(finished(MUON) / "checkpoint")
+    net, _ = checkpoint.load_model_from_run(finished(MUON) / "checkpoint")
     hp = hyper(MUON, data=shards, val_tokens=0)
     first = evaluate(net, hp, 3)
     assert net.training
@@ -1767,7 +1771,7 @@ def test_training_needs_only_torch_and_numpy_and_no_network(shards, tmp_path):
     assert "step:4/4 val_loss:" in done.stdout and "step:4/4 val_loss:" in (tmp_path / "muon/run.log").read_text()
 
 
-LOCAL = {"train_muon", "train_adamw", "model", "data", "logger"}
+LOCAL = {"train_muon", "train_adamw", "model", "checkpoint", "guards", "data", "logger"}
 
 
 def local_imports(name: str) -> set[str]:
@@ -1787,9 +1791,11 @@ def local_imports(name: str) -> set[str]:
 
 def test_imports_run_one_way():
     assert local_imports("train_adamw") == {"train_muon"}
-    assert local_imports("train_muon") == {"model", "data", "logger"}
+    assert local_imports("train_muon") == {"model", "checkpoint", "guards", "data", "logger"}
+    assert local_imports("checkpoint") == {"model", "guards", "logger"}
+    assert local_imports("guards") == {"model", "data", "logger"}
     for name in ("model", "data", "logger"):
-        assert local_imports(name) == set()
+        assert local_imports(name) <= {name}
 
 
 def test_the_training_scripts_import_heavy_packages_nowhere_at_the_top():
@@ -1817,7 +1823,7 @@ print(faults[-1] - faults[-2])
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc's malloc")
 def test_a_run_keeps_the_memory_that_its_tensors_give_back():
-    join = 'train_muon.join(train_muon.PRESETS["cpu"])'
+    join = "import datetime, guards; guards.init_distributed('cpu', datetime.timedelta(seconds=60))"
     asked = [subprocess.run([sys.executable, "-c", PAGE_FAULTS.format(before=before)], cwd=ROOT, capture_output=True, text=True, check=True)
              for before in ("", join)]  # fmt: skip
     given_back, kept = (int(run.stdout) for run in asked)

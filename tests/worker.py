@@ -16,6 +16,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from plants import PLANTS  # noqa: E402
 
+import checkpoint  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from train_muon import Exchange, Transfer  # noqa: E402
@@ -99,7 +100,7 @@ def spy_send(self):
     if spies.first_send[-1] is None:
         spies.first_send[-1] = exchange.there
     if spies.steps == 0:
-        spies.order.append(self.pieces[0].slab.name)
+        spies.order.append(self.slabs[0].slab.name)
     send(self)
 
 
@@ -108,7 +109,7 @@ def spy_finish(self):
     finish(self)
     spies.steps += 1
     digest = lambda tensor: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-    mine = {piece.slab.name: digest(piece.value) for transfer in self.transfers for piece in transfer.pieces}
+    mine = {piece.slab.name: digest(piece.value) for transfer in self.transfers for piece in transfer.slabs}
     mine |= {name: digest(buffer) for name, buffer in (("load", self.model.load_WLE), ("bias", self.model.bias_LE))}
     copies = [None] * dist.get_world_size()
     dist.all_gather_object(copies, mine)
@@ -132,7 +133,7 @@ def spy_train_step(*words):
 
 
 train_muon.train_step = spy_train_step
-write_checkpoint = train_muon.write_checkpoint
+write_checkpoint = checkpoint.write_checkpoint
 
 
 def keep_step_10(folder, step, *words):
@@ -143,7 +144,7 @@ def keep_step_10(folder, step, *words):
     return path
 
 
-train_muon.write_checkpoint = keep_step_10
+checkpoint.write_checkpoint = keep_step_10
 
 def main():
     global spies

@@ -1,4 +1,5 @@
-"""The command line of model.py: the model card of a preset, sampling from a checkpoint, sharing it, collecting its routes."""
+"""The command line of model.py: the model card of a preset, sampling from a checkpoint, sharing it, collecting its
+routes."""
 
 import codecs
 import dataclasses
@@ -9,40 +10,44 @@ from pathlib import Path
 import torch
 
 import data
-from cli import ConfigError, Parser, add_flags, positive
-from data import DataError
-from logger import RunError
+from cli import Parser, UserError, add_flags, positive
 from model import PRESETS, Config
-from tools import hub, model_card, routes
+from tools import cost, hub, routes
 
 
 def main(argv: list[str] | None = None):
     try:
         args = parse(argv)
         if not args["checkpoint"]:
-            print(model_card.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
         elif args["save_pretrained"] or args["push_to_hub"]:
             hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
         elif args["routes"]:
             print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
         else:
             sample(args)
-    except (ConfigError, DataError, RunError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"model.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def parse(argv: list[str] | None = None) -> dict:
-    """Flags -> their values; under `config`, the preset with the given fields changed. Raises ConfigError."""
-    parser = Parser(prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it.")
+    """Flags -> their values; under `config`, the preset with the given fields changed. Raises UserError."""
+    parser = Parser(
+        prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it."
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
-    parser.add_argument("--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)")
+    parser.add_argument(
+        "--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)"
+    )
     where = "sample from a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name"
     parser.add_argument("--checkpoint", metavar="WHERE", help=where)
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
-    parser.add_argument("--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once")
+    parser.add_argument(
+        "--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     nucleus = "sample from the likeliest tokens with this total probability"
     parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help=nucleus)
@@ -62,13 +67,15 @@ def parse(argv: list[str] | None = None) -> dict:
     changes = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
     for flag in ("save_pretrained", "push_to_hub", "routes"):
         if args[flag] and not args["checkpoint"]:
-            raise ConfigError(f"--{flag} needs --checkpoint, a run's folder")
+            raise UserError(f"--{flag} needs --checkpoint, a run's folder")
     if args["routes"] and not args["data"]:
-        raise ConfigError("--routes needs --data, a folder of shards")
+        raise UserError("--routes needs --data, a folder of shards")
     if not args["checkpoint"]:
         return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **changes)}
     for name in changes.keys() - {"top_k"}:
-        raise ConfigError(f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out")
+        raise UserError(
+            f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out"
+        )
     return args
 
 
@@ -85,7 +92,7 @@ def sample(args: dict):
     rules = dict(temperature=args["temperature"], top_k=args.get("top_k", 0), top_p=args["top_p"], seed=args["seed"])
     for id_B in net.stream(tokens_BT, args["max_new_tokens"], **rules, stop_at=stop_at):
         rows.append(id_B.tolist())
-        show(decoder.decode(encoding.words[rows[-1][0]]))
+        show(decoder.decode(encoding.vocab[rows[-1][0]]))
         times.append(time.perf_counter())
     show(decoder.decode(b"", True) + "\n")
     for number, ids in enumerate(list(zip(*rows))[1:], start=2):

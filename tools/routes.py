@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from logger import RunError, finite_or_none, make_folder, write_atomically
+from cli import UserError, write_atomically
+from logger import finite_or_none, make_folder, write_text
 from tools.plots import COLOURS, draw_matrix, open_figure
 
 PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
@@ -22,19 +23,21 @@ PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
 def write_analysis(run_folder, folder):
     """Writes <run>_routes.json and the plots of a run's routes into `folder`, and prints their paths.
 
-    The routes are those of routes.npz, or else of the last evaluation that saved some. Raises RunError without either.
+    The routes are those of routes.npz, or else of the last evaluation that saved some. Raises UserError without either.
     """
     files, path = list_routes_files(run_folder), run_folder / "routes.npz"
     if not files:
-        raise RunError(f"{path} is missing; make it with"
-                       f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`")
+        raise UserError(
+            f"{path} is missing; make it with"
+            f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`"
+        )
     by_step = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in reversed(files) if file != path]
     routes = read_routes(path) if files[0] == path else by_step[-1][1]
     found = analyse(routes, by_step)
 
     make_folder(folder)
     report = folder / f"{run_folder.name}_routes.json"
-    write_atomically(report, json.dumps(finite_or_none(found), indent=1) + "\n")
+    write_text(report, json.dumps(finite_or_none(found), indent=1) + "\n")
     print(report)
     for name, key, plot in (
         ("layers", "use_by_step", plot_layers),
@@ -56,18 +59,19 @@ def list_routes_files(run_folder) -> list[Path]:
 
 
 def read_routes(path) -> dict:
-    """The arrays of a routes file. Raises RunError if it cannot be read."""
+    """The arrays of a routes file. Raises UserError if it cannot be read."""
     import numpy as np
 
     try:
         with np.load(path) as file:
             return dict(file)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} cannot be read ({error}); remove it and make it again") from None
+        raise UserError(f"{path} cannot be read ({error}); remove it and make it again") from None
 
 
 # -----------------------------------------------------------------------------
 # Statistics
+
 
 def analyse(routes, by_step=()) -> dict:
     """The statistics behind the plots, ready for JSON.
@@ -80,8 +84,11 @@ def analyse(routes, by_step=()) -> dict:
     if len(by_step) > 1 and "expert_LTK" in routes:
         final = by_step[-1][1]
         # A resumed run may have saved the routes of other tokens before.
-        found["saturation"] = {step: saturation(then["expert_LTK"], final["expert_LTK"]).tolist()
-                               for step, then in by_step if np.array_equal(then["token_N"], final["token_N"])}
+        found["saturation"] = {
+            step: saturation(then["expert_LTK"], final["expert_LTK"]).tolist()
+            for step, then in by_step
+            if np.array_equal(then["token_N"], final["token_N"])
+        }
     if "layer_SN" in routes:
         layer_SN, layers = routes["layer_SN"], int(routes["layers"])
         n = layers + int(routes["identities"])
@@ -180,6 +187,7 @@ def saturation(expert_LTK, final_LTK):
 # -----------------------------------------------------------------------------
 # Plots
 
+
 def plot_layers(figure, routes, found):
     """A pool of layers: use by step, transitions, joint use, and the layer sequences of some tokens."""
     figure.set_size_inches(12, 7)
@@ -190,8 +198,17 @@ def plot_layers(figure, routes, found):
     draw_matrix(figure, ax[0, 2], found["joint"], "tokens routed to both", "layer", "layer", vmin=0, vmax=1)
     draw_matrix(figure, ax[1, 0], found["lift"], "lift", "layer", "layer", vmin=0, vmax=2, **diverging)
     draw_matrix(figure, ax[1, 1], found["correlation"], "correlation", "layer", "layer", vmin=-1, vmax=1, **diverging)
-    draw_matrix(figure, ax[1, 2], routes["layer_SN"][:, :96], "layers of single tokens", "token", "step",
-                vmin=0, vmax=9, cmap="tab10")
+    draw_matrix(
+        figure,
+        ax[1, 2],
+        routes["layer_SN"][:, :96],
+        "layers of single tokens",
+        "token",
+        "step",
+        vmin=0,
+        vmax=9,
+        cmap="tab10",
+    )
     layers, identities = int(routes["layers"]), int(routes["identities"])
     figure.suptitle(f"layers 0 to {layers - 1}, then {identities} identities", fontsize=10)
 
@@ -244,7 +261,7 @@ def plot_saturation(figure, routes, found):
 def save_validation_routes(checkpoint_folder, data_folder, num_tokens: int, path: Path) -> str:
     """Write the routes of a checkpoint on a folder's first validation tokens; returns a line about the file.
 
-    Raises CheckpointError or DataError."""
+    Raises UserError."""
     import checkpoint
 
     net, manifest = checkpoint.load_model_from_run(checkpoint_folder, "cuda" if torch_has_cuda() else "cpu")
@@ -260,13 +277,13 @@ def torch_has_cuda() -> bool:
 
 
 def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) -> dict:
-    """collect_routes of the first validation tokens, a row at a time. Raises DataError."""
+    """collect_routes of the first validation tokens, a row at a time. Raises UserError."""
     import data
 
     config = net.config
     batches = data.validation_batches(
-        data_folder, seq_len=min(num_tokens, config.window_size), rows=1, max_tokens=num_tokens, vocab_size=config.vocab_size,
-        device=net.head.device)  # fmt: skip
+        data_folder, seq_len=min(num_tokens, config.window_size), rows=1, max_tokens=num_tokens,
+        vocab_size=config.vocab_size, device=net.head.device)  # fmt: skip
     return add_difficulty(collect_routes(net, batches), encoding)
 
 
@@ -286,8 +303,8 @@ def collect_routes(net, batches) -> dict:
     """Arrays of the routes of batches of data.Batch, without meta-tokens.
 
     layer_SN: the layer of each step with depth routed, -1 once halted. loops_N: iterations with depths that have loops.
-    expert_LTK: experts of each MoE layer, where a layer runs once. token_N: the target of each position. right_N: 1 if the
-    likeliest id was the target, 0 if not, -1 without a target."""
+    expert_LTK: experts of each MoE layer, where a layer runs once. token_N: the target of each position. right_N: 1 if
+    the likeliest id was the target, 0 if not, -1 without a target."""
     import torch
     import torch.nn.functional as F
 
@@ -341,6 +358,4 @@ def write_routes(path: Path, arrays: dict):
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.npz")
-    np.savez_compressed(partial, **arrays)
-    partial.replace(path)
+    write_atomically(path, lambda temporary: np.savez_compressed(temporary, **arrays))

@@ -1,8 +1,7 @@
 """Attention kinds: latent (MLA), shared keys, routed (SwitchHead); rotary and softmax variants.
 
-Keys and values are returned beside the output, so a later layer can share them. Letters A, K and - are those of model.py, here with
-every option of the zoo.
-"""
+Keys and values are returned beside the output, so a later layer can share them. Letters A, K and - are those of
+model.py, here with every option of the zoo."""
 
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, WINDOWS, KVCache, ParameterRule, constant, init_uniform, offset_keys
 from ops import linear_fp32, norm
 from zoo.config import CHECKS, LETTERS, TABLES, Config
@@ -111,7 +111,10 @@ class KeyOffsetAttention(Attention):
 
     def append_to_cache(self, k: Tensor, v: Tensor, ctx) -> tuple[Tensor, Tensor]:
         if isinstance(ctx.cache, KVCache):  # its keys never change: shift before storing
-            k, v = self.normed_rotated(k, ctx), self.rotate_values(ops.blend(self.value_mix, v, ctx.value_embed_BTHC), ctx)
+            k, v = (
+                self.normed_rotated(k, ctx),
+                self.rotate_values(ops.blend(self.value_mix, v, ctx.value_embed_BTHC), ctx),
+            )
             return ctx.cache.append(self, self.shift_new_keys(k, ctx), v)
         k, v = super().append_to_cache(k, v, ctx)
         return offset_keys(k, ctx.same_doc_BS), v
@@ -147,9 +150,11 @@ class SeparateAttention(Attention):
 
 
 class LatentAttention(SeparateAttention):
-    """MLA (DeepSeek-V2, 2405.04434): values and static key channels of all heads come from one normed vector of latent_dim.
+    """MLA (DeepSeek-V2, 2405.04434): values and static key channels of all heads come from one normed vector of
+    latent_dim.
 
-    The rotating key channels are one key for all heads. A cache keeps these two alone, so there are no value embeddings."""
+    The rotating key channels are one key for all heads. A cache keeps these two alone, so there are no value
+    embeddings."""
 
     def add_projections(self, config: Config, width: int):
         super().add_projections(config, width)
@@ -180,7 +185,8 @@ def rotating_half(table: Tensor) -> Tensor:
 
 
 class SharedAttention(SeparateAttention):
-    """Own queries over the keys and values of the nearest earlier layer that has some: MLKV (2406.09297). No cache needed."""
+    """Own queries over the keys and values of the nearest earlier layer that has some: MLKV (2406.09297). No cache
+    needed."""
 
     def keys_values(self, x_BTD: Tensor, ctx) -> tuple[Tensor, Tensor]:
         return ctx.kv
@@ -189,7 +195,8 @@ class SharedAttention(SeparateAttention):
 class RoutedAttention(SeparateAttention):
     """SwitchHead (2312.07987): attn_experts value and output matrices per head, of which a token uses attn_top_k.
 
-    They are weighted by the sigmoids that chose them. Queries and keys are plain; no value embeddings, no load balancing."""
+    They are weighted by the sigmoids that chose them. Queries and keys are plain; no value embeddings, no load
+    balancing."""
 
     def add_projections(self, config: Config, width: int):
         super().add_projections(config, width)
@@ -245,18 +252,20 @@ PARAMETER_RULES |= {
 
 
 def check(config: Config):
-    config.require("latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
-    config.require("attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}")
+    require(config, "latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
+    require(
+        config, "attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}"
+    )
     for layer, source in config.key_sources.items():
         legal = f"without S in layer {layer}: no layer before it has keys to share"
-        config.require("attention", source is not None, legal)
-        legal = (f"the same in layer {layer} as in layer {source}, whose keys and values it shares (and so must `window` be "
-                 "where it is W)")  # fmt: skip
-        config.require("rotary", config.rope_spec(layer) == config.rope_spec(source), legal)
+        require(config, "attention", source is not None, legal)
+        shared = f"the same in layer {layer} as in layer {source}, whose keys and values it shares"
+        legal = f"{shared} (and so must `window` be where it is W)"
+        require(config, "rotary", config.rope_spec(layer) == config.rope_spec(source), legal)
     letters = zip(config.per_layer("rotary"), config.per_layer("attention"))
     latent = {rotary for rotary, attention in letters if attention == "L"}
     legal = "H, N or W where attention is L, whose values are recomputed from the cached vector"
-    config.require("rotary", not latent & set("VB"), legal)
+    require(config, "rotary", not latent & set("VB"), legal)
 
 
 CHECKS.append(check)

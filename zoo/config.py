@@ -1,4 +1,5 @@
-"""zoo.Config: the fields of every option of the zoo. Each file of the zoo adds its tables and the checks of its fields."""
+"""zoo.Config: the fields of every option of the zoo. Each file of the zoo adds its tables and the checks of its
+fields."""
 
 import dataclasses
 import functools
@@ -6,23 +7,29 @@ import math
 import re
 from dataclasses import dataclass
 
-import model
 import torch
+
+import model
+from cli import require
 
 TABLES = {}  # field -> table of its legal values
 LETTERS = {}  # field of one letter per layer -> its legal letters
-CHECKS = []  # functions of a Config that raise ConfigError
+CHECKS = []  # functions of a Config that raise UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(model.Config):
-    """model.Config and the zoo's fields. Raises ConfigError, which names the field and its legal values."""
+    """model.Config and the zoo's fields. Raises UserError, which names the field and its legal values."""
 
     # experts
-    experts: str = "mlp"  # kinds, as in "mlp*12,identity,zero": one name for all num_experts, or a list with their numbers
+    experts: str = (
+        "mlp"  # kinds, as in "mlp*12,identity,zero": one name for all num_experts, or a list with their numbers
+    )
     shared: str = "mlp"  # kind of the shared experts: a key of SHARED
     shared_kernel: int = 3  # tokens in the convolution of shared conv
-    routed_scale: float | str = 1.0  # factor on the routed experts' sum; auto: estimated so that it is as large as the shared one
+    routed_scale: float | str = (
+        1.0  # factor on the routed experts' sum; auto: estimated so that it is as large as the shared one
+    )
     # routers
     router_score: str = "softmax"  # a key of SCORES: selection and gates from logits
     router_residual: float = 0.0  # weight of the previous MoE layer's logits, through a learned matrix (MoE++)
@@ -33,11 +40,15 @@ class Config(model.Config):
     importance_coef: float = 0.0  # weight of Shazeer's loss on the sums of gates, per micro-batch
     load_coef: float = 0.0  # weight of his loss on the smooth numbers of tokens, which needs noise
     bias_update_threshold: int = 0  # tokens counted before the selection bias moves again; 0 = every optimizer step
-    free_eta: float = 1.0  # balance weight of experts without matmuls; below 1 they may take more than their share (MoE++: 0.75)
+    free_eta: float = (
+        1.0  # balance weight of experts without matmuls; below 1 they may take more than their share (MoE++: 0.75)
+    )
     # depth
     residual: str = "add"  # residual update rule: a key of RESIDUALS
     norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too, U = MoEUT's
-    looped: str = "o"  # depths loop and routed; tiled over depth: o = a layer of the loop or pool, . = one before or after it
+    looped: str = (
+        "o"  # depths loop and routed; tiled over depth: o = a layer of the loop or pool, . = one before or after it
+    )
     loops: int = 2  # iterations of the loop, or steps that pick a layer of the pool, at most
     eval_loops: int = 0  # the same in evaluation; 0 = as in training
     loop_keys: str = "latest"  # keys and values visible in later iterations: a key of LOOP_KEYS
@@ -55,7 +66,9 @@ class Config(model.Config):
     step_loss: str = "last"  # steps in the training loss: last or mean
     layer_balance_coef: float = 0.0  # weight of a balance loss over the pool's layers
     # attention
-    rotary: str = "H"  # tiled over depth: H = queries and keys, V = values and outputs, B = both, N = nothing, W = by the window
+    rotary: str = (
+        "H"  # tiled over depth: H = queries and keys, V = values and outputs, B = both, N = nothing, W = by the window
+    )
     attn_softmax: str = "plain"  # plain or ssmax
     qk_norm: str = "rms"  # rms or none
     latent_dim: int = 64  # width of the latent vector where attention is L
@@ -69,13 +82,13 @@ class Config(model.Config):
     def check(self):
         for name in """router_kernel shared_kernel latent_dim loops attn_experts attn_top_k controller_dim
                        anneal_steps""".split():
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in """importance_coef load_coef entropy_coef layer_balance_coef ponder_coef bias_update_threshold
                        router_residual num_meta_tokens eval_loops reinject halt_threshold identity_layers""".split():
-            self.require(name, getattr(self, name) >= 0, "at least 0")
-        self.require("free_eta", self.free_eta > 0, "above 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "free_eta", self.free_eta > 0, "above 0")
         for name in "ponder_prior mask_share".split():
-            self.require(name, 0 < getattr(self, name) < 1, "between 0 and 1")
+            require(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
         super().check()
         for check in CHECKS:
             check(self)
@@ -93,8 +106,8 @@ class Config(model.Config):
 
     def describe_experts(self) -> str:
         """The experts on the model card."""
-        kinds = [f"{count} x {width_of(kind, self.hidden_size)[0]} wide {kind}" if has_matmuls(kind) else f"{count} x {kind}"
-                 for kind, count in self.expert_counts.items()]  # fmt: skip
+        width = lambda kind: f"{width_of(kind, self.hidden_size)[0]} wide " if has_matmuls(kind) else ""
+        kinds = [f"{count} x {width(kind)}{kind}" for kind, count in self.expert_counts.items()]
         text = ", ".join(kinds)
         if self.expert_share * self.num_experts != self.top_k or len(kinds) > 1:
             count = sum(count for kind, count in self.expert_counts.items() if has_matmuls(kind))
@@ -189,8 +202,8 @@ def has_matmuls(kind: str) -> bool:
 def routed_scale(config: Config) -> float:
     """Factor on the sum of the routed experts. auto makes that sum as long as the shared one (kexue.fm/archives/10945).
 
-    auto is the mean of sqrt(shared experts) / |gates| for 2^14 tokens of normal logits and this router's own rule, for experts
-    of equal length at right angles; 1 without shared experts."""
+    auto is the mean of sqrt(shared experts) / |gates| for 2^14 tokens of normal logits and this router's own rule, for
+    experts of equal length at right angles; 1 without shared experts."""
     if config.routed_scale != "auto":
         return config.routed_scale
     if not config.num_shared_experts:

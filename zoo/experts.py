@@ -1,8 +1,7 @@
 """Expert kinds: SwiGLU, KAN and ReLU with matmuls; identity, zero, noise, constant, exit without (MoE++).
 
-Kinds with matmuls are fn(rows_RD sorted by expert, ends_E) -> rows_RD, as in model.py. Kinds without matmuls are element-wise,
-computed in token order with their gates, and own no rows.
-"""
+Kinds with matmuls are fn(rows_RD sorted by expert, ends_E) -> rows_RD, as in model.py. Kinds without matmuls are
+element-wise, computed in token order with their gates, and own no rows."""
 
 from collections import ChainMap
 
@@ -51,8 +50,8 @@ class SwiGLUExperts(nn.Module):
 class KANExperts(nn.Module):
     """Two Kolmogorov-Arnold layers (2404.19756) of cubic B-splines on 5 intervals of [-2, 2], beside silu.
 
-    Each input becomes 9 features of a grouped GEMM, so at equal FLOPs the hidden width is a ninth of an MLP's. Hidden activations
-    are normed into the grid."""
+    Each input becomes 9 features of a grouped GEMM, so at equal FLOPs the hidden width is a ninth of an MLP's. Hidden
+    activations are normed into the grid."""
 
     INTERVALS, REACH = 5, 2.0
     FEATURES = INTERVALS + 3 + 1
@@ -120,7 +119,8 @@ class ReLUSquaredExperts(FreeExperts):
 
 
 class NoiseExperts(FreeExperts):
-    """x plus normal noise of variance 1/4 in training, x alone in evaluation. The noise is the router's hash of other numbers."""
+    """x plus normal noise of variance 1/4 in training, x alone in evaluation. The noise is the router's hash of other
+    numbers."""
 
     def output(self, x_TD: Tensor, ctx) -> Tensor:
         if not self.training:

@@ -1,4 +1,4 @@
-"""GPT with the zoo's options that reach beyond one slot: meta-tokens, embeddings as input, norms, residual rules, shared keys.
+"""GPT with the zoo's options that reach beyond one slot: meta-tokens, embeddings as input, weighted losses.
 
 A depth is a subclass that overrides run_blocks. Shape suffixes as in model.py.
 """
@@ -11,129 +11,22 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import UserError
 from model import DTYPES, PARAMETER_RULES, ParameterRule, normal
 from ops import norm
-from zoo.attention import ATTENTIONS
-from zoo.config import LETTERS, TABLES, Config, as_zoo
+from zoo.block import Block, Context, run_layers
+from zoo.config import Config, as_zoo
 from zoo.masked import OBJECTIVES
 from zoo.masks import MaskInputs, document_starts, visible_keys
-from zoo.moe import MoE
 from zoo.stats import RouteStats, neg_entropy
-
-
-class Context(NamedTuple):
-    """model.Context, and inputs that some option needs; None where no option does."""
-
-    ids_BT: Tensor | None  # None when embeddings were given
-    mask: object
-    value_embed_BTHC: Tensor
-    cos: Tensor
-    sin: Tensor
-    same_doc_BS: Tensor
-    noise_key: tuple[Tensor, Tensor, Tensor, Tensor]
-    bias_E: Tensor
-    cache: object  # a KVCache, or a loop's keys in front of one
-    previous_logits_TE: Tensor | None = None  # of the MoE layer before, zeros for the first
-    kv: tuple[Tensor, ...] | None = None  # keys and values to share; () until a layer before has some
-    raw_BTD: Tensor | None = None  # the residual stream before the norm
-    terms: Tensor | None = None  # number of terms in the residual stream
-    valid_BT: Tensor | None = None  # tokens that are not padding
-    log_visible_BT: Tensor | None = None  # log of the number of visible keys
-    target_expert_BT: Tensor | None = None  # target of the router's supervised loss, -1: none
-
-
-# -----------------------------------------------------------------------------
-# Block: norms and residual rules
-
-
-class Norms(NamedTuple):
-    after: bool = False  # a norm behind attention and feed-forward too
-    raw: bool = False  # values of routed attention and experts see the stream before the norm
-
-
-NORMS = {
-    "P": Norms(),
-    # peri-norm (2502.02737). norm(a y) = norm(y), so gates, routed_scale and zero experts only mix directions behind it. At an output of
-    # zeros, which zero-initialised projections give, its slope is 1 / sqrt(eps), about 2,900: the first gradients are as much larger.
-    "R": Norms(after=True),
-    "U": Norms(raw=True),  # MoEUT (2405.16039): queries, keys and routers see the normed stream
-}
-
-
-def add(x: Tensor, y: Tensor, n: Tensor | None, x0: Tensor) -> Tensor:
-    return x + y
-
-
-def average(x: Tensor, y: Tensor, n: Tensor, x0: Tensor) -> Tensor:
-    """The stream is the mean of its n terms, so every block has the same weight."""
-    return x + (y - x) / (n + 1).type_as(x)
-
-
-def average_keep_embedding(x: Tensor, y: Tensor, n: Tensor, x0: Tensor) -> Tensor:
-    """The embedding plus the mean of the n - 1 terms since."""
-    return x + (y - (x - x0)) / n.type_as(x)
-
-
-RESIDUALS = {"add": add, "average": average, "average_keep_embedding": average_keep_embedding}  # (x, y, n terms, x0) -> x
-
-
-def add_terms(terms: Tensor | None, count) -> Tensor | None:
-    return None if terms is None else terms + count
-
-
-FEED_FORWARDS = {"M": MoE, "D": model.DenseMLP}
-
-
-class Block(nn.Module):
-    """model.Block with a choice of norms and residual rule. Returns its keys and values too, if a later layer shares them."""
-
-    def __init__(self, config: Config, layer: int, ranks: model.ExpertRanks):
-        super().__init__()
-        self.stream_mix = nn.Parameter(torch.empty(2)) if config.residual == "add" else None
-        self.residual, self.norms = RESIDUALS[config.residual], NORMS[config.per_layer("norms")[layer]]
-        self.attention = ATTENTIONS[config.per_layer("attention")[layer]](config, layer)
-        self.ffn = FEED_FORWARDS[config.per_layer("pattern")[layer]](config, ranks)
-        self.is_shared = layer in config.key_sources.values()  # compiled, unused outputs would get gradients of zeros
-
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, ctx: Context):
-        x_BTD = self.mix_x0(x_BTD, x0_BTD)
-        y_BTD, kv = self.attention(norm(x_BTD), self.update_context(ctx, x_BTD))
-        x_BTD = self.add_residual(x_BTD, y_BTD, ctx.terms, x0_BTD)
-        y_BTD, stats = self.ffn(norm(x_BTD), self.update_context(ctx, x_BTD))
-        return self.add_residual(x_BTD, y_BTD, add_terms(ctx.terms, 1), x0_BTD), stats, kv if self.is_shared else None
-
-    def mix_x0(self, x_BTD: Tensor, x0_BTD: Tensor) -> Tensor:
-        return x_BTD if self.stream_mix is None else ops.blend(self.stream_mix, x_BTD, x0_BTD)
-
-    def update_context(self, ctx: Context, x_BTD: Tensor) -> Context:
-        return ctx._replace(raw_BTD=x_BTD) if self.norms.raw else ctx
-
-    def add_residual(self, x_BTD: Tensor, y_BTD: Tensor, terms: Tensor | None, x0_BTD: Tensor) -> Tensor:
-        return self.residual(x_BTD, norm(y_BTD) if self.norms.after else y_BTD, terms, x0_BTD)
-
-
-def run_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list[Context], kv=None, stats: tuple[RouteStats, ...] = ()):
-    """Blocks in order: (hidden states, their statistics, last keys and values). `stats` are those of earlier layers."""
-    own_stats = []
-    for block, ctx in zip(blocks, contexts):
-        previous = [*stats, *own_stats]
-        if ctx.previous_logits_TE is not None and previous:
-            ctx = ctx._replace(previous_logits_TE=previous[-1].logits_TE)
-        if ctx.kv is not None:
-            ctx = ctx._replace(kv=kv)
-        x_BTD, block_stats, block_kv = block(x_BTD, x0_BTD, ctx)
-        own_stats, kv = own_stats + block_stats, block_kv or kv
-    return x_BTD, own_stats, kv
-
-
-# -----------------------------------------------------------------------------
-# The model
 
 
 class TrunkOutput(NamedTuple):
     """Output of the block stack."""
 
-    states: list[tuple[Tensor, Tensor | None]]  # hidden states (B, T, D), each with its tokens' weights (B, T) in the loss
+    states: list[
+        tuple[Tensor, Tensor | None]
+    ]  # hidden states (B, T, D), each with its tokens' weights (B, T) in the loss
     stats: list[RouteStats]  # one per MoE layer
     loss: Tensor | float = 0.0  # auxiliary loss of the depth
     loops_BT: Tensor | None = None  # iterations of each token
@@ -172,13 +65,10 @@ class GPT(model.GPT):
     def add_depth_modules(self):
         """Parameters of the depth, for a subclass."""
 
-    def eager_reason(self) -> str:
-        """Why the blocks cannot be compiled; "" if they can."""
-        return ""
-
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """As model.GPT, but the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 / eta."""
+        """As model.GPT, but the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 /
+        eta."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         even_E = 1 / self.eta_E / (1 / self.eta_E).mean()
@@ -192,7 +82,8 @@ class GPT(model.GPT):
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None,
-                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None, real_B: Tensor | None = None) -> model.Output:  # fmt: skip
+                doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None,
+                real_B: Tensor | None = None) -> model.Output:  # fmt: skip
         """Logits of (B, T) ids or (B, T, D) embeddings, or with targets (-1 = ignored) the loss.
 
         expert_B: target expert of each row (-1: none), for stats["domain_loss"], which is not part of the loss.
@@ -211,11 +102,7 @@ class GPT(model.GPT):
             contexts = [ctx._replace(valid_BT=real_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
         trunk = self.run_blocks(x0_BTD, contexts, mask_inputs)
         states = [(norm(x_BTD[:, -T:]), None if w_BT is None else w_BT[:, -T:]) for x_BTD, w_BT in trunk.states]
-        if cache is None:
-            stats = self.summary(trunk, T)
-        else:
-            cache.length += doc_BT.size(1)
-            stats = {}
+        stats = self.summary(trunk, T) if cache is None else {}
         if targets_BT is None:
             return model.Output(self.logits(states[-1][0]), None, stats)
         nats = sum(self.summed_nll(x_BTD, targets_BT, weight_BT) for x_BTD, weight_BT in states)
@@ -246,7 +133,8 @@ class GPT(model.GPT):
         return one_document_BT.cumsum(1) + (0 if cache is None else cache.last_doc())
 
     def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """The row behind num_meta_tokens end-of-text ids (or zeros) in document -1, unless the cache holds them already."""
+        """The row behind num_meta_tokens end-of-text ids (or zeros) in document -1, unless the cache holds them
+        already."""
         meta = self.config.num_meta_tokens if cache is None or cache.length == 0 else 0
         if meta == 0:
             return tokens_BT, doc_BT
@@ -279,22 +167,29 @@ class GPT(model.GPT):
         position_T, meta = position_S[-T:], config.num_meta_tokens
         windows = model.window_sizes(config.window, window)
         inputs = MaskInputs(position_T, position_S, doc_BT, doc_BS, windows, meta, self.objective.visible)
-        masks = {letter: self.objective.mask(position_T, position_S, doc_BT, doc_BS, size, meta=meta, cached=cache is not None)
+        places = (position_T, position_S, doc_BT, doc_BS)
+        masks = {letter: self.objective.mask(*places, size, meta=meta, cached=cache is not None)
                  for letter, size in windows.items()}  # fmt: skip
         log_visible = dict.fromkeys(windows)
         if config.attn_softmax == "ssmax":
-            log_visible = {letter: visible_keys(position_T, doc_BT, doc_BS, size, meta).log() for letter, size in windows.items()}
+            log_visible = {
+                letter: visible_keys(position_T, doc_BT, doc_BS, size, meta).log() for letter, size in windows.items()
+            }
         same_doc_BS = F.pad(doc_BS, (1, -1), value=-2) == doc_BS
         rotary_position = position_T
         if meta:  # as if each document were the first one behind the meta-tokens
             rotary_position = position_T - document_starts(doc_BT, doc_BS) + meta * (doc_BT >= 0)
         speeds = {config.rope_spec(layer)[1] for layer in range(config.n_layer)}
-        tables = {speed: ops.rotary_tables(rotary_position, config.head_dim, DTYPES[config.dtype], speed) for speed in speeds}
+        tables = {
+            speed: ops.rotary_tables(rotary_position, config.head_dim, DTYPES[config.dtype], speed) for speed in speeds
+        }
         layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))
         residual = config.router_residual
         previous_TE = torch.zeros(B * T, config.num_experts, device=device) if residual else None
         terms_L = None if config.residual == "add" else 2 * layer_L + 1
-        token_T = token_numbers(first_token, B, T, meta if T == len(position_S) else 0)  # a cache may hold the meta-tokens
+        token_T = token_numbers(
+            first_token, B, T, meta if T == len(position_S) else 0
+        )  # a cache may hold the meta-tokens
         contexts, moe_layer = [], 0
         for layer, value_embed in enumerate(self.layer_value_embeds(ids_BT)):
             letter, (cos, sin) = config.per_layer("window")[layer], tables[config.rope_spec(layer)[1]]
@@ -315,12 +210,14 @@ class GPT(model.GPT):
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE
         balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else zero
-        losses = sum(s.loss for s in stats) + trunk.loss + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        losses = (
+            zero + sum(s.loss for s in stats) + trunk.loss + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        )
         summary = {
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean([s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
-            "router_loss": torch.as_tensor(losses, device=zero.device),
+            "router_loss": losses,
             "counts_LE": torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long(),
             "domain_loss": sum(s.domain_loss for s in stats) / max(len(stats), 1) + zero,
         }
@@ -343,13 +240,13 @@ class GPT(model.GPT):
             return nll_T[piece] * weight_T.detach()[piece]
 
         head = ops.HEADS[self.config.head if self.training else "bf16"]
-        nats = model.chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, weighted_nll)
+        nats = ops.chunked_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), head, weighted_nll)
         return nats + ((weight_T - weight_T.detach()) * nll_T).sum()  # adds zero, with the gradient of the weights
 
     def stream(self, tokens_BT: Tensor, max_new_tokens: int, *args, **kwargs):
         if self.config.objective != "next" and max_new_tokens:
             look = "which looks both ways; to continue a text it must be next"
-            raise model.ConfigError(f"objective is {self.config.objective}, {look}")
+            raise UserError(f"objective is {self.config.objective}, {look}")
         return super().stream(tokens_BT, max_new_tokens, *args, **kwargs)
 
     # ---- cost
@@ -369,7 +266,9 @@ class GPT(model.GPT):
         for name, parameter in self.named_parameters():
             if self.is_in_matmul(name):
                 weights += parameter.numel() * self.active_share(name) * self.runs_of(name)
-        router_head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, in units of a layer's
+        router_head = config.router_dim / (
+            config.n_head * config.head_dim
+        )  # of router attention, in units of a layer's
         letters = zip(config.per_layer("attention"), config.per_layer("window"), config.per_layer("pattern"), runs)
         for attention, window, pattern, times in letters:
             heads = (attention != "-") + router_head * (pattern == "M" and config.router == "attention")
@@ -394,11 +293,10 @@ KEY_SHARES = {"qkv": 2 / 3, "latent": 1, "key": 1, "key_up": 1, "value_up": 1, "
 
 
 def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
-    """(B * T,): number of each token in the global batch; the `meta` first of each row have -1, -2, ... in every row."""
+    """(B * T,): number of each token in the global batch; the `meta` first of each row have -1, -2, ... in every
+    row."""
     own_BT = first_token + torch.arange(B * (T - meta), device=first_token.device).view(B, T - meta)
     return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
 
 
-LETTERS["norms"] = NORMS
-TABLES["residual"] = RESIDUALS
 PARAMETER_RULES |= {"meta_tokens": ParameterRule("embed", normal)}

@@ -1,8 +1,7 @@
 """Halting rules of loops: ACT, stick-breaking, threshold, PonderNet, exits among the experts.
 
-A rule is called after each iteration with the hidden states after and before it. It returns the states to go on with and the
-HaltState, in which tokens that have halted are no longer active. Shape suffixes as in model.py.
-"""
+A rule is called after each iteration with the hidden states after and before it. It returns the states to go on with
+and the HaltState, in which tokens that have halted are no longer active. Shape suffixes as in model.py."""
 
 from typing import NamedTuple
 
@@ -72,7 +71,9 @@ class Halt(NoHalt):
         active_BT, loops_BT = state.active_BT & ~halts_BT, state.loops_BT + state.active_BT
         count = count_true(active_BT)
         all_active = count == active_BT.numel()
-        return state._replace(active_BT=active_BT, loops_BT=loops_BT, all_active=all_active, none_active=count == 0, **changes)
+        return state._replace(
+            active_BT=active_BT, loops_BT=loops_BT, all_active=all_active, none_active=count == 0, **changes
+        )
 
     def cost(self, state: HaltState) -> Tensor:
         return state.cost_BT.mean()
@@ -135,8 +136,8 @@ class Threshold(Halt):
 class Ponder(Halt):
     """PonderNet (2107.05407): halt_prob is the probability of halting now, given that the token has not halted before.
 
-    Training runs every iteration for all tokens and weights each one's loss by the probability that it is the last. Cost: the
-    divergence from a geometric prior. In evaluation a token halts once it has more likely halted than not."""
+    Training runs every iteration for all tokens and weights each one's loss by the probability that it is the last.
+    Cost: the divergence from a geometric prior. In evaluation a token halts once it has more likely halted than not."""
 
     threshold = 0.5
 
@@ -145,7 +146,9 @@ class Ponder(Halt):
         sum_BT = state.sum_BT + prob_BT * state.active_BT
         if not self.training:
             return new_BTD, self.update_state(state, (sum_BT >= self.limit) | last, sum_BT=sum_BT)
-        prior_BT = max(self.prior, float(last)) * (1 - self.prior) ** state.loops_BT.float()  # the last one has the rest
+        prior_BT = (
+            max(self.prior, float(last)) * (1 - self.prior) ** state.loops_BT.float()
+        )  # the last one has the rest
         divergence_BT = prob_BT * (prob_BT.clamp(min=1e-8) / prior_BT).log()
         changes = dict(sum_BT=sum_BT, cost_BT=state.cost_BT + divergence_BT, states=(*state.states, (new_BTD, prob_BT)))
         return new_BTD, self.update_state(state, torch.zeros_like(state.active_BT), **changes)
@@ -155,7 +158,8 @@ class Ponder(Halt):
 
 
 class ExitHalt(NoHalt):
-    """A token halts after the iteration in which it chose an exit among its experts. Cost: 1 - exit probability, summed."""
+    """A token halts after the iteration in which it chose an exit among its experts. Cost: 1 - exit probability,
+    summed."""
 
     update_state, cost = Halt.update_state, Halt.cost
 
@@ -165,7 +169,14 @@ class ExitHalt(NoHalt):
         return new_BTD, self.update_state(state, exits_BT | last, cost_BT=cost_BT)
 
 
-HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold, "exit": ExitHalt}
+HALTS = {
+    "none": NoHalt,
+    "act": ACT,
+    "stick_breaking": StickBreaking,
+    "ponder": Ponder,
+    "threshold": Threshold,
+    "exit": ExitHalt,
+}
 TABLES["halt"] = HALTS
 PARAMETER_RULES |= {
     "halt.weight": ParameterRule("router", constant(0.0)),

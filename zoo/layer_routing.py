@@ -1,17 +1,18 @@
 """Routed depth: in each step a controller picks one layer of a pool, or an identity, for every token.
 
-Training computes all layers of the pool and weights them. Evaluation computes the picked one: keys and values of all tokens, queries
-and MLP rows of the tokens that picked it. Shape suffixes as in model.py, N choices of a token, Q packed tokens of a row.
-"""
+Training computes all layers of the pool and weights them. Evaluation computes the picked one: keys and values of all
+tokens, queries and MLP rows of the tokens that picked it. Shape suffixes as in model.py, N choices of a token, Q packed
+tokens of a row."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import require
 from model import PARAMETER_RULES, ParameterRule, constant, init_uniform
 from ops import linear_fp32, norm, softmax
+from zoo.block import Block, add_terms
 from zoo.config import CHECKS, TABLES, Config
-from zoo.gpt import Block, add_terms
 from zoo.halting import HaltState
 from zoo.loop import LoopGPT, PackedTokens, loop_context, packed_context
 from zoo.masks import MaskInputs, document_starts
@@ -25,7 +26,8 @@ from zoo.stats import RouteStats, unrouted_stats
 class LinearController(nn.Module):
     """One matrix; each step scales its input channel by channel.
 
-    With a bias per step in place of the scales it solved 0.52 of the programs of benchmarks/toys.py, where it now solves all."""
+    With a bias per step in place of the scales it solved 0.52 of the programs of benchmarks/toys.py, where it now
+    solves all."""
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
@@ -59,7 +61,8 @@ class MLPController(nn.Module):
 
 
 class LSTMController(nn.Module):
-    """An LSTM over the steps, of width controller_dim; each token has its own state, so nothing passes between tokens."""
+    """An LSTM over the steps, of width controller_dim; each token has its own state, so nothing passes between
+    tokens."""
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
@@ -94,8 +97,8 @@ class FixedOrder(nn.Module):
         return torch.where(picked, 0.0, -1e4).expand(len(x_ND), -1), None
 
 
-CONTROLLERS = {"linear": LinearController, "memoryless": MemorylessController, "mlp": MLPController, "lstm": LSTMController,
-               "learned": LearnedOrder, "fixed": FixedOrder}  # fmt: skip
+CONTROLLERS = {"linear": LinearController, "memoryless": MemorylessController, "mlp": MLPController,
+               "lstm": LSTMController, "learned": LearnedOrder, "fixed": FixedOrder}  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # From a controller's logits to the weights of the pool
@@ -128,7 +131,8 @@ STEP_LOSSES = ("last", "mean")  # steps whose hidden states enter the training l
 
 
 class LayerRoutedGPT(LoopGPT):
-    """h' = sum of w_i F_i(h) over a pool of layers and identities in training, F_i(h) of the likeliest one in evaluation."""
+    """h' = sum of w_i F_i(h) over a pool of layers and identities in training, F_i(h) of the likeliest one in
+    evaluation."""
 
     def add_depth_modules(self):
         super().add_depth_modules()
@@ -174,14 +178,19 @@ class LayerRoutedGPT(LoopGPT):
         cost = self.config.ponder_coef * self.halt.cost(state) + self.config.layer_balance_coef * balance
         return states, runs, cost, state.loops_BT, None, torch.stack(choices)
 
-    def run_picked(self, blocks, x_BTD, x0_BTD, contexts: list, inputs: MaskInputs, choice_BT: Tensor, active_BT: Tensor):
-        """Each token's own layer; tokens without one keep their state. A layer that looks at neighbours is computed for all."""
+    def run_picked(
+        self, blocks, x_BTD, x0_BTD, contexts: list, inputs: MaskInputs, choice_BT: Tensor, active_BT: Tensor
+    ):
+        """Each token's own layer; tokens without one keep their state. A layer that looks at neighbours is computed for
+        all."""
         new_BTD, all_stats = x_BTD, []
         for i, (block, ctx, letter) in enumerate(zip(blocks, contexts, self.windows[self.group])):
             picked_BT = (choice_BT == i) & active_BT
             if self.packs:
                 packed = PackedTokens(picked_BT)
-                y_BQD, stats = run_block_packed(block, x_BTD, x0_BTD, ctx, packed, packed_context(ctx, letter, packed, inputs, None))
+                y_BQD, stats = run_block_packed(
+                    block, x_BTD, x0_BTD, ctx, packed, packed_context(ctx, letter, packed, inputs, None)
+                )
                 new_BTD = packed.scatter(new_BTD, y_BQD)
             else:
                 y_BTD, stats, _ = block(x_BTD, x0_BTD, ctx)
@@ -193,11 +202,15 @@ class LayerRoutedGPT(LoopGPT):
         """n sum of f_i P_i over the pool's n layers, f_i the share of choices: 1 at even use. Of this micro-batch."""
         n, active_SBT1 = self.group.stop - self.group.start, (choice_SBT >= 0)[..., None]
         prob_N = (prob_SBTN * active_SBT1).flatten(0, 2).sum(0)[:n]
-        count_N = (F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * active_SBT1).flatten(0, 2).sum(0)[:n].float()
+        count_N = (
+            (F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * active_SBT1).flatten(0, 2).sum(0)[:n].float()
+        )
         return n * (count_N / count_N.sum().clamp(min=1e-8) * prob_N / prob_N.sum().clamp(min=1e-8)).sum()
 
 
-def mix_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list, weight_BTN: Tensor) -> tuple[Tensor, list[RouteStats]]:
+def mix_layers(
+    blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list, weight_BTN: Tensor
+) -> tuple[Tensor, list[RouteStats]]:
     """The weighted sum of all layers of the pool; identities are the hidden states themselves."""
     weight_BTN, all_stats = weight_BTN.type_as(x_BTD), []
     mixed_BTD = weight_BTN[..., len(blocks) :].sum(-1, keepdim=True) * x_BTD
@@ -209,7 +222,8 @@ def mix_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list, weight_BTN
 
 
 def run_block_packed(block: Block, x_BTD: Tensor, x0_BTD: Tensor, ctx, packed: PackedTokens, packed_ctx):
-    """A block's output for packed tokens (B, Q, D): their queries and feed-forward, over keys and values of all tokens."""
+    """A block's output for packed tokens (B, Q, D): their queries and feed-forward, over keys and values of all
+    tokens."""
     x_BTD = block.mix_x0(x_BTD, x0_BTD)
     x_BQD, x0_BQD = packed.gather(x_BTD), packed.gather(x0_BTD)
     kv = block.attention.keys_values(norm(x_BTD), block.update_context(ctx, x_BTD))
@@ -238,15 +252,17 @@ PARAMETER_RULES |= {
 
 def check(config: Config):
     alone = config.step_loss == "last" or config.halt == "none"
-    config.require("step_loss", alone, f"last next to halt {config.halt}, which has its own weights")
+    require(config, "step_loss", alone, f"last next to halt {config.halt}, which has its own weights")
     if config.depth == "routed":
-        config.require("residual", config.residual == "add", "add with depth routed, whose streams have no number of terms")
+        require(
+            config, "residual", config.residual == "add", "add with depth routed, whose streams have no number of terms"
+        )
         legal = "latest with depth routed, where a layer's keys come from the current states of all tokens"
-        config.require("loop_keys", config.loop_keys == "latest", legal)
+        require(config, "loop_keys", config.loop_keys == "latest", legal)
         allowed = config.halt in ("none", "act", "stick_breaking")
-        config.require("halt", allowed, "none, act or stick_breaking with depth routed")
+        require(config, "halt", allowed, "none, act or stick_breaking with depth routed")
         legal = "without S with depth routed: no layer has a layer before it"
-        config.require("attention", "S" not in config.per_layer("attention"), legal)
+        require(config, "attention", "S" not in config.per_layer("attention"), legal)
 
 
 CHECKS.append(check)

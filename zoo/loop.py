@@ -8,8 +8,10 @@ import re
 import torch
 from torch import Tensor, nn
 
+from cli import require
+from zoo.block import add_terms, run_layers
 from zoo.config import CHECKS, LETTERS, TABLES, Config
-from zoo.gpt import GPT, KVCache, TrunkOutput, add_terms, run_layers
+from zoo.gpt import GPT, KVCache, TrunkOutput
 from zoo.halting import HALTS, HaltState, count_true
 from zoo.masks import MaskInputs, PackedMask
 from zoo.stats import RouteStats, merge_runs
@@ -21,8 +23,8 @@ from zoo.stats import RouteStats, merge_runs
 class LoopKeys:
     """Keys and values per iteration, in front of a KV cache or without one; the same in training and in decoding.
 
-    A halted token is visible as it was in its last iteration. One cache entry per token, overwritten by each iteration, would
-    show later tokens the end of an earlier token's loop, where training shows them the same iteration."""
+    A halted token is visible as it was in its last iteration. One cache entry per token, overwritten by each iteration,
+    would show later tokens the end of an earlier token's loop, where training shows them the same iteration."""
 
     def __init__(self, cache: KVCache | None):
         self.cache, self.loop, self.packed, self.full = cache, 0, None, {}
@@ -148,8 +150,9 @@ def exits_of(stats: list[RouteStats], packed: PackedTokens | None, x_BTD: Tensor
 class LoopGPT(GPT):
     """Some layers, then a group of layers `loops` times, then the others.
 
-    Universal Transformer (1807.03819), MoEUT (2405.16039), AbbIE (2507.08567); with the first and the last layer outside the
-    loop, the middle-cycle strategy of Mixture-of-Recursions (2507.10524). Evaluation may use another number of loops."""
+    Universal Transformer (1807.03819), MoEUT (2405.16039), AbbIE (2507.08567); with the first and the last layer
+    outside the loop, the middle-cycle strategy of Mixture-of-Recursions (2507.10524). Evaluation may use another number
+    of loops."""
 
     def add_depth_modules(self):
         config = self.config
@@ -161,8 +164,8 @@ class LoopGPT(GPT):
         self.needs_keys = config.loop_keys == "share_first" or config.halt != "none"
         self.halt = HALTS[config.halt](config)
 
-    def eager_reason(self) -> str:
-        return "halting tokens make shapes of their own" if self.needs_keys else ""
+    def compile_blocks(self) -> str:
+        return "eager (halting tokens make shapes of their own)" if self.needs_keys else super().compile_blocks()
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list, inputs: MaskInputs) -> TrunkOutput:
         before, after = slice(0, self.group.start), slice(self.group.stop, len(self.blocks))
@@ -178,7 +181,8 @@ class LoopGPT(GPT):
         return TrunkOutput(outputs, stats + merge_runs(runs) + merge_runs(runs_after), cost, loops_BT, choices_SBT)
 
     def loops_of(self, states: list, loops_BT: Tensor) -> list[Tensor]:
-        """Iterations behind each state: one state is the end of every token, several (PonderNet) are successive iterations."""
+        """Iterations behind each state: one state is the end of every token, several (PonderNet) are successive
+        iterations."""
         return [loops_BT] if len(states) == 1 else [torch.full_like(loops_BT, n) for n in range(1, len(states) + 1)]
 
     def terms_after(self, ctx, loops_BT: Tensor) -> Tensor | None:
@@ -217,28 +221,30 @@ class LoopGPT(GPT):
 def loop_context(ctx, loop: int, num_terms: int, store: LoopKeys | None):
     """The context of one iteration: its own noise, and the number of terms in the residual stream."""
     seed, step, layer, token_T = ctx.noise_key
-    return ctx._replace(noise_key=(seed, step, layer + 256 * loop, token_T), terms=add_terms(ctx.terms, num_terms * loop), cache=store)
+    return ctx._replace(
+        noise_key=(seed, step, layer + 256 * loop, token_T), terms=add_terms(ctx.terms, num_terms * loop), cache=store
+    )
 
 
 def check(config: Config):
     looped = config.per_layer("looped")
-    legal = f"such that the layers of the loop, o, are neighbours, which over {config.n_layer} layers, {looped}, they are not"
-    config.require("looped", re.fullmatch(r"\.*o+\.*", looped), legal)
+    legal = f"such that the layers of the loop, o, are neighbours; over {config.n_layer} layers it is {looped}"
+    require(config, "looped", re.fullmatch(r"\.*o+\.*", looped), legal)
     can_exit = "exit" in config.expert_counts and ("M", "o") in zip(config.per_layer("pattern"), looped)
     legal = "another, or there must be an exit among the experts of some layer of the loop"
-    config.require("halt", config.halt != "exit" or can_exit, legal)
+    require(config, "halt", config.halt != "exit" or can_exit, legal)
     halts = config.depth == "loop" and config.halt != "none"
     borrowed = [layer for layer, source in config.key_sources.items() if looped[layer] == "." and looped[source] == "o"]
-    legal = (f"without S in layers {borrowed}, after the loop, next to halt {config.halt}: they would see keys of whichever "
-             "iteration a token halted in; or loop_keys must be share_first")  # fmt: skip
-    config.require("attention", not (halts and borrowed) or config.loop_keys == "share_first", legal)
+    reason = f"next to halt {config.halt}: they would see keys of whichever iteration a token halted in"
+    legal = f"without S in layers {borrowed}, after the loop, {reason}; or loop_keys must be share_first"
+    require(config, "attention", not (halts and borrowed) or config.loop_keys == "share_first", legal)
     if halts:
         legal = f"next to halt {config.halt}, where tokens halt, a kind that looks at no neighbours"
-        config.require("router", config.router not in ("conv", "recurrent"), legal)
-        config.require("shared", config.num_shared_experts == 0 or config.shared != "conv", legal)
+        require(config, "router", config.router not in ("conv", "recurrent"), legal)
+        require(config, "shared", config.num_shared_experts == 0 or config.shared != "conv", legal)
         for field in ("importance_coef", "load_coef"):
             legal = f"0 next to halt {config.halt}: it looks at all tokens of a micro-batch"
-            config.require(field, getattr(config, field) == 0, legal)
+            require(config, field, getattr(config, field) == 0, legal)
 
 
 LETTERS["looped"] = "o."

@@ -1,8 +1,7 @@
 """Masks with meta-tokens in front of each row, masks that look both ways, and masks of packed queries.
 
-Positions count meta-tokens; the first `meta` positions of a row are visible to every later one. Without meta-tokens the masks of
-model.py are used. Shape suffixes as in model.py, Q packed queries of a row.
-"""
+Positions count meta-tokens; the first `meta` positions of a row are visible to every later one. Without meta-tokens the
+masks of model.py are used. Shape suffixes as in model.py, Q packed queries of a row."""
 
 from typing import NamedTuple
 
@@ -19,7 +18,9 @@ def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tens
     return model.visible(q_position, kv_position, q_doc, kv_doc, window) | is_meta
 
 
-def visible_both_ways(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
+def visible_both_ways(
+    q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0
+) -> Tensor:
     """The rule of objective masked: later tokens too."""
     return ((q_position - kv_position).abs() < window) & (q_doc == kv_doc) | (kv_position < meta)
 
@@ -52,7 +53,9 @@ class MetaDenseMask(DenseMask):
 
     rule = staticmethod(visible)
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int):
+    def __init__(
+        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
+    ):
         q_doc, kv_doc = q_doc_BT[:, None, :, None], kv_doc_BS[:, None, None, :]
         self.mask = self.rule(q_position[:, None], kv_position, q_doc, kv_doc, window, meta)
 
@@ -64,7 +67,9 @@ class TwoWayMask(MetaDenseMask):
 class MetaBlockedMask(BlockedMask):
     """Blocks of queries against the keys within reach, and the meta-tokens."""
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int):
+    def __init__(
+        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
+    ):
         T, reach = q_position.numel(), int(window)
         first_B1T1, key_S = model.first_visible(kv_position, kv_doc_BS, window)[:, None, :, None], kv_position.int()
         later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=key_S.device).triu(1)
@@ -81,7 +86,9 @@ class MetaBlockedMask(BlockedMask):
 class MetaFlexMask(FlexMask):
     """FlexAttention over blocks of documents, and the blocks of the meta-tokens."""
 
-    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int):
+    def __init__(
+        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
+    ):
         first_BT = model.first_visible(kv_position, kv_doc_BS, window)
         some_Bnn, full_Bnn = self.blocks(q_doc_BT, window)
         block = torch.arange(some_Bnn.size(1), device=some_Bnn.device)

@@ -1,4 +1,5 @@
-"""The MoE layer with the zoo's options: pools of several expert kinds, shared experts, masked tokens, further statistics."""
+"""The MoE layer with the zoo's options: pools of several expert kinds, shared experts, masked tokens, further
+statistics."""
 
 import functools
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, KVCache, ParameterRule, init_uniform
 from zoo.config import CHECKS, TABLES, Config, has_matmuls, is_list, listed_kinds, routed_scale, width_of
 from zoo.routers import stack_taps
@@ -30,14 +32,18 @@ class SharedMLP(model.MLP):
 class SharedConv(nn.Module):
     """BiBo: down(silu(gate) * up) with a causal convolution over shared_kernel tokens of the document as gate.
 
-    Its width makes its FLOPs those of the MLP. The taps lie side by side, so initial values shrink with their number."""
+    Its width makes its FLOPs those of the MLP. The taps lie side by side, so initial values shrink with their
+    number."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.kernel = config.shared_kernel
         width = 8 * max(1, round(config.shared_width * 2 / (self.kernel + 2) / 8))
         self.gate = nn.Parameter(torch.empty(width, self.kernel * config.n_embd))
-        self.up, self.down = nn.Parameter(torch.empty(width, config.n_embd)), nn.Parameter(torch.empty(config.n_embd, width))
+        self.up, self.down = (
+            nn.Parameter(torch.empty(width, config.n_embd)),
+            nn.Parameter(torch.empty(config.n_embd, width)),
+        )
 
     def forward(self, x_BTD: Tensor, ctx) -> Tensor:
         gate_BTF = F.linear(stack_taps(self, x_BTD, ctx, self.kernel), self.gate.type_as(x_BTD))
@@ -102,7 +108,9 @@ class MoE(nn.Module):
         if self.exits is not None:
             exit_ids = torch.arange(*self.exits, device=route.expert_TK.device)
             exits_T = torch.isin(route.expert_TK, exit_ids).any(1)
-            stats = stats._replace(exits_T=exits_T, exit_prob_T=route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1))
+            stats = stats._replace(
+                exits_T=exits_T, exit_prob_T=route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1)
+            )
         if is_decoding(ctx.cache):
             return stats
         if self.row_entropy:
@@ -137,7 +145,8 @@ def dispatch_to_pool(x_TD: Tensor, route, experts, first: int, count: int | None
 
 
 def run_masked(experts, count: int, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """Experts on the rows of the first `count` of them, zeros elsewhere: grouped GEMMs leave other rows uninitialised."""
+    """Experts on the rows of the first `count` of them, zeros elsewhere: grouped GEMMs leave other rows
+    uninitialised."""
     own_R1 = (torch.arange(len(rows_RD), device=rows_RD.device) < ends_E[count - 1])[:, None]
     return torch.where(own_R1, experts(torch.where(own_R1, rows_RD, 0), ends_E[:count].clone()), 0)
 
@@ -157,19 +166,26 @@ PARAMETER_RULES["shared.gate"] = ParameterRule("matrix", init_uniform)
 def check(config: Config):
     kinds = listed_kinds(config.experts)
     names = f"names out of {', '.join(TABLES['experts'])}, each with *n for n of them, separated by commas"
-    config.require("experts", kinds and all(kind in TABLES["experts"] for kind in kinds), names)
+    require(config, "experts", kinds and all(kind in TABLES["experts"] for kind in kinds), names)
     with_matmuls = ", ".join(filter(has_matmuls, TABLES["experts"]))
-    config.require("experts", any(map(has_matmuls, kinds)), f"a list with at least one that has matmuls: {with_matmuls}")
+    require(
+        config, "experts", any(map(has_matmuls, kinds)), f"a list with at least one that has matmuls: {with_matmuls}"
+    )
     if is_list(config.experts):
         legal = f"{len(kinds)}, the number of experts in {config.experts!r}"
-        config.require("num_experts", config.num_experts == len(kinds), legal)
+        require(config, "num_experts", config.num_experts == len(kinds), legal)
     for kind in filter(has_matmuls, config.expert_counts):
         width, flops = width_of(kind, config.hidden_size)
-        legal = (f"without {kind}: next to an mlp of hidden width {config.hidden_size} its own, a multiple of 8, would be {width} "
-                 f"and its FLOPs {flops:.2f} times; choose a larger mlp_ratio")  # fmt: skip
-        config.require("experts", width > 0 and abs(flops - 1) <= 0.05, legal)
+        beside = f"next to an mlp of hidden width {config.hidden_size} its own, a multiple of 8, would be {width}"
+        legal = f"without {kind}: {beside} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio"
+        require(config, "experts", width > 0 and abs(flops - 1) <= 0.05, legal)
     scale = config.routed_scale
-    config.require("routed_scale", scale == "auto" or (not isinstance(scale, str) and scale >= 0), "auto or a number, at least 0")
+    require(
+        config,
+        "routed_scale",
+        scale == "auto" or (not isinstance(scale, str) and scale >= 0),
+        "auto or a number, at least 0",
+    )
 
 
 def looks_at_neighbours(config: Config) -> bool:

@@ -1,8 +1,8 @@
-"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, logits of the previous layer, Shazeer's losses.
+"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, logits of the previous layer, Shazeer's
+losses.
 
-Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and computes logits;
-noise, selection bias, top-k, gates and losses are inherited.
-"""
+Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and
+computes logits; noise, selection bias, top-k, gates and losses are inherited."""
 
 from collections import ChainMap
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, ParameterRule, constant, init_uniform, softmax_gates
 from ops import linear_fp32, norm
 from zoo.config import CHECKS, TABLES, Config, as_zoo
@@ -118,7 +119,8 @@ def squared_variation(x_E: Tensor) -> Tensor:
 def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
     """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
 
-    An expert is chosen when it exceeds the k-th largest of the others: the (k+1)-th of all if it is among the first k."""
+    An expert is chosen when it exceeds the k-th largest of the others: the (k+1)-th of all if it is among the first
+    k."""
     top_TK = noisy_TE.topk(k + 1).values
     threshold_TE = torch.where(noisy_TE > top_TK[:, k:], top_TK[:, k:], top_TK[:, k - 1 : k])
     return torch.special.ndtr((logits_TE - threshold_TE) / std_TE).sum(0)
@@ -166,7 +168,8 @@ class ConvRouter(Router):
 
 
 def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
-    """(B, T, kernel * D): each token and those before it, the current one first, zeros before the start of its document."""
+    """(B, T, kernel * D): each token and those before it, the current one first, zeros before the start of its
+    document."""
     T, back = x_BTD.size(1), kernel - 1
     if ctx.cache is None:
         x_BSD = F.pad(x_BTD, (0, 0, back, 0))
@@ -184,7 +187,8 @@ def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
 
 
 class RecurrentRouter(Router):
-    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z = sigmoid(W_z x), v = W_v x.
+    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z =
+    sigmoid(W_z x), v = W_v x.
 
     In fp32, as a scan of log2(T) steps. At a document's first token 1 - z is 0."""
 
@@ -252,9 +256,12 @@ class HashRouter(nn.Module):
         return Route(expert_TK, weight_TK, torch.zeros(len(expert_TK), self.num_experts, device=x_BTD.device))
 
 
-ROUTERS = {"linear": LinearRouter, "hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter, "recurrent": RecurrentRouter,
-           "attention": AttentionRouter}  # fmt: skip
-TABLES |= {"router": ChainMap(ROUTERS, model.ROUTERS), "router_score": SCORES}  # a user's own routers are in model.ROUTERS
+ROUTERS = {"linear": LinearRouter, "hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter,
+           "recurrent": RecurrentRouter, "attention": AttentionRouter}  # fmt: skip
+TABLES |= {
+    "router": ChainMap(ROUTERS, model.ROUTERS),
+    "router_score": SCORES,
+}  # a user's own routers are in model.ROUTERS
 PARAMETER_RULES |= {
     "router.residual": ParameterRule("router", constant(0.0)),
     "router.up": ParameterRule("router", init_uniform),
@@ -265,15 +272,15 @@ PARAMETER_RULES |= {
 
 
 def check(config: Config):
-    config.require("router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
+    require(config, "router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
     for field in ("importance_coef", "load_coef", "entropy_coef"):
         unlearned = f"0 with router {config.router}, which learns nothing"
-        config.require(field, config.router != "hash" or getattr(config, field) == 0, unlearned)
+        require(config, field, config.router != "hash" or getattr(config, field) == 0, unlearned)
     varies = config.router_noise > 0 and config.top_k < config.num_experts
     legal = "0, or there must be router_noise above 0, and fewer than num_experts chosen"
-    config.require("load_coef", varies or config.load_coef == 0, legal)
+    require(config, "load_coef", varies or config.load_coef == 0, legal)
     stacked = config.router_residual == 0 or config.depth == "stack"
-    config.require("router_residual", stacked, f"0 with depth {config.depth}, where layers have no fixed order")
+    require(config, "router_residual", stacked, f"0 with depth {config.depth}, where layers have no fixed order")
 
 
 CHECKS.append(check)

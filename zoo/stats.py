@@ -62,8 +62,8 @@ def merge_layer(runs: tuple[RouteStats, ...]) -> RouteStats:
     tokens, with_rows = sum(run.tokens for run in runs), [run for run in runs if run.chosen_BE is not None]
     mean = lambda name: sum(getattr(run, name) * run.tokens for run in runs) / max(tokens, 1)
     return RouteStats(
-        sum(run.counts_E for run in runs), mean("prob_E"), mean("z_loss"), mean("entropy"), sum(run.loss for run in runs),
-        tokens=tokens,
+        sum(run.counts_E for run in runs), mean("prob_E"), mean("z_loss"), mean("entropy"),
+        loss=sum(run.loss for run in runs), tokens=tokens,
         chosen_BE=sum(run.chosen_BE for run in with_rows) if with_rows else None,
         row_tokens_B=sum(run.row_tokens_B for run in with_rows) if with_rows else None,
         domain_loss=mean("domain_loss"),

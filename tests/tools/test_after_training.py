@@ -29,7 +29,7 @@ import pytest
 import torch
 import zoo
 from benchmarks import evaluate as E
-from cli import ConfigError
+from cli import UserError
 from tools import generate, hub
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def test_a_stream_equals_generate_and_restores_training_mode():
 
 @pytest.mark.parametrize("name, value", (("temperature", -0.1), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)))
 def test_numbers_out_of_range_are_named(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be"):
+    with pytest.raises(UserError, match=f"{name} is {value}; it must be"):
         random_net().generate(torch.tensor([[256]]), 2, **{name: value})
 
 
@@ -382,7 +382,7 @@ def test_bits_per_byte_counts_bytes_without_end_of_text():
     bits, size, tokens = E.bits_per_byte(net, BYTES, (text.encode() for text in texts), 32)
     assert size == tokens == sum(len(text.encode()) for text in texts)
     assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    with pytest.raises(data.DataError, match="no text"):
+    with pytest.raises(UserError, match="no text"):
         E.bits_per_byte(net, BYTES, [], 32)
 
 

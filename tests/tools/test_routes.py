@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import data
-import logger
 import numpy as np
 import pytest
 import torch
+from cli import UserError
 from helpers import core, random_controller, rng, tiny
 from tools import prepare, sources
 from tools.routes import (
@@ -210,7 +210,7 @@ def test_a_damaged_routes_file_is_one_sentence(tmp_path):
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "empty.npz").touch()
     for name in ("array.npz", "empty.npz"):
-        with pytest.raises(logger.RunError, match=f"{name} cannot be read .*; remove it and make it again"):
+        with pytest.raises(UserError, match=f"{name} cannot be read .*; remove it and make it again"):
             read_routes(tmp_path / name)
 
 

@@ -12,16 +12,16 @@ import ops
 import pytest
 import torch
 import zoo
-from cli import ConfigError
+from cli import UserError
 from helpers import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, logits, rng, slow_visible, text, tiny
 from ops import norm
-from tools import model_card
+from tools import cost
 from zoo.attention import ROTARIES, scale_queries
 from zoo.gpt import token_numbers
 from zoo.masks import MetaBlockedMask, MetaDenseMask, MetaFlexMask, visible_keys
 
 
-def layer_context(net: zoo.GPT, T: int, layer: int = 0, first: int = 0) -> zoo.gpt.Context:
+def layer_context(net: zoo.GPT, T: int, layer: int = 0, first: int = 0) -> zoo.block.Context:
     """Context of one layer for one document of T tokens, at positions from `first` on."""
     doc = torch.zeros(1, T, dtype=torch.int64)
     ctx = net.contexts(None, doc, doc, None)[0][layer]
@@ -171,7 +171,7 @@ def test_cache_size(attention, kept):
     config = zoo.Config(**TINY | dict(attention=attention, latent_dim=8))
     assert cached_numbers_per_token(zoo.build(config)) == kept
     in_bf16 = dataclasses.replace(config, dtype="bf16")
-    assert model_card.cache_bytes_per_token(config) == 4 * kept == 2 * model_card.cache_bytes_per_token(in_bf16)
+    assert cost.cache_bytes_per_token(config) == 4 * kept == 2 * cost.cache_bytes_per_token(in_bf16)
 
 
 def test_latent_keys_are_shared_by_heads_where_they_rotate_and_of_low_rank_elsewhere():
@@ -216,15 +216,15 @@ def test_shared_keys_get_gradients_from_every_layer_that_uses_them():
 
 
 def test_a_shared_layer_needs_keys_of_the_same_rotary_kind():
-    with pytest.raises(ConfigError, match="attention is 'SA'; it must be without S in layer 0"):
+    with pytest.raises(UserError, match="attention is 'SA'; it must be without S in layer 0"):
         zoo.Config(**TINY | dict(attention="SA"))
-    with pytest.raises(ConfigError, match="without S in layer 1"):
+    with pytest.raises(UserError, match="without S in layer 1"):
         zoo.Config(**TINY | dict(attention="-SA"))
-    with pytest.raises(ConfigError, match="rotary is 'HN'; it must be the same in layer 1 as in layer 0"):
+    with pytest.raises(UserError, match="rotary is 'HN'; it must be the same in layer 1 as in layer 0"):
         zoo.Config(**TINY | dict(attention="AS", rotary="HN"))
-    with pytest.raises(ConfigError, match="the same in layer 1 as in layer 0"):
+    with pytest.raises(UserError, match="the same in layer 1 as in layer 0"):
         zoo.Config(**TINY | dict(attention="AS", rotary="W", window="LS"))
-    with pytest.raises(ConfigError, match="rotary is 'V'; it must be H, N or W where attention is L"):
+    with pytest.raises(UserError, match="rotary is 'V'; it must be H, N or W where attention is L"):
         zoo.Config(**TINY | dict(attention="L", rotary="V"))
 
 
@@ -313,7 +313,7 @@ def test_meta_tokens_are_counted_in_flops_and_memory():
     T = 40
     keys = 12 * 4 * 10 * 32  # in 4 layers every token has 10 more keys
     assert model.flops_per_token(more, T) == pytest.approx((model.flops_per_token(plain, T) + keys) * (T + 10) / T)
-    assert model_card.saved_bytes(more, 512, 10) > model_card.saved_bytes(plain, 512, 0) * 1.01
+    assert cost.saved_bytes(more, 512, 10) > cost.saved_bytes(plain, 512, 0) * 1.01
 
 
 def test_generation_with_meta_tokens_equals_full_forwards():

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from cli import ConfigError
+from cli import UserError
 from helpers import SEED, TINY, document_starts, far, rng, row_context, shaken, text, zoo_fields
 from ops import norm
-from tools.model_card import model_card
+from tools.cost import model_card
 from zoo.config import has_matmuls, routed_scale, width_of
 from zoo.experts import WITHOUT_MATMULS, KANExperts
 from zoo.gpt import TrunkOutput
@@ -260,7 +260,7 @@ def test_a_list_numbers_kinds_with_matmuls_first():
 
 
 def test_num_experts_must_be_the_length_of_the_list():
-    with pytest.raises(ConfigError, match=r"num_experts is 4; it must be 3, the number of experts in 'mlp\*2,zero'"):
+    with pytest.raises(UserError, match=r"num_experts is 4; it must be 3, the number of experts in 'mlp\*2,zero'"):
         zoo.Config(**TINY | dict(experts="mlp*2,zero"))
 
 
@@ -280,13 +280,13 @@ def test_the_order_of_the_list_changes_nothing():
     ("mlp", dict(top_k=5, mlp_ratio=5.0), "top_k is 5; it must be at most num_experts = 4"),
 ))  # fmt: skip
 def test_a_bad_list_is_one_sentence(experts, changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         zoo.Config(**TINY | dict(experts=experts) | changes)
 
 
 def test_free_eta_is_above_zero():
     for value in (0.0, -1.0, math.inf):
-        with pytest.raises(ConfigError, match="free_eta"):
+        with pytest.raises(UserError, match="free_eta"):
             zoo.Config(**TINY | dict(free_eta=value))
 
 
@@ -434,7 +434,7 @@ def test_routed_scale_is_a_number_or_auto():
     assert routed_scale(auto) > 1.2
     assert routed_scale(dataclasses.replace(auto, router="hash")) == pytest.approx(2**0.5)
     for bad in ("automatic", "1.0", -1.0, ""):
-        with pytest.raises(ConfigError, match="routed_scale is .*; it must be auto or a number"):
+        with pytest.raises(UserError, match="routed_scale is .*; it must be auto or a number"):
             zoo.Config(**TINY | dict(routed_scale=bad))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from benchmarks import toys
-from cli import ConfigError
+from cli import UserError
 from helpers import (
     PACKED,
     POOL,
@@ -201,5 +201,5 @@ def test_a_controller_finds_the_order_of_trained_layers():
     ("residual", "average", "add"), ("halt", "ponder", "act"), ("loop_keys", "share_first", "latest"), ("attention", "AS", "without S"),
     ("router_residual", 0.5, "0 with depth routed"), ("identity_layers", -1, "at least 0"), ("anneal_steps", 0, "at least 1")))  # fmt: skip
 def test_options_that_conflict_with_a_pool_are_refused(field, value, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is {value!r}.*{legal}"):
         zoo.Config(**TINY | POOL | {field: value})

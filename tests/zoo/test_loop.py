@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from benchmarks import toys
-from cli import ConfigError
+from cli import UserError
 from helpers import (
     PACKED,
     TINY,
@@ -35,9 +35,9 @@ from helpers import (
 )
 from ops import norm
 from reference import slow_forward
-from tools import model_card
+from tools import cost
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.gpt import RESIDUALS
+from zoo.block import RESIDUALS
 from zoo.halting import HALTS, Ponder
 from zoo.loop import LOOP_KEYS, LoopKeys
 
@@ -113,7 +113,7 @@ def test_if_ponder_halts_at_once_training_and_evaluation_agree(residual):
     ("halt", dict(halt="exit", pattern="MDDM") | EXITS, "an exit among the experts of some layer of the loop"),
     ("router_residual", dict(router_residual=0.5), "0 with depth loop")))  # fmt: skip
 def test_options_that_conflict_with_a_loop_are_refused(field, changes, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is .*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is .*{legal}"):
         zoo.Config(**zoo_fields(**LOOP | changes))
     zoo.Config(**zoo_fields(**LOOP | changes | dict(halt="none", router_residual=0.0)))
 
@@ -255,7 +255,7 @@ def test_flops_include_every_iteration():
     ("shared", "conv", dict(depth="loop", halt="act", num_shared_experts=1, mlp_ratio=3.0), "no neighbours"),
     ("importance_coef", 0.1, dict(depth="loop", halt="act"), "0 next to halt act")))  # fmt: skip
 def test_bad_values_are_refused(field, value, others, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is {value!r}.*{legal}"):
         zoo.Config(**TINY | others | {field: value})
 
 
@@ -364,16 +364,16 @@ def test_tokens_that_choose_an_exit_halt_after_that_iteration():
     assert net.balanced_E.tolist() == [1] * 7 + [0] * 2
     grads = gradients(net.train(), net(x, x).stats["router_loss"])
     assert (grads["blocks.3.ffn.router.gate"] != 0).any()
-    with pytest.raises(ConfigError, match="halt is 'exit'; it must be another, or there must be an exit"):
+    with pytest.raises(UserError, match="halt is 'exit'; it must be another, or there must be an exit"):
         zoo.Config(**TINY | dict(depth="loop", halt="exit"))
 
 
 def test_the_card_has_the_flops_of_an_iteration():
     config = zoo.Config(**TINY | LOOP)
-    card = model_card.model_card(config, 40)
+    card = cost.model_card(config, 40)
     layers = (model.flops_per_token(dataclasses.replace(config, loops=4), 40) - model.flops_per_token(config, 40)) / 3
     assert f"loop, layers .oo., 3 times at most, halt none; each time {layers:,.0f} FLOPs" in card and layers > 0
-    assert "depth" not in model_card.model_card(zoo.Config(**TINY), 40)
+    assert "depth" not in cost.model_card(zoo.Config(**TINY), 40)
 
 
 CARDS = [dict(halt=halt, loop_keys=keys) for halt in RULES for keys in sorted(LOOP_KEYS)]
@@ -384,10 +384,10 @@ CARDS += [dict(halt="exit", **EXITS), dict(depth="routed"), dict(depth="routed",
 def test_the_card_of_every_depth_has_the_size_of_its_cache(changes):
     """On the meta device, where tensors have no values, no token halts."""
     config = zoo.Config(**zoo_fields(**LOOP | changes))
-    assert "KV cache" in model_card.model_card(config, 40)
+    assert "KV cache" in cost.model_card(config, 40)
     net = tiny(**LOOP | changes).eval()
     cache = zoo.KVCache(config, 1, 7)
     with torch.no_grad():
         net(text(1, 7), cache=cache)
     kept = sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
-    assert 0 <= model_card.cache_bytes_per_token(config) - kept <= 1  # a flag of the last iteration, if no token was active in it
+    assert 0 <= cost.cache_bytes_per_token(config) - kept <= 1  # a flag of the last iteration, if no token was active in it

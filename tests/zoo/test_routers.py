@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from cli import ConfigError
+from cli import UserError
 from helpers import TINY, document_starts, far, rng, row_context, shaken, text, tiny
 from zoo.routers import ROUTERS, SCORES, LinearRouter, linear_scan, smooth_load, squared_variation
 from zoo.stats import route_stats
@@ -138,7 +138,7 @@ def test_every_learned_router_has_weights_for_its_noise(name):
     ("router_score", "tanh", "one of softmax, sigmoid"),
     ("router", "convolution", "one of linear, hash, mlp, conv, recurrent, attention")))  # fmt: skip
 def test_a_bad_router_is_one_sentence(field, value, legal):
-    with pytest.raises(ConfigError, match=f"{field} is .*{legal}"):
+    with pytest.raises(UserError, match=f"{field} is .*{legal}"):
         zoo.Config(**TINY | {field: value})
 
 
@@ -205,7 +205,7 @@ def test_router_losses_are_added_to_the_training_loss_once_per_layer():
     (dict(load_coef=0.1, top_k=4), "load_coef is 0.1; it must be 0, or"),
     (dict(bias_update_threshold=-1), "bias_update_threshold is -1")))  # fmt: skip
 def test_losses_that_are_undefined_are_one_sentence(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         zoo.Config(**TINY | changes)
 
 

@@ -1,0 +1,178 @@
+"""Facts that a run logs: its settings and code, its evaluations, its speed and memory, its end.
+
+The functions take train_muon.py's Session: recipe, hp, model, exchange, timer, folder."""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import model
+from cli import UserError, file_sha256
+from distributed import World
+from logger import Run
+from model import DTYPES, Config, flops_per_token
+
+# -----------------------------------------------------------------------------
+# Settings and code
+
+
+def source_files() -> list[Path]:
+    """The files of this repository that are imported: modules beside this file or in a folder there."""
+    root = Path(__file__).resolve().parent
+    names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(name).resolve() for name in names if name and Path(name).is_absolute()}
+    return sorted(path for path in paths if root in (path.parent, path.parent.parent))
+
+
+def shared_facts(config: Config, hp, recipe, **choices) -> dict:
+    """Facts that must be the same on all ranks: settings, data, code, torch."""
+    fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | choices
+    flags = {f"--{name}": value for name, value in fields.items() if name != "data"}  # the path may differ
+    shards = {f"shard {name}": contents for name, contents in recipe.data.fingerprint(hp.data).items()}
+    code = {f"the code of {path.name}": file_sha256(path)[:16] for path in source_files()}
+    return flags | shards | code | {"torch": torch.__version__}
+
+
+def run_facts(session, experiment_name: str, encoding: str) -> dict:
+    """The contents of config.json."""
+    config, hp, world = session.model.config, session.hp, session.world
+    return {
+        "experiment_name": experiment_name,
+        "optimizer": session.recipe.name,
+        "model": dataclasses.asdict(config),
+        "hyperparameters": dataclasses.asdict(hp),
+        "parameters": model.count_parameters(config),
+        "flops_per_token": flops_per_token(config, hp.seq_len),
+        "encoding": encoding,
+        "world_size": world.size,
+        "matmul_flops_per_second": world.size * matmul_rate(world.device, config.dtype),
+    }
+
+
+def header(session, facts: dict, compile_note: str) -> str:
+    hp, world, parameters = session.hp, session.world, facts["parameters"]
+    return (f"{session.recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; "
+            f"{hp.batch_tokens // hp.seq_len} rows x {hp.seq_len} tokens per step, "
+            f"{session.micro_rows} rows at a time on {world.size} x {world.device.type}; "
+            f"activations {session.model.config.dtype}; {compile_note}")  # fmt: skip
+
+
+def log_evaluation(session, log: Run, step: int, train_time: float, metrics: dict, facts: dict):
+    hp = session.hp
+    flops = step * hp.batch_tokens * facts["flops_per_token"]
+    log.log({"step": step, "train_time": train_time, "train/flops": flops, **metrics})
+    log.flush()
+    line = f"step:{step}/{hp.num_iterations} val_loss:{metrics['val/loss']:.5f} train_time:{train_time:.3f}s"
+    line += f" step_avg:{1000 * train_time / max(step, 1):.2f}ms"
+    log.print(line + "".join(f" {k.replace('/', '_')}:{v:.4f}" for k, v in metrics.items() if k.endswith("/bpb")))
+
+
+def speed_metrics(session, step: int, seconds: float, facts: dict) -> dict:
+    """Metrics of a step that took so many seconds and led to `step`."""
+    hp = session.hp
+    speed = hp.batch_tokens / seconds
+    return {
+        "train/tok_per_sec": speed,
+        "train/mfu": speed * facts["flops_per_token"] / facts["matmul_flops_per_second"],
+        "train/flops": step * hp.batch_tokens * facts["flops_per_token"],
+        "memory/peak_bytes": peak_bytes(session.world.device),
+    }
+
+
+def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: dict, facts: dict):
+    """Log the peak memory, the bits per byte of general compressors, and a sample."""
+    hp, steps = session.hp, session.hp.num_iterations
+    end = {"step": steps, "event": "end", "train_time": train_time,
+           "train/flops": steps * hp.batch_tokens * facts["flops_per_token"],
+           "memory/peak_bytes": peak_bytes(session.world.device)}  # fmt: skip
+    log.print(f"peak memory: {end['memory/peak_bytes'] / 2**20:,.0f} MiB")
+    session.timer.begin("sampling")
+    prompt, continuation = sample(session)  # on all ranks, as one may hold some of the experts only
+    if session.world.rank == 0:
+        try:
+            encoding = data.get_encoding(encoding_name)
+        except UserError as error:
+            log.print(f"no comparison with compressors and no sample: {error}")
+        else:
+            others = data.compressed_bpb(session.recipe.validation_text(session, encoding))
+            end |= {f"val/{name}": bpb for name, bpb in others.items()}
+            ours = f", this model {metrics['val/bpb']:.4f}" if "val/bpb" in metrics else ""
+            compared = f"gzip -9 {others['gzip_bpb']:.4f}, xz -9 {others['xz_bpb']:.4f}{ours}"
+            log.print(f"bits per byte of the validation text: {compared}")
+            if hp.sample_tokens:
+                end["sample/text"] = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
+                log.print(f"{'-' * 30} sample\n{end['sample/text']}\n{'-' * 37}")
+    log.log(end)
+
+
+def validation_text(session, encoding: data.Encoding) -> bytes:
+    """The beginning of the text that evaluate() predicts, at most COMPRESSED_BYTES."""
+    hp = session.hp
+    max_tokens = max(min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES), hp.seq_len)
+    batches = data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=max_tokens)
+    ids = torch.cat([batch.targets_BT[batch.targets_BT >= 0] for batch in batches])
+    return encoding.decode_bytes(ids)[: data.COMPRESSED_BYTES]
+
+
+def sample(session) -> tuple[list[int], list[int]]:
+    """Ids: the beginning of the validation text, and the model's continuation."""
+    hp, device = session.hp, session.world.device
+    batches = session.recipe.data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)
+    prompt = next(batches).inputs_BT
+    ids = session.model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
+    return ids[: prompt.size(1)], ids[prompt.size(1) :]
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L40S": 362e12,
+              "B200": 2250e12}  # dense bf16  # fmt: skip
+
+
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """FLOP/s that MFU is a share of: a known GPU's dense bf16 peak, else the best of fifty 1024^3 matmuls."""
+    if device.type == "cuda":
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return peak
+    x, best = torch.randn(1024, 1024, device=device).to(DTYPES[dtype]), math.inf
+    for _ in range(50):
+        synchronize(device)
+        began = time.perf_counter()
+        x @ x
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
+
+
+def cpu_has_bf16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return supported() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far of the GPU's tensors, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def progress_bar(total: int, start: int, world: World):
+    """A tqdm bar on rank 0's terminal; without a terminal or tqdm, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return argparse.Namespace(update=lambda: None, close=lambda: None)
+    disable = world.rank != 0 or None
+    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=disable, smoothing=0.1)

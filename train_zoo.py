@@ -1,0 +1,30 @@
+"""The run of train_muon.py with every option of zoo/: other routers, experts, attention kinds, depths, mixtures of
+domains.
+
+    python train_zoo.py --depth loop --halt act
+    python train_zoo.py --optimizer adamw --preset 100m --data data/domains
+"""
+
+import sys
+
+import train_muon
+from cli import Parser
+from zoo.config import is_list, listed_kinds
+from zoo.recipes import RECIPES
+
+
+def main():
+    parser = Parser(prog="train_zoo.py", add_help=False)
+    parser.add_argument("--optimizer", choices=list(RECIPES), default="muon", help="also the default experiment name")
+    parser.add_argument("--experts", help="kinds of experts, as in mlp*12,identity; a list sets num_experts too")
+    args, rest = parser.parse_known_args(sys.argv[1:])
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+    if args.experts is not None:
+        counted = [f"--num_experts={len(listed_kinds(args.experts))}"] if is_list(args.experts) else []
+        rest = [f"--experts={args.experts}", *counted, *rest]
+    train_muon.main(RECIPES[args.optimizer], rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,12 +21,13 @@ import sys
 import threading
 from pathlib import Path
 
-import data
-import logger
-import model
 import numpy as np
 import pytest
 import torch
+
+import data
+import logger
+import model
 import zoo
 from benchmarks import evaluate as E
 from cli import UserError
@@ -77,7 +78,17 @@ def run(tmp_path_factory):
     rng = np.random.default_rng(0)
     lines = [{"text": " ".join(rng.permutation(WORDS))} for _ in range(2000)]
     (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    python("data.py", "--source", "files", "--path", folder / "words.jsonl", "--encoding", "bytes", "--out", folder / "words")
+    python(
+        "data.py",
+        "--source",
+        "files",
+        "--path",
+        folder / "words.jsonl",
+        "--encoding",
+        "bytes",
+        "--out",
+        folder / "words",
+    )
     flags = [f"--{name}={value}" for name, value in TINY.items() if name not in ("vocab_size", "eot_token")]
     python("train_muon.py", "--preset", "cpu", "--data", folder / "words", "--out_dir", folder / "logs", "--num_iterations", 60,
            "--batch_tokens", 1024, "--seq_len", 64, "--micro_batch_tokens", 1024, "--window_start", 64, "--val_tokens", 2048, "--val_every", 30,
@@ -105,7 +116,14 @@ def random_net(config_class=model.Config, **changes) -> model.GPT:
 
 def test_top_p_keeps_the_likeliest_ids_with_this_total_probability():
     p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
-    for top_p, kept in ((0.3, {1}), (0.39, {1}), (0.41, {1, 3}), (0.7, {1, 3, 4}), (0.86, {0, 1, 3, 4}), (1.0, {0, 1, 2, 3, 4})):
+    for top_p, kept in (
+        (0.3, {1}),
+        (0.39, {1}),
+        (0.41, {1, 3}),
+        (0.7, {1, 3, 4}),
+        (0.86, {0, 1, 3, 4}),
+        (1.0, {0, 1, 2, 3, 4}),
+    ):
         generators = [torch.Generator().manual_seed(i) for i in range(3000)]
         ids = model.sample_ids(p.log().expand(3000, 5), 1.0, 0, top_p, generators)
         share = torch.bincount(ids, minlength=5) / 3000
@@ -117,7 +135,9 @@ def test_top_p_keeps_the_likeliest_ids_with_this_total_probability():
 def test_every_row_has_its_own_seed():
     net, prompt = random_net(), torch.tensor([[256, 97, 98]])
     many = net.generate(prompt.expand(3, 3), 20, seed=7)
-    assert torch.equal(many[:1], net.generate(prompt, 20, seed=7)) and torch.equal(many[2:], net.generate(prompt, 20, seed=9))
+    assert torch.equal(many[:1], net.generate(prompt, 20, seed=7)) and torch.equal(
+        many[2:], net.generate(prompt, 20, seed=9)
+    )
     assert len({tuple(row) for row in many.tolist()}) == 3
 
 
@@ -139,17 +159,32 @@ def test_a_stream_equals_generate_and_restores_training_mode():
     ids = [next(stream).item() for _ in range(5)]
     assert not net.training and not next(stream).requires_grad
     stream.close()
-    assert net.training and ids == net.generate(prompt, 12, temperature=0.5, top_k=9, top_p=0.9, seed=3)[0, 3:8].tolist()
+    assert (
+        net.training and ids == net.generate(prompt, 12, temperature=0.5, top_k=9, top_p=0.9, seed=3)[0, 3:8].tolist()
+    )
 
 
-@pytest.mark.parametrize("name, value", (("temperature", -0.1), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)))
+@pytest.mark.parametrize(
+    "name, value", (("temperature", -0.1), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1))
+)
 def test_numbers_out_of_range_are_named(name, value):
     with pytest.raises(UserError, match=f"{name} is {value}; it must be"):
         random_net().generate(torch.tensor([[256]]), 2, **{name: value})
 
 
 def test_the_command_streams_samples_and_prints_its_speed(run):
-    words = ["--checkpoint", run / "checkpoint", "--prompt", "alpha beta ", "--max_new_tokens", 60, "--temperature", 0.7, "--top_p", 0.95]
+    words = [
+        "--checkpoint",
+        run / "checkpoint",
+        "--prompt",
+        "alpha beta ",
+        "--max_new_tokens",
+        60,
+        "--temperature",
+        0.7,
+        "--top_p",
+        0.95,
+    ]
     one, three = model_cli(*words), model_cli(*words, "--num_samples", 3)
     assert one.stdout.startswith("alpha beta ") and set(one.stdout.split()) & set(WORDS[2:])
     first, *others = re.split(r"-{30} \d of 3\n", three.stdout)
@@ -167,7 +202,9 @@ def test_the_command_streams_samples_and_prints_its_speed(run):
 
 
 def test_a_character_of_several_tokens_is_shown_whole(monkeypatch, capsys, run):
-    monkeypatch.setattr(model.GPT, "stream", lambda self, *args, **rules: iter(torch.tensor([[byte] for byte in "né€".encode()])))
+    monkeypatch.setattr(
+        model.GPT, "stream", lambda self, *args, **rules: iter(torch.tensor([[byte] for byte in "né€".encode()]))
+    )
     shown = []
     monkeypatch.setattr(generate, "show", shown.append)
     monkeypatch.setattr(sys, "argv", ["model.py", "--checkpoint", str(run / "checkpoint"), "--prompt", "x"])
@@ -204,7 +241,12 @@ def check_same_model(a: model.GPT, b: model.GPT):
 
 def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_path):
     done = model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "shared")
-    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"README.md", "config.json", "model.safetensors", "val_loss.png"}
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "val_loss.png",
+    }
     assert not list(tmp_path.glob("*.partial")) and "model.safetensors (" in done.stdout
     settings = json.loads((tmp_path / "shared/config.json").read_text())
     about = {"encoding": "bytes", "model_type": "modded-nanomoe", "config_class": "model.Config"}
@@ -220,7 +262,10 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     prompt = ["--prompt", "alpha ", "--max_new_tokens", 20, "--temperature", 0]
     texts = [model_cli("--checkpoint", where, *prompt).stdout for where in (run / "checkpoint", tmp_path / "shared")]
     assert texts[0] == texts[1]
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1] + "print(model.encoding, sum(p.numel() for p in model.parameters()))"
+    code = (
+        re.search(r"```python\n(.*?)```", card, re.S)[1]
+        + "print(model.encoding, sum(p.numel() for p in model.parameters()))"
+    )
     assert python("-c", code).stdout.split() == ["bytes", str(counts["total"])]
     model_cli("--checkpoint", tmp_path / "shared", "--save_pretrained", tmp_path / "again")  # from a folder to a folder
     check_same_model(net, hub.load(tmp_path / "again"))
@@ -247,7 +292,9 @@ def test_bad_folders_and_names_are_one_sentence(run, tmp_path):
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     refused = model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", other, expect=1)
-    assert "already holds other files" in sentence(refused) and [path.name for path in other.iterdir()] == ["thesis.txt"]
+    assert "already holds other files" in sentence(refused) and [path.name for path in other.iterdir()] == [
+        "thesis.txt"
+    ]
     assert "--save_pretrained needs --checkpoint" in sentence(model_cli("--save_pretrained", tmp_path / "x", expect=1))
     hub.save(hub.load(run / "checkpoint"), tmp_path / "cut")
     weights = tmp_path / "cut/model.safetensors"
@@ -283,13 +330,21 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             self.server.cards.append(json.loads(body)["content"])
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            files = [dict(path=file["path"], uploadMode="regular", shouldIgnore=False) for file in json.loads(body)["files"]]
+            files = [
+                dict(path=file["path"], uploadMode="regular", shouldIgnore=False) for file in json.loads(body)["files"]
+            ]
             self.answer({"files": files})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"{self.server.address}/me/tiny/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True})
+            self.answer(
+                {
+                    "commitUrl": f"{self.server.address}/me/tiny/commit/{'1' * 40}",
+                    "commitOid": "1" * 40,
+                    "success": True,
+                }
+            )
         else:
             self.answer({"error": "unknown"}, 404)
 
@@ -337,7 +392,9 @@ def test_a_model_is_uploaded_and_downloaded(fake_hub, run, net):
 
 
 def test_an_unknown_model_and_an_unreachable_hub_are_one_sentence(fake_hub, run):
-    assert "hf://me/none cannot be loaded" in sentence(python("model.py", "--checkpoint", "hf://me/none", expect=1, **fake_hub.env))
+    assert "hf://me/none cannot be loaded" in sentence(
+        python("model.py", "--checkpoint", "hf://me/none", expect=1, **fake_hub.env)
+    )
     nowhere = fake_hub.env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = python("model.py", "--checkpoint", run / "checkpoint", "--push_to_hub", "me/tiny", expect=1, **nowhere)
     assert "me/tiny cannot be uploaded" in sentence(done)
@@ -403,8 +460,13 @@ def test_bits_per_byte_from_the_command_line(run, tmp_path):
     (tmp_path / "noise.txt").write_text("zqx7 vvkw")
     words = ["bpb", "--checkpoint", run / "checkpoint", "--path"]
     lines = evaluate_cli(*words, tmp_path / "folder", tmp_path / "noise.txt").stdout.splitlines()
-    found = [re.fullmatch(r"(.*): ([\d.]+) bits per byte, (\d+) bytes, (\d+) tokens in [\d.]+ s", line) for line in lines]
-    assert [(line[1], line[3]) for line in found] == [(str(tmp_path / "folder"), "39"), (str(tmp_path / "noise.txt"), "9")]
+    found = [
+        re.fullmatch(r"(.*): ([\d.]+) bits per byte, (\d+) bytes, (\d+) tokens in [\d.]+ s", line) for line in lines
+    ]
+    assert [(line[1], line[3]) for line in found] == [
+        (str(tmp_path / "folder"), "39"),
+        (str(tmp_path / "noise.txt"), "9"),
+    ]
     assert float(found[0][2]) < 2.5 < float(found[1][2]), "the training words are likelier"
     assert "is not a file or folder" in sentence(evaluate_cli(*words, tmp_path / "none", expect=1))
     (tmp_path / "empty.txt").write_text("")
@@ -426,7 +488,11 @@ class Table:
 def table():
     """After `=`: `a` 0.5, `b` 0.3, `c` 0.2; after `a`: `a` 0.9, end 0.1; after `b`: `b` 0.2, `c` 0.8; elsewhere all alike."""
     p = torch.full((257, 257), 1 / 257, dtype=torch.float64)
-    for before, after in {"=": {"a": 0.5, "b": 0.3, "c": 0.2}, "a": {"a": 0.9, "z": 0.1}, "b": {"b": 0.2, "c": 0.8}}.items():
+    for before, after in {
+        "=": {"a": 0.5, "b": 0.3, "c": 0.2},
+        "a": {"a": 0.9, "z": 0.1},
+        "b": {"b": 0.2, "c": 0.8},
+    }.items():
         p[ord(before)] = 1e-9
         for letter, share in after.items():
             p[ord(before), ord(letter)] = share
@@ -450,7 +516,10 @@ def test_accuracies_of_questions_are_those_by_hand(table):
     """P(a) = .5, P(bc) = .24, P(c) = .2; per byte ln .5 = -.69, ln .405 / 3 = -.30, ln .24 / 2 = -.71."""
     questions = [{"context": "x=", "choices": ["bc", "a", "c"], "answer": 1}, {"context": "x=", "choices": ["a", "aaa"], "answer": 1},
                  {"context": "x=", "choices": ["c", "b"], "answer": 0}]  # fmt: skip
-    assert E.answer_questions(table, BYTES, questions) == {"acc": pytest.approx(1 / 3), "acc_norm": pytest.approx(2 / 3)}
+    assert E.answer_questions(table, BYTES, questions) == {
+        "acc": pytest.approx(1 / 3),
+        "acc_norm": pytest.approx(2 / 3),
+    }
 
 
 def test_a_space_at_the_end_of_a_context_belongs_to_the_continuation():
@@ -460,14 +529,21 @@ def test_a_space_at_the_end_of_a_context_belongs_to_the_continuation():
 
 def test_scores_do_not_depend_on_the_batch_size(net, monkeypatch):
     rng = np.random.default_rng(5)
-    pairs = [([256, *rng.integers(97, 120, n).tolist()], rng.integers(97, 120, m).tolist()) for n, m in rng.integers(1, 30, (25, 2))]
+    pairs = [
+        ([256, *rng.integers(97, 120, n).tolist()], rng.integers(97, 120, m).tolist())
+        for n, m in rng.integers(1, 30, (25, 2))
+    ]
     many, found = E.score(net, pairs, 64), []
     for size in (1, 100):
         monkeypatch.setattr(E, "BATCH_TOKENS", size)
         found.append(E.score(net, pairs, 64))
     for (a, _), (b, _), (c, _), (before, after) in zip(many, *found, pairs):
         want = log_probs(net, before + after)[-len(after) :].sum().item()
-        assert a == pytest.approx(want, rel=1e-4) and b == pytest.approx(want, rel=1e-4) and c == pytest.approx(want, rel=1e-4)
+        assert (
+            a == pytest.approx(want, rel=1e-4)
+            and b == pytest.approx(want, rel=1e-4)
+            and c == pytest.approx(want, rel=1e-4)
+        )
 
 
 def test_questions_from_the_command_line(run, tmp_path):
@@ -501,21 +577,32 @@ metadata: {{version: 1}}
 def test_the_harness_runs_tasks_of_every_kind(run, tmp_path):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed: pip install -r benchmarks/requirements-harness.txt")
-    lines = [{"question": word[:3], "options": ["@@", word[3:]], "gold": 1, "rest": word[3:]} for word in WORDS if len(word) > 4]
+    lines = [
+        {"question": word[:3], "options": ["@@", word[3:]], "gold": 1, "rest": word[3:]}
+        for word in WORDS
+        if len(word) > 4
+    ]
     (tmp_path / "words.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     choices = 'doc_to_choice: "{{options}}"\nmetric_list: [{metric: acc}]'
     kinds = {
         "words_choice": ("multiple_choice", "gold", choices),
         "words_perplexity": ("loglikelihood_rolling", "question", "metric_list: [{metric: bits_per_byte}]"),
-        "words_generate": ("generate_until", "rest", "generation_kwargs: {until: [' '], max_gen_toks: 8}\n"
-                                                     "metric_list: [{metric: exact_match}]"),
+        "words_generate": (
+            "generate_until",
+            "rest",
+            "generation_kwargs: {until: [' '], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]",
+        ),
     }
     for name, (kind, target, more) in kinds.items():
         task = TASK.format(name=name, path=tmp_path / "words.json", kind=kind, target=target, more=more)
         (tmp_path / f"{name}.yaml").write_text(task)
     done = python("benchmarks/evaluate.py", "harness", "--checkpoint", run / "checkpoint", "--tasks", *kinds,
                   "--include_path", tmp_path, HF_HOME=str(tmp_path / "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # fmt: skip
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|words_")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("|words_")
+    ]
     found = {(row[0], row[4]): float(row[6]) for row in cells}
     assert found["words_choice", "acc"] == 1.0
     assert found["words_generate", "exact_match"] > 0.4

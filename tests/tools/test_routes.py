@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import numpy as np
 import pytest
 import torch
-from cli import UserError
 from helpers import core, random_controller, rng, tiny
+
+import data
+from cli import UserError
 from tools import prepare, sources
 from tools.routes import (
     analyse,

@@ -7,13 +7,14 @@ import dataclasses
 import itertools
 import math
 
-import model
-import ops
 import pytest
 import torch
+from helpers import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, logits, rng, slow_visible, text, tiny
+
+import model
+import ops
 import zoo
 from cli import UserError
-from helpers import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, logits, rng, slow_visible, text, tiny
 from ops import norm
 from tools import cost
 from zoo.attention import ROTARIES, scale_queries
@@ -136,7 +137,9 @@ def test_vo_rope_rotates_values_by_their_distance_and_leaves_scores_unchanged():
     q, k, v = (part[0] for part in (x @ attention.qkv.flatten(0, 1).T).unflatten(-1, (3, 2, 16)).unbind(2))
     v, angle = v * attention.value_mix[0], torch.arange(4) / 3
     rms = lambda z: z / z.square().mean(-1, keepdim=True).sqrt()
-    score = (rms(q[1:, :, None]) * rms(torch.stack([k[1:], k[:-1]], 2))).sum(-1) * 0.5  # (T - 1, H, own and the one before)
+    score = (rms(q[1:, :, None]) * rms(torch.stack([k[1:], k[:-1]], 2))).sum(
+        -1
+    ) * 0.5  # (T - 1, H, own and the one before)
     weight = score.softmax(-1)
     turn = torch.exp(1j * torch.cat([1024**-angle, torch.zeros(4)]))
     z = torch.complex(v[:-1, :, :8], v[:-1, :, 8:]) * turn  # back by the angle of one token
@@ -297,7 +300,11 @@ def test_meta_tokens_are_visible_in_every_mask(T, window, meta, rate):
             block = seen[b, 0, 128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
             partial = j in mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
             full = j in mask.full_kv_indices[b, 0, i, : mask.full_kv_num_blocks[b, 0, i]].tolist()
-            assert not (partial and full) and (partial or full or not block.any()) and (block.all() or not full), (b, i, j)
+            assert not (partial and full) and (partial or full or not block.any()) and (block.all() or not full), (
+                b,
+                i,
+                j,
+            )
 
 
 def test_meta_tokens_have_the_same_noise_in_every_row_and_do_not_change_that_of_others():
@@ -348,7 +355,9 @@ def test_peri_norm_cancels_the_scale_of_an_output():
         assert (far(logits(three, x), logits(one, x)) < 1e-4) == cancels, norms
     slope = torch.zeros(1, 32, requires_grad=True)
     norm(slope).sum().backward()
-    assert far(slope.grad, torch.full((1, 32), torch.finfo(torch.float32).eps ** -0.5)) < 1e-4 and slope.grad.max() > 2_800
+    assert (
+        far(slope.grad, torch.full((1, 32), torch.finfo(torch.float32).eps ** -0.5)) < 1e-4 and slope.grad.max() > 2_800
+    )
 
 
 def test_the_norm_pattern_is_per_layer():

@@ -7,14 +7,15 @@ import dataclasses
 import math
 import shutil
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SEED, TINY, document_starts, far, rng, row_context, shaken, text, zoo_fields
+
+import model
+import ops
 import zoo
 from cli import UserError
-from helpers import SEED, TINY, document_starts, far, rng, row_context, shaken, text, zoo_fields
 from ops import norm
 from tools.cost import model_card
 from zoo.config import has_matmuls, routed_scale, width_of
@@ -312,7 +313,9 @@ def test_the_balance_loss_counts_loads_of_one_over_eta_as_even():
 @pytest.mark.parametrize("eta", (1.0, 0.5))
 def test_the_bias_moves_loads_to_their_share(eta):
     """Skewed scores of 16 experts, top-2 of 4,096 tokens; the last four have no matmuls and a load of 1 / eta."""
-    fields = dict(n_layer=2, value_embeds=0, pattern="MD", experts="mlp*12,zero*4", free_eta=eta, bias_update_factor=0.002)
+    fields = dict(
+        n_layer=2, value_embeds=0, pattern="MD", experts="mlp*12,zero*4", free_eta=eta, bias_update_factor=0.002
+    )
     net, want = zoo.build(zoo.Config(**zoo_fields(**fields))), torch.tensor([1.0] * 12 + [1 / eta] * 4)
     want /= want.sum()
     score = (torch.randn(4096, 16, generator=rng()) + torch.randn(16, generator=rng(1)) * 0.5).softmax(-1)
@@ -395,7 +398,9 @@ def test_a_shared_expert_is_added_to_the_scaled_routed_sum(kind, kernel):
             shared = [p.down @ (p.up @ x[0, t]).relu() ** 2 for t in range(T)]
         else:
             taps = p.gate.unflatten(1, (kernel, 32))
-            gates = [sum(taps[:, lag] @ x[0, t - lag] for lag in range(kernel) if t - lag >= first[t]) for t in range(T)]
+            gates = [
+                sum(taps[:, lag] @ x[0, t - lag] for lag in range(kernel) if t - lag >= first[t]) for t in range(T)
+            ]
             shared = [p.down @ (F.silu(gate) * (p.up @ x[0, t])) for t, gate in enumerate(gates)]
         moe.shared, moe.routed_scale = None, 1.0
         assert far(both[0], torch.stack(shared) + 3 * moe(x, ctx)[0][0]) < 1e-5

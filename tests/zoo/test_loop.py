@@ -6,14 +6,9 @@ CPU, no network: `pytest tests/zoo/test_loop.py`.
 import dataclasses
 import itertools
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from benchmarks import toys
-from cli import UserError
 from helpers import (
     PACKED,
     TINY,
@@ -33,10 +28,16 @@ from helpers import (
     trunk_of,
     zoo_fields,
 )
-from ops import norm
 from reference import slow_forward
-from tools import cost
 from torch.utils.flop_counter import FlopCounterMode
+
+import model
+import ops
+import zoo
+from benchmarks import toys
+from cli import UserError
+from ops import norm
+from tools import cost
 from zoo.block import RESIDUALS
 from zoo.halting import HALTS, Ponder
 from zoo.loop import LOOP_KEYS, LoopKeys
@@ -119,7 +120,11 @@ def test_options_that_conflict_with_a_loop_are_refused(field, changes, legal):
 
 
 def test_ponder_weights_losses_by_halting_probabilities():
-    net, x, y = halting_net(halt="ponder", pattern="D", ponder_coef=0.3, ponder_prior=0.4).train(), text(2, 20, 6), text(2, 20, 7)
+    net, x, y = (
+        halting_net(halt="ponder", pattern="D", ponder_coef=0.3, ponder_prior=0.4).train(),
+        text(2, 20, 6),
+        text(2, 20, 7),
+    )
     with torch.no_grad():
         losses, states = [], []
         for loops in (1, 2, 3):  # the losses of halting after as many
@@ -203,7 +208,9 @@ def test_cache_entries_per_iteration(loop_keys, copies):
 def test_with_residual_average_the_stream_is_the_mean_of_its_terms():
     """(embedding + sum of sublayer outputs) / (1 + their number), for each token with its own number of iterations."""
     for loops in (1, 3):
-        net = halting_net(depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D").eval()
+        net = halting_net(
+            depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D"
+        ).eval()
         net.halt.forward = lambda *args, halt=net.halt: Ponder.forward(halt, *args)
         added, embedding = [], []
         for block in net.blocks:
@@ -224,7 +231,10 @@ def test_evaluation_may_have_another_number_of_iterations():
     trained, longer = (tiny(**LOOP | dict(loops=2, eval_loops=n)) for n in (0, 4))
     assert torch.equal(logits(trained.train(), x), logits(longer.train(), x))
     four = tiny(**LOOP | dict(loops=4)).eval()
-    assert torch.equal(logits(longer.eval(), x), logits(four, x)) and far(logits(trained.eval(), x), logits(four, x)) > 1e-3
+    assert (
+        torch.equal(logits(longer.eval(), x), logits(four, x))
+        and far(logits(trained.eval(), x), logits(four, x)) > 1e-3
+    )
 
 
 def test_counts_include_every_iteration_of_active_tokens_only():
@@ -243,7 +253,9 @@ def test_flops_include_every_iteration():
     head = 6 * model.count_parameters(stack)["head"]
     stacks = [zoo.Config(**TINY | dict(n_layer=n, value_embeds=0)) for n in (2, 4)]  # of each window one or two layers
     layers = [model.flops_per_token(config, 40) - head for config in stacks]
-    assert layers[1] == 2 * layers[0] and model.flops_per_token(thrice, 40) == pytest.approx(head + layers[1] + 2 * layers[0])
+    assert layers[1] == 2 * layers[0] and model.flops_per_token(thrice, 40) == pytest.approx(
+        head + layers[1] + 2 * layers[0]
+    )
     assert model.count_parameters(once)["total"] == model.count_parameters(thrice)["total"]
 
 
@@ -307,7 +319,9 @@ def moeut(net: zoo.GPT, x):
                 v = picked(h, choose_v[:, head], of("attention.values")[own], c.attn_top_k)
                 score = q[:, head] @ k[:, head].T * c.attn_scale
                 score = score.masked_fill((near < 0) | (near >= c.window_size), -torch.inf)
-                heads.append(picked(score.softmax(-1) @ v, choose_o[:, head], of("attention.outputs")[own], c.attn_top_k))
+                heads.append(
+                    picked(score.softmax(-1) @ v, choose_o[:, head], of("attention.outputs")[own], c.attn_top_k)
+                )
             h = h + sum(heads)
             score = rms(h) @ of("ffn.router.gate").T
             chosen[i].append(score.softmax(-1))
@@ -322,7 +336,9 @@ def moeut(net: zoo.GPT, x):
             mean = torch.cat(parts).mean(0)
             balance[i].append((mean * mean.log()).sum())
     z = torch.stack(all_logits)
-    return (c.softcap * torch.tanh(z / c.softcap) + c.softcap)[..., :VOCAB], sum(torch.stack(rows).mean() for rows in balance)
+    return (c.softcap * torch.tanh(z / c.softcap) + c.softcap)[..., :VOCAB], sum(
+        torch.stack(rows).mean() for rows in balance
+    )
 
 
 def test_a_loop_of_routed_attention_and_sigma_moe_is_moeut():
@@ -390,4 +406,6 @@ def test_the_card_of_every_depth_has_the_size_of_its_cache(changes):
     with torch.no_grad():
         net(text(1, 7), cache=cache)
     kept = sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
-    assert 0 <= cost.cache_bytes_per_token(config) - kept <= 1  # a flag of the last iteration, if no token was active in it
+    assert (
+        0 <= cost.cache_bytes_per_token(config) - kept <= 1
+    )  # a flag of the last iteration, if no token was active in it

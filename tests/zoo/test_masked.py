@@ -3,13 +3,14 @@
 test_reference.py compares its logits with their definition. CPU, no network: `pytest tests/zoo/test_masked.py`.
 """
 
-import model
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import EOT, TINY, VOCAB, far, logits, rng, text, tiny
+
+import model
 import zoo
 from cli import UserError
-from helpers import EOT, TINY, VOCAB, far, logits, rng, text, tiny
 from zoo.routers import ROUTERS
 
 

@@ -6,14 +6,15 @@ CPU, no network: `pytest tests/zoo/test_routers.py`.
 import dataclasses
 import math
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, document_starts, far, rng, row_context, shaken, text, tiny
+
+import model
+import ops
 import zoo
 from cli import UserError
-from helpers import TINY, document_starts, far, rng, row_context, shaken, text, tiny
 from zoo.routers import ROUTERS, SCORES, LinearRouter, linear_scan, smooth_load, squared_variation
 from zoo.stats import route_stats
 
@@ -214,7 +215,9 @@ def test_losses_that_are_undefined_are_one_sentence(changes, message):
 
 
 def test_the_bias_moves_after_its_threshold_of_tokens():
-    net = zoo.build(zoo.Config(**TINY | dict(n_layer=2, value_embeds=0, bias_update_factor=0.1, bias_update_threshold=50)))
+    net = zoo.build(
+        zoo.Config(**TINY | dict(n_layer=2, value_embeds=0, bias_update_factor=0.1, bias_update_threshold=50))
+    )
     counts = torch.tensor([[30, 10, 0, 0], [10, 10, 10, 10]])  # of 20 tokens, top-2
     for _ in range(2):
         net.balance(counts)
@@ -242,7 +245,9 @@ def updates_until_balanced(score: str, factor: float, seed: int, limit: int = 40
     return limit
 
 
-@pytest.mark.parametrize("score, factor, listed", (("sigmoid", 0.001, 149), ("sigmoid", 0.01, 17), ("softmax", 0.001, 37)))
+@pytest.mark.parametrize(
+    "score, factor, listed", (("sigmoid", 0.001, 149), ("sigmoid", 0.01, 17), ("softmax", 0.001, 37))
+)
 def test_the_bias_balances_skewed_logits_in_the_known_number_of_updates(score, factor, listed):
     """149, 17 and 37 updates were measured for one draw of the skew; other draws differ by their extremes."""
     found = sorted(updates_until_balanced(score, factor, seed) for seed in range(5))

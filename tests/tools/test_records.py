@@ -257,7 +257,7 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     assert set(lines[-1][:, 1]) == {1.435}
 
 
-@pytest.mark.parametrize("file, setting", (("README.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
+@pytest.mark.parametrize("file, setting", (("docs/results.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
 def test_a_curve_s_table_is_that_of_the_runs(file, setting):
     """Means over the seeds that both rows have; the error is that of the mean of their differences."""
     table, runs = r"^\| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$", {}

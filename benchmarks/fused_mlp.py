@@ -152,7 +152,7 @@ class FusedMLPExperts(MLPExperts):
 
 
 class FusedDenseMLP(DenseMLP):
-    """The dense twin must have it too: what is not about experts is no advantage of theirs."""
+    """The same for the dense twin, so that it is no advantage of the experts."""
 
     def forward(self, x_BTD: Tensor, ctx) -> tuple[Tensor, list]:
         x_TD = x_BTD.flatten(0, 1)

@@ -2,8 +2,9 @@
 
 import itertools
 
+import torch
 from core_helpers import *  # noqa: F403
-from core_helpers import TINY, shaken
+from core_helpers import SEED, STEP, TINY, logits, rng, shaken
 
 import model
 import zoo
@@ -41,3 +42,44 @@ def zoo_fields(**changes) -> dict:
 def tiny(seed: int = 0, **changes):
     """A tiny model of the zoo."""
     return shaken(zoo.build(zoo.Config(**zoo_fields(**changes))), seed)
+
+
+# -----------------------------------------------------------------------------
+# Inputs of a single layer of the zoo
+
+
+def row_context(config: zoo.Config, T: int, starts=()) -> zoo.block.Context:
+    """The context of one row of T tokens whose documents start at these."""
+    doc_BT, position = torch.zeros(1, T, dtype=torch.int64), torch.arange(T)
+    doc_BT[0, list(starts)] = 1
+    doc_BT = doc_BT.cumsum(1)
+    mask = model.DenseMask(position, position, doc_BT, doc_BT, torch.tensor(config.window_size))
+    same_doc_BS = torch.nn.functional.pad(doc_BT, (1, -1), value=-1) == doc_BT
+    noise_key = (torch.tensor(SEED), torch.tensor(STEP), torch.tensor(0), position)
+    return zoo.block.Context(None, mask, None, None, None, same_doc_BS, noise_key, torch.zeros(config.num_experts), None)
+
+
+def document_starts(starts, T: int) -> list[int]:
+    """The first token of each token's document."""
+    return [max(start for start in [0, *starts] if start <= t) for t in range(T)]
+
+
+def trunk_of(net, x) -> zoo.gpt.TrunkOutput:
+    """Output of the block stack for these tokens, from a zoo model."""
+    trunks, run_blocks = [], net.run_blocks
+    net.run_blocks = lambda *inputs: trunks.append(run_blocks(*inputs)) or trunks[-1]
+    logits(net, x)
+    del net.run_blocks
+    return trunks[0]
+
+
+POOL = dict(depth="routed", loops=3, identity_layers=1)
+
+
+def random_controller(seed: int = 0, **changes) -> zoo.GPT:
+    """A model with routing over layers whose tokens choose different ones."""
+    net = tiny(seed, **POOL | changes)
+    with torch.no_grad():
+        for p in net.controller.parameters():
+            p.normal_(generator=rng(seed)).mul_(3 * p.size(-1) ** -0.5)
+    return net

@@ -30,7 +30,6 @@ LINKED = sorted(PAGES.keys() | {"zoo/README.md", "benchmarks/README.md", "record
 # text: files of the reader's own
 MARKS = re.compile(r"bash (run|needs: (gpu|internet|nodes|text|a quiet machine))|python file: \w+\.py|mermaid|text")
 A_RUN = "--num_iterations 3 --val_tokens 4096 --sample_tokens 8 --warmup_steps 0"
-UNREPEATABLE = "--resume"  # the run is complete already
 
 # what is added to a command so that it ends in seconds
 SHORT = {
@@ -109,7 +108,7 @@ def run_page(text: str, clone: Path, done: set[tuple[str, ...]]):
         if mark.startswith("python file: "):
             (clone / mark.removeprefix("python file: ")).write_text(body)
         for command in commands(body) if mark == "bash run" else []:
-            if tuple(command) in done or UNREPEATABLE in command:
+            if tuple(command) in done:
                 continue
             done.add(tuple(command))
             script, _ = script_of(command)

@@ -17,21 +17,18 @@ import torch
 from torch import Tensor
 
 import model
+from cli import UserError, file_sha256
 from distributed import World, slab_view
 from guards import OTHER_RATES, Ended, gather_objects
-from logger import Run, RunError
+from logger import Run
 from model import GPT, Config
 
-
-class CheckpointError(RunError):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
-
-
 # -----------------------------------------------------------------------------
-# Names of earlier versions
+# Earlier versions
 
 RENAMED_SLABS = {r"depth\.(.+)": r"\1"}  # parameters of earlier versions -> their names of today
-RETIRED = {"counted_LE"}  # buffers of earlier versions that a model may lack today
+RETIRED_BUFFERS = {"counted_LE"}  # that a model may lack today
+RETIRED_FIELDS = {"router_spread"}  # of the model's configuration
 
 
 def with_current_names(slabs: dict, names) -> dict:
@@ -42,7 +39,7 @@ def with_current_names(slabs: dict, names) -> dict:
         for old, new in RENAMED_SLABS.items():
             renamed = re.sub(f"^{old}$", new, base)
             base = renamed if renamed in names else base
-        if base in names or base not in RETIRED:
+        if base in names or base not in RETIRED_BUFFERS:
             current[base + bracket + part] = tensors
     return current
 
@@ -59,10 +56,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The newest step inside `folder`. Raises CheckpointError if there is none."""
+    """The newest step inside `folder`. Raises UserError if there is none."""
     steps = checkpoints(folder)
     if not steps:
-        raise CheckpointError(f"{folder} holds no checkpoint; train first, or name another folder")
+        raise UserError(f"{folder} holds no checkpoint; train first, or name another folder")
     return steps[0]
 
 
@@ -74,7 +71,7 @@ def manifest_sha256(manifest: dict) -> str:
 def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
     """The manifest of one step, once the size and sha256 of every file are verified.
 
-    Of several ranks each verifies every world_size-th file. Raises CheckpointError."""
+    Of several ranks each verifies every world_size-th file. Raises UserError."""
     mend = f"remove {folder} to fall back on the previous step, or start over under another name"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -82,14 +79,13 @@ def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
             raise ValueError("it does not match its own sha256")
         files = sorted(manifest["files"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
+        raise UserError(f"{folder}/manifest.json cannot be read ({error}); {mend}") from None
     for name, expected in files[rank::world_size]:
         path = folder / name
         if not path.exists() or path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} is missing or cut short; {mend}")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise CheckpointError(f"{path} does not match its sha256; {mend}")
+            raise UserError(f"{path} is missing or cut short; {mend}")
+        if file_sha256(path) != expected["sha256"]:
+            raise UserError(f"{path} does not match its sha256; {mend}")
     return manifest
 
 
@@ -102,7 +98,7 @@ def read_slabs(folder: Path, manifest: dict) -> dict[str, dict[str, Tensor]]:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """Manifest and slabs of one step; every file is verified before any is opened. Raises CheckpointError."""
+    """Manifest and slabs of one step; every file is verified before any is opened. Raises UserError."""
     manifest = verified_manifest(folder)
     return manifest, read_slabs(folder, manifest)
 
@@ -113,17 +109,29 @@ def class_name(config: Config) -> str:
 
 
 def config_of(manifest: dict) -> Config:
-    """The run's model configuration, of the class that its manifest names. Raises CheckpointError."""
-    fields, core = manifest["model"], {field.name for field in dataclasses.fields(Config)}
-    named = manifest.get("config_class") or ("model.Config" if fields.keys() <= core else "zoo.Config")
-    module, _, name = named.rpartition(".")
-    if module.partition(".")[0] not in ("model", "zoo"):
-        raise CheckpointError(f"the manifest names the class {named}; only those of model and zoo are known")
-    return getattr(importlib.import_module(module), name)(**fields)
+    """The run's model configuration, of the class that its manifest names. Raises UserError."""
+    fields, named = current_fields(manifest["model"]), manifest.get("config_class")
+    core = {field.name: fields[field.name] for field in dataclasses.fields(Config) if field.name in fields}
+    if named == "model.Config" or fields.keys() == core.keys():
+        return Config(**core)
+    if named and not named.startswith("zoo."):
+        raise UserError(f"the manifest names the class {named}; only those of model and zoo are known")
+    zoo = importlib.import_module("zoo")
+    config = zoo.Config(**fields)
+    in_core = named is None and config == zoo.Config(**core)  # an earlier version, which had one class for both
+    return Config(**core) if in_core and config.experts == "mlp" else config
+
+
+def current_fields(fields: dict) -> dict:
+    """Fields of a model configuration as today's classes take them, given those of any version."""
+    fields = {name: value for name, value in fields.items() if name not in RETIRED_FIELDS}
+    if isinstance(fields.get("routed_scale"), str) and fields["routed_scale"] != "auto":
+        fields["routed_scale"] = float(fields["routed_scale"])
+    return fields
 
 
 def load_model_from_run(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
-    """The trained model of a run's checkpoint folder, in evaluation mode, and its manifest. Raises CheckpointError."""
+    """The trained model of a run's checkpoint folder, in evaluation mode, and its manifest. Raises UserError."""
     manifest, slabs = read_checkpoint(latest_checkpoint(Path(folder)))
     net = model.build(config_of(manifest))
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
@@ -186,7 +194,7 @@ class Saver:
     def wait(self):
         """Wait until the checkpoint is on the disk. Raises the thread's error."""
         self.join()
-        if isinstance(self.error, RunError):
+        if isinstance(self.error, UserError):
             raise Ended(str(self.error))
         if self.error is not None:
             raise self.error
@@ -202,7 +210,7 @@ class Saver:
         """Reports of other threads. Polls, as a thread inside a blocking read could not end with its process."""
         while not self.store.check(keys):
             if self.abandoned.wait(0.02):
-                raise RunError("the run ended while a checkpoint was being written; the one before is complete")
+                raise UserError("the run ended while a checkpoint was being written; the one before is complete")
         return [self.store.get(key).decode() for key in keys]
 
 
@@ -225,7 +233,7 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
     """Write this rank's file, and on rank 0 the manifest once all files are there; returns the step's folder.
 
     sync_log() comes first: no checkpoint is ahead of the log on the disk. The step before is kept.
-    Raises RunError on every rank if one could not write; earlier checkpoints stay."""
+    Raises UserError on every rank if one could not write; earlier checkpoints stay."""
     target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
     try:
         sync_log()
@@ -255,7 +263,7 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
     if failure:
         mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
         where = f"{folder} ({failure}); {board.describe_last_good()}"
-        raise RunError(f"the checkpoint of step {step} could not be written to {where}; {mend}")
+        raise UserError(f"the checkpoint of step {step} could not be written to {where}; {mend}")
     return target
 
 
@@ -273,13 +281,11 @@ def finish_checkpoint(partial: Path, target: Path, manifest: dict):
 
 def write_file(path: Path, write) -> dict[str, dict]:
     """Write a file through write(file) and flush it to the disk; {name: its size and sha256}."""
-    with open(path, "wb+") as file:
+    with open(path, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-        file.seek(0)
-        size, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-        return {path.name: {"bytes": size, "sha256": sha256}}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
 
 
 def sync_folder(folder: Path):
@@ -304,7 +310,7 @@ def latest_valid_checkpoint(folder: Path, world: World) -> tuple[Path | None, li
         fault = ""
         try:
             verified_manifest(path, world.rank, world.size)
-        except CheckpointError as error:
+        except UserError as error:
             fault = str(error).partition(";")[0]
         found = [fault for fault in gather_objects(fault, world) if fault]
         if not found:
@@ -320,7 +326,7 @@ def load_checkpoint(path: Path, exchange, config: Config, hp) -> dict:
     """Copy a verified checkpoint's values and optimizer state into the model of an Exchange; returns the manifest.
 
     Slabs are found by name, so the numbers of ranks and of expert parts may differ from those of the run that saved.
-    Raises RunError if that was another configuration."""
+    Raises UserError if that was another configuration."""
     manifest = json.loads((path / "manifest.json").read_text())
     check_same_run(manifest, config, hp, path)
     parameters, buffers = dict(exchange.model.named_parameters()), dict(exchange.model.named_buffers())
@@ -329,7 +335,7 @@ def load_checkpoint(path: Path, exchange, config: Config, hp) -> dict:
     needed = [local.slab.name for transfer in exchange.transfers for local in transfer.slabs] + sorted(kept_buffers)
     for name in needed:
         if name not in slabs:
-            raise RunError(f"{path} lacks {name}, so another version of this code wrote it; resume with that, "
+            raise UserError(f"{path} lacks {name}, so another version of this code wrote it; resume with that, "
                            "or start another --experiment_name")  # fmt: skip
 
     for name in kept_buffers:
@@ -352,11 +358,15 @@ MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val
 
 
 def check_same_run(manifest: dict, config: Config, hp, path: Path):
-    """Raises RunError, which names the first field that differs from the run that was saved."""
+    """Raises UserError, which names the first field that differs from the run that was saved."""
+    saved_class = manifest.get("config_class", class_name(config))
+    if saved_class != class_name(config):
+        here = class_name(config)
+        raise UserError(f"{path} was saved with a {saved_class}, not a {here}; resume with the script that began")
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
-    then = manifest["model"] | manifest["hyperparameters"]
+    then = current_fields(manifest["model"]) | manifest["hyperparameters"]
     for field, value in now.items():
         was = then.get(field)
         if field not in MAY_CHANGE_ON_RESUME and was != value:
             mend = f"pass --{field} {was}, or another --experiment_name"
-            raise RunError(f"{path} was saved with {field} = {was}, not {value}; {mend}")
+            raise UserError(f"{path} was saved with {field} = {was}, not {value}; {mend}")

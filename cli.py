@@ -1,16 +1,30 @@
-"""Shared by every command line: the error of a user's mistake, and flags made from the fields of a dataclass. Standard
-library only."""
+"""Shared by every command line: the error of a user's mistake, flags from a dataclass, whole files.
+
+Imports the standard library only."""
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import inspect
+import os
 import re
 import typing
+from pathlib import Path
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what is wrong, where, and how to mend it."""
+
+
+def require(config, field: str, condition: bool, legal: str):
+    """Raises UserError, which names a field of a configuration and its legal values, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{field} is {getattr(config, field)!r}; it must be {legal}")
+
+
+# -----------------------------------------------------------------------------
+# Flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,3 +81,20 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write):
+    """Replace a file through write(temporary path): a crash or a full disk leaves the old content."""
+    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)

@@ -24,21 +24,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class DataError(ValueError):
-    """Bad data or a bad flag, in one sentence: what is wrong, where, and how to mend it."""
+from cli import UserError, file_sha256
 
 
 @contextlib.contextmanager
 def as_data_error(sentence, *kinds):
-    """Re-raise errors of these kinds as DataError(sentence), with {error} replaced by the reason."""
+    """Re-raise errors of these kinds as UserError(sentence), with {error} replaced by the reason."""
     try:
         yield
-    except DataError:
+    except UserError:
         raise
     except kinds as error:
         reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(sentence.replace("{error}", reason)) from error
+        raise UserError(sentence.replace("{error}", reason)) from error
 
 
 def prepare_commands(folder):
@@ -56,14 +54,14 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 def write_shard(path, tokens):
     """Write tokens, integers below 65536 of shape (n,), 0 < n < 2**31, as one shard.
 
-    Atomic: a reader sees the whole shard or the previous file. Raises DataError for other tokens, or if the file cannot
+    Atomic: a reader sees the whole shard or the previous file. Raises UserError for other tokens, or if the file cannot
     be written."""
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < len(tokens) < 2**31:
-        raise DataError(f"{path}: a shard holds 1 to 2**31-1 integers in one dimension, "
+        raise UserError(f"{path}: a shard holds 1 to 2**31-1 integers in one dimension, "
                         f"not {tokens.dtype} of shape {tokens.shape}")
     if tokens.dtype != np.uint16 and (tokens.min() < 0 or tokens.max() > 65535):
-        raise DataError(f"{path}: token ids {tokens.min()}..{tokens.max()} do not fit uint16; "
+        raise UserError(f"{path}: token ids {tokens.min()}..{tokens.max()} do not fit uint16; "
                         "use an encoding with ids below 65536")
 
     header = np.zeros(256, "<i4")
@@ -82,19 +80,19 @@ def write_shard(path, tokens):
 
 
 def read_shard(path):
-    """Tokens of one shard: np.memmap (n,) uint16. Raises DataError unless magic, version, count and size agree."""
+    """Tokens of one shard: np.memmap (n,) uint16. Raises UserError unless magic, version, count and size agree."""
     mend = "; remove it and prepare its folder again with `python data.py`"
     with as_data_error(f"{path} cannot be read ({{error}})" + mend, OSError):
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", 3)
     if size < HEADER_BYTES or header[0] != MAGIC:
-        raise DataError(f"{path} is not a token shard (no header with magic {MAGIC})" + mend)
+        raise UserError(f"{path} is not a token shard (no header with magic {MAGIC})" + mend)
     if header[1] != VERSION:
-        raise DataError(f"{path} is a token shard of version {header[1]}, not {VERSION}" + mend)
+        raise UserError(f"{path} is a token shard of version {header[1]}, not {VERSION}" + mend)
     count = int(header[2])
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         held = (size - HEADER_BYTES) / 2
-        raise DataError(f"{path} is damaged: its header counts {count} tokens, it holds {held:g}" + mend)
+        raise UserError(f"{path} is damaged: its header counts {count} tokens, it holds {held:g}" + mend)
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
 
 
@@ -107,7 +105,7 @@ ENCODINGS = ("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 def get_encoding(name):
     """Encoding by name: `bytes` (256 byte values, then end-of-text) or one of tiktoken's.
 
-    tiktoken downloads its merge ranks once, into TIKTOKEN_CACHE_DIR. Raises DataError for an unknown name, for ids that
+    tiktoken downloads its merge ranks once, into TIKTOKEN_CACHE_DIR. Raises UserError for an unknown name, for ids that
     do not fit uint16, and if the ranks are not there."""
     if name == "bytes":
         vocab = [bytes([i]) for i in range(256)] + [b""]
@@ -144,16 +142,16 @@ def tiktoken_encoding(name):
     with as_data_error(missing, ImportError):
         import tiktoken
     if name not in tiktoken.list_encoding_names():
-        raise DataError(f"there is no encoding {name!r}: {legal}")
+        raise UserError(f"there is no encoding {name!r}: {legal}")
     too_large = f"encoding {name} has ids above 65535, which uint16 shards cannot hold: {legal}"
     if name.startswith(("cl100k", "o200k")):  # refused before their ranks are downloaded
-        raise DataError(too_large)
+        raise UserError(too_large)
     no_ranks = f"the ranks of encoding {name} cannot be downloaded ({{error}}): connect to the internet once, point " \
                "TIKTOKEN_CACHE_DIR at a filled cache, or choose --encoding bytes"
     with as_data_error(no_ranks, Exception):  # requests' errors, OSError and a wrong hash share no base class
         bpe = tiktoken.get_encoding(name)
     if bpe.max_token_value > 65535:
-        raise DataError(too_large)
+        raise UserError(too_large)
 
     vocab = [b""] * bpe.n_vocab
     special = {bpe.encode_single_token(text) for text in bpe.special_tokens_set}
@@ -198,19 +196,19 @@ UNKNOWN_META = dict.fromkeys(
 def load_meta(folder):
     """meta.json of a folder of shards as a dict; without one, that of FineWeb's shards: GPT2_META, the rest None.
 
-    Raises DataError if the folder is missing, holds no shards or is a mixture, or if meta.json is damaged."""
+    Raises UserError if the folder is missing, holds no shards or is a mixture, or if meta.json is damaged."""
     folder = Path(folder)
     if not has_shards(folder):
         if domains := shard_folders(folder):
             names = ", ".join(path.name for path in domains)
-            raise DataError(f"{folder} is a mixture of domains ({names}): train on it with "
+            raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
                             f"`python train_zoo.py --data {folder}`, or pass one of its sub-folders as --data")
-        raise DataError(f"{folder} holds no token shards: run {prepare_commands(folder)}")
+        raise UserError(f"{folder} holds no token shards: run {prepare_commands(folder)}")
     return UNKNOWN_META | (read_meta_json(folder) or GPT2_META)
 
 
 def read_meta_json(folder):
-    """Contents of meta.json; {} if there is none. Raises DataError if it is damaged."""
+    """Contents of meta.json; {} if there is none. Raises UserError if it is damaged."""
     if not (folder / "meta.json").exists():
         return {}
     damaged = f"{folder}/meta.json is damaged ({{error}}): remove {folder} and run {prepare_commands(folder)}"
@@ -232,31 +230,31 @@ def meta_sha256(meta):
 def open_split(folder, split):
     """[(path, tokens)] of the shards of one split, sorted by name.
 
-    Raises DataError if the split has no shards, or not those that meta.json lists."""
+    Raises UserError if the split has no shards, or not those that meta.json lists."""
     folder, meta = Path(folder), load_meta(folder)
     shards = [(path, read_shard(path)) for path in shard_paths(folder, split)]
     found = {path.name: len(tokens) for path, tokens in shards}
     listed = {shard["file"]: shard["tokens"] for shard in meta["shards"] or [] if split_of(shard["file"]) == split}
     for name, tokens in listed.items():
         if found.get(name) != tokens:
-            raise DataError(f"{folder}/{name} is not the shard of {tokens} tokens that meta.json lists: "
+            raise UserError(f"{folder}/{name} is not the shard of {tokens} tokens that meta.json lists: "
                             f"remove {folder} and run {prepare_commands(folder)}")
     for name in found.keys() - listed.keys() if meta["shards"] is not None else ():
-        raise DataError(f"{folder}/{name} is a shard that meta.json does not list: move it to a folder of its own")
+        raise UserError(f"{folder}/{name} is a shard that meta.json does not list: move it to a folder of its own")
     if not shards:
-        raise DataError(f"{folder} holds no {split} shard (*_{split}_*.bin): remove it and run "
+        raise UserError(f"{folder} holds no {split} shard (*_{split}_*.bin): remove it and run "
                         f"{prepare_commands(folder)}")
     return shards
 
 
 def verify(folder, rank=0, world_size=1):
-    """Compare every world_size-th shard with its sha256 in meta.json, if any. Raises DataError if they differ."""
+    """Compare every world_size-th shard with its sha256 in meta.json, if any. Raises UserError if they differ."""
     mend = f"remove {folder} and run {prepare_commands(folder)}"
     listed = [(path, digest) for path, digest in listed_sha256(folder).items() if digest]
     for path, digest in listed[rank::world_size]:
         with as_data_error(f"{path} cannot be read ({{error}}): {mend}", OSError):
-            if sha256_of(path) != digest:
-                raise DataError(f"{path} does not match the sha256 in meta.json: {mend}")
+            if file_sha256(path) != digest:
+                raise UserError(f"{path} does not match the sha256 in meta.json: {mend}")
 
 
 def fingerprint(folder):
@@ -275,11 +273,6 @@ def fingerprint(folder):
 def listed_sha256(folder):
     """{path: sha256 or None} of the shards in meta.json."""
     return {Path(folder) / shard["file"]: shard.get("sha256") for shard in load_meta(folder)["shards"] or []}
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_shards(folder):
@@ -320,16 +313,16 @@ class ShardRows:
         self.total = int(self.first[-1])
 
     def require(self, count):
-        """Raises DataError unless there are at least `count` rows."""
+        """Raises UserError unless there are at least `count` rows."""
         if self.total < count:
-            raise DataError(f"{self.folder} has {self.total} {self.split} rows of {self.seq_len} tokens, fewer than "
+            raise UserError(f"{self.folder} has {self.total} {self.split} rows of {self.seq_len} tokens, fewer than "
                             f"the {count} of one batch: prepare more tokens ({prepare_commands('<another folder>')}) "
                             "or train with a smaller batch")
 
     def read(self, numbers):
         """(inputs, targets) of rows by number, int64 (len(numbers), seq_len), padded with inputs 0 and targets -1.
 
-        A number beyond the last row gives a row of padding. Raises DataError for a token id beyond the vocabulary."""
+        A number beyond the last row gives a row of padding. Raises UserError for a token id beyond the vocabulary."""
         inputs = np.zeros((len(numbers), self.seq_len), np.int64)
         targets = np.full_like(inputs, -1)
         for i, number in enumerate(numbers):
@@ -339,7 +332,7 @@ class ShardRows:
                 start = int(number - self.first[shard]) * self.seq_len
                 piece = tokens[start : start + self.seq_len + 1]
                 if piece.max() >= self.vocab_size:
-                    raise DataError(f"{path} holds token id {piece.max()}, but the vocabulary ends at "
+                    raise UserError(f"{path} holds token id {piece.max()}, but the vocabulary ends at "
                                     f"{self.vocab_size - 1}: it was made with another encoding; run "
                                     f"{prepare_commands('<another folder>')} and pass that to --data")
                 inputs[i, : len(piece) - 1], targets[i, : len(piece) - 1] = piece[:-1], piece[1:]
@@ -394,14 +387,14 @@ class Loader:
 
     The position is one integer, the number of rows consumed by all ranks together. Each step consumes batch_rows; in
     micro-step m, rank r reads those from (m * world_size + r) * micro_rows on. A thread reads one step ahead, and
-    `next_step` raises its errors. Raises DataError for damaged, foreign or too few data, and if batch_rows is not a
+    `next_step` raises its errors. Raises UserError for damaged, foreign or too few data, and if batch_rows is not a
     multiple of world_size * micro_rows."""
 
     def __init__(self, folder, split="train", *, seq_len, batch_rows, micro_rows, rank=0, world_size=1, seed=0,
                  vocab_size=None, device="cpu"):
         import torch
         if min(seq_len, batch_rows, micro_rows) < 1 or batch_rows % (world_size * micro_rows):
-            raise DataError(f"batch_rows={batch_rows} is not a multiple of world_size={world_size} x "
+            raise UserError(f"batch_rows={batch_rows} is not a multiple of world_size={world_size} x "
                             f"micro_rows={micro_rows}: change the batch, the micro-batch or the number of processes")
         self.seq_len, self.batch_rows, self.micro_rows, self.seed = seq_len, batch_rows, micro_rows, seed
         self.device, self.position = torch.device(device), 0
@@ -423,10 +416,10 @@ class Loader:
         return {"position": self.position, "rows": self.row_counts, "seed": self.seed, "seq_len": self.seq_len}
 
     def load_state_dict(self, state):
-        """Continue at a saved position, on any number of ranks. Raises DataError if the order of rows would differ."""
+        """Continue at a saved position, on any number of ranks. Raises UserError if the order of rows would differ."""
         for key, value in self.state_dict().items():
             if key != "position" and state[key] != value:
-                raise DataError(f"the saved position belongs to {key}={state[key]}, but now {key}={value}: resume with "
+                raise UserError(f"the saved position belongs to {key}={state[key]}, but now {key}={value}: resume with "
                                 "the data and flags that the run began with, or start a new run")
         self.position = int(state["position"])
         self._ahead = self._thread.submit(self._read_step, self.position)
@@ -464,13 +457,13 @@ def validation_batches(folder, *, seq_len, rows, max_tokens=None, rank=0, world_
 
     Batch j of rank r starts at row (j * world_size + r) * rows. All ranks get equally many batches, padded with inputs
     0 and targets -1. Each token but the first of a shard is a target once; max_tokens keeps the first
-    max_tokens // seq_len rows. Raises DataError at the call if there is no row."""
+    max_tokens // seq_len rows. Raises UserError at the call if there is no row."""
     import torch
     split = ShardRows(folder, "val", seq_len, vocab_size, tails=True)
     if max_tokens is not None:
         split.total = min(split.total, max_tokens // seq_len)
     if split.total == 0:
-        raise DataError(f"{folder} gives no validation row: it needs a shard of at least 2 tokens, and "
+        raise UserError(f"{folder} gives no validation row: it needs a shard of at least 2 tokens, and "
                         f"max_tokens={max_tokens} must be at least seq_len={seq_len}")
 
     def read_batch(first_row):

@@ -1,7 +1,8 @@
 """Ranks, and which of them owns what: rendezvous, process groups, slabs, owners, buckets.
 
 A parameter is cut into slabs, each one matrix or some rows of a table. Each slab has one owner rank, which holds its
-optimizer state. Slabs whose gradients are ready at about the same time travel together in a bucket."""
+optimizer state. Slabs whose gradients are ready at about the same time travel together in a bucket. Owners are
+balanced by cost, as in Megatron's layer-wise optimizer, with little padding in each bucket."""
 
 import collections
 import ctypes
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import model
-from logger import RunError
+from cli import UserError
 from model import Config, ExpertRanks
 
 # -----------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     """The id of this attempt, "<number> <hex>", the same on all ranks and new in each attempt.
 
     torchrun keeps its store over restarts, with the keys of dead ranks, and each host counts its own restarts alone.
-    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises RunError if ranks stay away."""
+    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises UserError if ranks stay away."""
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", me)
@@ -102,7 +103,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     while others and not store.check([f"{run_id}/heard/{other}" for other in others]):
         if time.monotonic() > deadline:
             waited = f"{timeout.total_seconds():g} s"
-            raise RunError(f"not all {size} ranks came within {waited}; see what ended the others")
+            raise UserError(f"not all {size} ranks came within {waited}; see what ended the others")
         greetings = {store.get(f"hello/{other}").decode() for other in others if store.check([f"hello/{other}"])}
         for greeting in greetings - answered:
             store.set(f"answer/{greeting}", run_id)

@@ -4,7 +4,6 @@ The functions take train_muon.py's Session: recipe, hp, model, exchange, timer, 
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 
 import data
 import model
+from cli import UserError, file_sha256
 from distributed import World
 from logger import Run
 from model import DTYPES, Config, flops_per_token
@@ -35,7 +35,7 @@ def shared_facts(config: Config, hp, recipe, **choices) -> dict:
     fields = dataclasses.asdict(config) | dataclasses.asdict(hp) | choices
     flags = {f"--{name}": value for name, value in fields.items() if name != "data"}  # the path may differ
     shards = {f"shard {name}": contents for name, contents in recipe.data.fingerprint(hp.data).items()}
-    code = {f"the code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in source_files()}
+    code = {f"the code of {path.name}": file_sha256(path)[:16] for path in source_files()}
     return flags | shards | code | {"torch": torch.__version__}
 
 
@@ -97,7 +97,7 @@ def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: d
     if session.world.rank == 0:
         try:
             encoding = data.get_encoding(encoding_name)
-        except data.DataError as error:
+        except UserError as error:
             log.print(f"no comparison with compressors and no sample: {error}")
         else:
             others = data.compressed_bpb(session.recipe.validation_text(session, encoding))

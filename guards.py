@@ -1,6 +1,6 @@
 """Guards of a run: ranks that agree and stop together, signals, and a watchdog that reports stuck ranks.
 
-A mistake on one rank (ConfigError, DataError, RunError) ends every rank; rank 0 prints its one sentence."""
+A mistake on one rank (UserError) ends every rank; rank 0 prints its one sentence."""
 
 import json
 import math
@@ -16,15 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import ConfigError
-from data import DataError
+from cli import UserError
 from distributed import World
-from logger import PhaseTimer, RunError
-
-MISTAKES = (ConfigError, DataError, RunError)
+from logger import PhaseTimer
 
 
-class Ended(RunError):
+class Ended(UserError):
     """A mistake that is known to all ranks; rank 0 prints it."""
 
 
@@ -45,7 +42,7 @@ def agree(world: World, prepare):
     result, mistake = None, None
     try:
         result = prepare()
-    except MISTAKES as error:
+    except UserError as error:
         if world.size == 1:
             raise
         mistake = f"{error} (on {socket.gethostname()})"
@@ -155,7 +152,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace):
-        lost_peer = isinstance(error, RuntimeError) and not isinstance(error, RunError)  # raised by collectives
+        lost_peer = isinstance(error, RuntimeError) and not isinstance(error, UserError)  # raised by collectives
         silent = {}
         if self.world.size > 1 and lost_peer:
             try:

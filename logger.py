@@ -34,11 +34,9 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
+from cli import UserError, write_atomically
+
 SEPARATOR = "=" * 100  # in run.log, around the environment
-
-
-class RunError(RuntimeError):
-    """An error that the user can mend. Its message is one sentence: what is wrong, where, and how to mend it."""
 
 
 # -----------------------------------------------------------------------------
@@ -54,7 +52,7 @@ class Run:
         active: False on every rank but the first. All methods of an inactive run return without touching a file.
         sinks: names in SINKS; each of these dashboards receives the same rows.
 
-    Raises RunError if a file cannot be written. The constructor also raises it if the experiment exists and is not
+    Raises UserError if a file cannot be written. The constructor also raises it if the experiment exists and is not
     resumed, another process writes the folder, metrics.jsonl is damaged, or the package of a sink is missing.
     """
 
@@ -71,7 +69,7 @@ class Run:
             return
 
         if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
-            raise RunError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
+            raise UserError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
                            " choose a plain name such as muon ('plots' is where logger.py draws)")
         modules = {name: sink_module(name) for name in sinks}
         if resume_step is None:
@@ -82,9 +80,9 @@ class Run:
         metrics = self.path / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
             kept = [row for row in read_rows(metrics) if (row.get("step") or 0) <= resume_step]
-            write_atomically(metrics, _to_lines(kept))
+            write_text(metrics, _to_lines(kept))
         self._write_header(sources, resume_step)
-        write_atomically(self.path / "config.json", json.dumps(finite_or_none(config), indent=2, default=str) + "\n")
+        write_text(self.path / "config.json", json.dumps(finite_or_none(config), indent=2, default=str) + "\n")
         self._sinks = [SINKS[name][0](module, self.path, config, resume_step) for name, module in modules.items()]
 
     def print(self, line):
@@ -176,9 +174,9 @@ class Run:
 
 
 def refuse_existing(folder):
-    """Raises RunError if the folder holds a run, started or finished."""
+    """Raises UserError if the folder holds a run, started or finished."""
     if is_run(folder):
-        raise RunError(f"{folder} already holds a run; continue it with --resume or choose another --experiment_name")
+        raise UserError(f"{folder} already holds a run; continue it with --resume or choose another --experiment_name")
 
 
 def find_commit(folder) -> str:
@@ -197,7 +195,7 @@ def _lock_folder(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise RunError(f"another process is writing {folder}; stop it, wait for its end,"
+        raise UserError(f"another process is writing {folder}; stop it, wait for its end,"
                        " or choose another --experiment_name") from None
     except OSError:
         pass  # a file system without locks
@@ -279,7 +277,7 @@ class WandB:
         self.wandb = wandb
         id_file = folder / "wandb_id"
         if resume_step is None or not id_file.exists():
-            write_atomically(id_file, uuid.uuid4().hex)
+            write_text(id_file, uuid.uuid4().hex)
         with explain_os_errors(id_file, "read"):
             run_id = id_file.read_text(encoding="utf-8").strip()
         project = os.environ.get("WANDB_PROJECT", "modded-nanomoe")
@@ -306,11 +304,11 @@ SINKS = {  # name of package and flag -> class, module
 
 
 def sink_module(name: str):
-    """The imported module of a sink. Raises RunError if it is not installed."""
+    """The imported module of a sink. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(SINKS[name][1])
     except ImportError as error:
-        raise RunError(f"--{name} needs a package that is not installed ({error}): `pip install {name}`,"
+        raise UserError(f"--{name} needs a package that is not installed ({error}): `pip install {name}`,"
                        " or leave the flag out") from None
 
 
@@ -390,11 +388,11 @@ def read_run(folder) -> dict:
     """{"name": str, "config": dict, "rows": list of dicts} of a run's folder.
 
     config or rows are empty if the run has not written them yet; a last line cut off by a kill is left out.
-    Raises RunError if there is no run, or if any other line is not a JSON object.
+    Raises UserError if there is no run, or if any other line is not a JSON object.
     """
     folder = Path(folder)
     if not is_run(folder):
-        raise RunError(f"{folder} holds no run; check --out_dir and --experiment_name")
+        raise UserError(f"{folder} holds no run; check --out_dir and --experiment_name")
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     return {
         "name": folder.name,
@@ -415,7 +413,7 @@ def has_ended(folder) -> bool:
 
 
 def read_rows(path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises RunError for other damaged lines."""
+    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines."""
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     rows = []
@@ -427,7 +425,7 @@ def read_rows(path) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
         elif number < len(lines):
-            raise RunError(f"{path} line {number} is not a JSON object: {line[:40]!r}; delete that line")
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:40]!r}; delete that line")
     return rows
 
 
@@ -490,31 +488,29 @@ def format_metric(run, template: str, choose, key: str) -> str:
 
 @contextmanager
 def explain_os_errors(path, verb="write"):
-    """Turns an OSError into a RunError that names the file. verb: "write" or "read"."""
+    """Turns an OSError into a UserError that names the file. verb: "write" or "read"."""
     try:
         yield
     except OSError as error:
         mend = {"write": "make room or mend the permissions there, or choose another --out_dir",
                 "read": "restore it or mend its permissions"}[verb]
-        raise RunError(f"cannot {verb} {path}: {error.strerror or error}; {mend}") from error
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {mend}") from error
 
 
 def make_folder(path):
-    """Creates a folder and its parents. Raises RunError if that fails."""
+    """Creates a folder and its parents. Raises UserError if that fails."""
     with explain_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomically(path, text: str):
-    """Replaces a file by the text: a crash or a full disk leaves the old content. Raises RunError if that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_text(path, text: str):
+    """Replaces a file by the text: a crash or a full disk leaves the old content. Raises UserError if that fails."""
     with explain_os_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path) -> dict:
-    """The JSON object in a file. Raises RunError if there is none."""
+    """The JSON object in a file. Raises UserError if there is none."""
     try:
         with explain_os_errors(path, "read"):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -522,7 +518,7 @@ def read_json(path) -> dict:
             raise ValueError(f"it holds {str(found)[:20]}")
         return found
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is no JSON object ({error}); restore it or delete it") from error
+        raise UserError(f"{path} is no JSON object ({error}); restore it or delete it") from error
 
 
 def finite_or_none(value):
@@ -557,20 +553,20 @@ def main():
             write_histories(args.records, args.track)
         else:
             show_runs(args)
-    except RunError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def show_runs(args):
-    """Prints or draws the runs that the flags name. Raises RunError if there are none, or if a name is unknown."""
+    """Prints or draws the runs that the flags name. Raises UserError if there are none, or if a name is unknown."""
     found = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
     if not found:
-        raise RunError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
+        raise UserError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
     for name in args.experiment_name:
         if name not in found:
-            raise RunError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
+            raise UserError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
     folders = [args.out_dir / name for name in dict.fromkeys(args.experiment_name or found)]
     plots_folder = args.out_dir / "plots"
 
@@ -587,7 +583,7 @@ def show_runs(args):
 
         if len(folders) > 1:
             names = ", ".join(folder.name for folder in folders)
-            raise RunError(f"--follow shows one run; name it with --experiment_name: {names}")
+            raise UserError(f"--follow shows one run; name it with --experiment_name: {names}")
         follow(folders[0])
         return
 
@@ -624,6 +620,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    from logger import main  # tools/ imports this file as `logger`: its RunError must be the one that main() catches
-
     main()

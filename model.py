@@ -18,7 +18,7 @@ vocabulary.
 
 Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables);
 Shazeer et al. 1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang
-et al. 2408.15664 (bias balance). """
+et al. 2408.15664 (bias balance)."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from cli import ConfigError
+from cli import UserError, require
 from ops import norm
 
 # -----------------------------------------------------------------------------
@@ -42,7 +42,7 @@ from ops import norm
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The shape of the model and its loss. Raises ConfigError, which names the field and its legal values."""
+    """The shape of the model and its loss. Raises UserError, which names the field and its legal values."""
 
     # vocabulary and shape
     vocab_size: int = 50257  # ids in use; tables are padded to a multiple of 64
@@ -61,9 +61,7 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = no noise, no weights for it
-    norm_topk_prob: float = (
-        1.0  # gates = kept scores / (their sum to this power); 1 = normalised, 0 = the router's probabilities
-    )
+    norm_topk_prob: float = 1.0  # gates = kept scores / (their sum to this power): 1 = normalised, 0 = probabilities
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
@@ -88,39 +86,39 @@ class Config:
         for field in dataclasses.fields(self):
             value, legal = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
             fits = type(value) in legal or (float in legal and type(value) is int)
-            self.require(field.name, fits, "of type " + " or ".join(kind.__name__ for kind in legal))
-            self.require(field.name, not isinstance(value, float) or math.isfinite(value), "finite")
+            require(self, field.name, fits, "of type " + " or ".join(kind.__name__ for kind in legal))
+            require(self, field.name, not isinstance(value, float) or math.isfinite(value), "finite")
         self.check()
 
     def check(self):
         """The legal values of every field."""
         for name in "vocab_size n_layer n_embd n_head num_experts top_k balance_window window_size ngram_rows".split():
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in """balance_coef z_coef bias_update_factor router_noise norm_topk_prob num_shared_experts
                        shared_dim""".split():
-            self.require(name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in "mlp_ratio attn_scale softcap".split():
-            self.require(name, getattr(self, name) > 0, "above 0")
+            require(self, name, getattr(self, name) > 0, "above 0")
         for name, table in self.tables().items():
-            self.require(name, getattr(self, name) in table, "one of " + ", ".join(table))
+            require(self, name, getattr(self, name) in table, "one of " + ", ".join(table))
         for name, letters in self.letters().items():
             value = getattr(self, name)
             legal = "a string of the letters " + " ".join(letters)
-            self.require(name, value != "" and set(value) <= set(letters), legal)
-        self.require("eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
-        self.require("ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
+            require(self, name, value != "" and set(value) <= set(letters), legal)
+        require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
+        require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
         most = self.n_layer // 2
-        self.require("value_embeds", 0 <= self.value_embeds <= most, f"from 0 to n_layer // 2 = {most}")
-        self.require("head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
-        self.require("n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
-        self.require("num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
-        self.require("top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
+        require(self, "value_embeds", 0 <= self.value_embeds <= most, f"from 0 to n_layer // 2 = {most}")
+        require(self, "head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
+        require(self, "n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
+        require(self, "top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         width = self.mlp_ratio * self.n_embd / self.equal_experts
         share = f"mlp_ratio * n_embd / {self.equal_experts} = {width}, the width of one of a token's top_k + "
         share += "num_shared_experts (without those that have a shared_dim),"
-        self.require("mlp_ratio", width > 0 and width % 8 == 0, f"such that {share} is a multiple of 8")
-        self.require("shared_dim", self.shared_dim % 8 == 0, "a multiple of 8")
-        self.require("shared_dim", self.shared_dim == 0 or self.num_shared_experts > 0, "0 without num_shared_experts")
+        require(self, "mlp_ratio", width > 0 and width % 8 == 0, f"such that {share} is a multiple of 8")
+        require(self, "shared_dim", self.shared_dim % 8 == 0, "a multiple of 8")
+        require(self, "shared_dim", self.shared_dim == 0 or self.num_shared_experts > 0, "0 without num_shared_experts")
 
     def tables(self) -> dict[str, dict]:
         """Field -> the table whose keys are its legal values."""
@@ -129,10 +127,6 @@ class Config:
     def letters(self) -> dict[str, typing.Iterable[str]]:
         """Field of one letter per layer -> its legal letters."""
         return {"pattern": FEED_FORWARDS, "attention": ATTENTIONS, "window": WINDOWS}
-
-    def require(self, field: str, condition: bool, legal: str):
-        if not condition:
-            raise ConfigError(f"{field} is {getattr(self, field)!r}; it must be {legal}")
 
     def model_class(self) -> type:
         return DEPTHS[self.depth]
@@ -807,13 +801,13 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest id; top_k keeps the k likeliest (0 = all), top_p the likeliest with this total
         probability (1904.09751). Row b depends on seed + b alone. After `stop_at` a row repeats it; sampling ends when
-        all rows have stopped. Raises ValueError for an empty prompt, ConfigError for a number out of range."""
+        all rows have stopped. Raises ValueError for an empty prompt, UserError for a number out of range."""
         limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"),
                   "top_k": (top_k, top_k >= 0, "at least 0"),
                   "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1")}  # fmt: skip
         for name, (value, fits, legal) in limits.items():
             if not fits:
-                raise ConfigError(f"{name} is {value}; it must be {legal}")
+                raise UserError(f"{name} is {value}; it must be {legal}")
         B, T = tokens_BT.shape
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")

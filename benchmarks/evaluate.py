@@ -24,9 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
-import model as model_file  # noqa: E402
-from checkpoint import CheckpointError  # noqa: E402
-from tools import sources  # noqa: E402
+from cli import UserError, positive  # noqa: E402
+from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
 
@@ -55,12 +54,12 @@ def stream_nats(model, ids_N: np.ndarray, seq_len: int) -> float:
 
 
 def bits_per_byte(model, encoding, documents, seq_len: int) -> tuple[float, int, int]:
-    """(bits per byte, bytes, tokens) of documents (UTF-8). Raises DataError if there is no text."""
+    """(bits per byte, bytes, tokens) of documents (UTF-8). Raises UserError if there is no text."""
     ids = [np.concatenate(([encoding.eot_token], encoding.encode(text.decode("utf-8", "replace")))) for text in documents]
     stream_N = np.concatenate(ids) if ids else np.empty(0, np.int64)
     size = len(encoding.decode_bytes(stream_N))
     if size == 0:
-        raise data.DataError("there is no text in it; name other files")
+        raise UserError("there is no text in it; name other files")
     return stream_nats(model, stream_N, min(seq_len, len(stream_N) - 1)) / math.log(2) / size, size, len(stream_N) - len(ids)
 
 
@@ -107,7 +106,7 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Raises DataError where a line is not a question."""
+    """Raises UserError where a line is not a question."""
     questions = []
     with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -121,12 +120,12 @@ def read_questions(path: Path) -> list[dict]:
                 raise ValueError("answer is the number of a choice, from 0")
             questions.append(question)
     if not questions:
-        raise data.DataError(f"{path} has no questions: name another file")
+        raise UserError(f"{path} has no questions: name another file")
     return questions
 
 
 def harness_model(model, encoding):
-    """The model as the harness wants it. Raises DataError where that is not installed."""
+    """The model as the harness wants it. Raises UserError where that is not installed."""
     with data.as_data_error("the harness is not installed: `pip install -r benchmarks/requirements-harness.txt`", ImportError):
         from lm_eval.api.model import TemplateLM
 
@@ -179,8 +178,8 @@ def measure_bpb(model, encoding, args):
         documents, _ = sources.read_files([path], encoding, args.text_field)
         try:
             bits, size, tokens = bits_per_byte(model, encoding, (text for _, text in documents), args.seq_len or context_length(model))
-        except data.DataError as error:
-            raise data.DataError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         print(f"{path}: {bits:.4f} bits per byte, {size:,} bytes, {tokens:,} tokens in {time.perf_counter() - began:.1f} s", flush=True)
 
 
@@ -217,7 +216,7 @@ def parse(argv=None):
         if measure is not measure_harness:
             part.add_argument("--path", nargs="+", required=True)
     which.choices["bpb"].add_argument("--text_field", default="text", help="of .jsonl and .parquet files")
-    which.choices["bpb"].add_argument("--seq_len", type=model_file.positive, help="tokens of a window (default: that of the long layers)")
+    which.choices["bpb"].add_argument("--seq_len", type=positive, help="tokens of a window (default: that of the long layers)")
     harness = which.choices["harness"]
     harness.add_argument("--tasks", nargs="+", required=True)
     harness.add_argument("--include_path", help="a folder with tasks of your own")
@@ -229,11 +228,12 @@ def parse(argv=None):
 def main():
     args = parse()
     try:
-        model = model_file.load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-        if model.config.objective != "next":
-            raise model_file.ConfigError(f"objective is {model.config.objective}; only a model of the next token can be evaluated")
-        args.measure(model.for_inference(), data.get_encoding(model.encoding), args)
-    except (model_file.ConfigError, CheckpointError, data.DataError) as error:
+        model = hub.load(args.checkpoint, hub.device())
+        objective = getattr(model.config, "objective", "next")
+        if objective != "next":
+            raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
+        args.measure(hub.for_inference(model), data.get_encoding(model.encoding), args)
+    except UserError as error:
         sys.exit(f"evaluate.py: error: {error}")
 
 

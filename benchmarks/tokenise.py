@@ -20,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from cli import UserError  # noqa: E402
 from model import Parser, positive  # noqa: E402
 from tools import sources  # noqa: E402
 
@@ -46,7 +47,7 @@ def ours(paths: list[str], encoding: str, num_proc: int | None, out: Path) -> tu
         peak = max(peak, resident_bytes(process.pid))
     seconds = time.perf_counter() - began
     if process.returncode:
-        raise data.DataError(f"data.py ended with status {process.returncode}: run `{' '.join(words)}` to see why")
+        raise UserError(f"data.py ended with status {process.returncode}: run `{' '.join(words)}` to see why")
     digests = {}
     for split in ("train", "val"):
         digest = hashlib.sha256()
@@ -87,11 +88,11 @@ def main():
                 seconds, peak, ids = ours(paths, args.encoding, args.num_proc, Path(folder) / "out")
             plain_seconds, tokens, plain_ids = plain(paths, args.encoding)
             if ids != plain_ids:
-                raise data.DataError("the ids differ from tiktoken's: this is a bug of data.py")
+                raise UserError("the ids differ from tiktoken's: this is a bug of data.py")
             print(f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
                   f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
                   f"ratio {plain_seconds / seconds:.2f}", flush=True)  # fmt: skip
-    except (data.DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"tokenise.py: error: {error}")
 
 

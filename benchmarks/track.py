@@ -36,14 +36,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
-from guards import World  # noqa: E402
-from logger import RunError  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from distributed import World  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
-RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
+RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
           enable_profiling plan objective""".split()  # flags that are the track's
 TIMED_STEPS = 20  # of a run that only measures, and as many before, in which experts still meet new row counts, and after
@@ -55,31 +56,31 @@ TIMED_STEPS = 20  # of a run that only measures, and as many before, in which ex
 class Row:
     """A script and its flags, checked against the track before anything runs.
 
-    Raises RunError for a flag that is the track's to set, for data or a GPU other than the track's, and for a torch that is not pinned."""
+    Raises UserError for a flag that is the track's to set, for data or a GPU other than the track's, and for a torch that is not pinned."""
 
     def __init__(self, track: dict, command: list[str], folder: Path | None = None):
         (script, *flags), folder = command, folder or Path(track["data"])
         if script not in RECIPES:
-            raise RunError(f"{script} is not a script of the track; after -- comes one of {', '.join(RECIPES)} and its flags")
+            raise UserError(f"{script} is not a script of the track; after -- comes one of {', '.join(RECIPES)} and its flags")
         for flag in {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")} & set(OURS):
-            raise RunError(f"--{flag} is set by the track; after -- leave it out")
+            raise UserError(f"--{flag} is set by the track; after -- leave it out")
         self.track, self.script, self.flags = track, script, [f"--preset={track['preset']}", f"--data={folder}", *flags]
         check_gpu(track)
         self.config, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
         if track["val_tokens"] % self.hp.seq_len:
-            raise RunError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
-        source = hashlib.sha256(b"".join(path.read_bytes() for path in train_muon.SOURCES)).hexdigest()
+            raise UserError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
+        source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()
         self.facts = {"script": script, "flags": flags, "source_sha256": source} | pinned_corpus(track, ROOT / folder)
         settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.hp)
         text = json.dumps({name: value for name, value in settings.items() if name not in OURS}, sort_keys=True)
         self.settings = hashlib.sha256(text.encode()).hexdigest()  # presets change, and the same flags then mean another run
 
     def run(self, out: Path, name: str, **settings) -> list[dict]:
-        """The rows of metrics.jsonl of one run, which leaves its files in out/name. Raises RunError if it fails."""
+        """The rows of metrics.jsonl of one run, which leaves its files in out/name. Raises UserError if it fails."""
         settings = dict(device=self.track["device"], val_every=0, sample_tokens=0, checkpoint_every=0, out_dir=out, experiment_name=name) | settings
         status = launch([self.script, *self.flags, *as_flags(settings)], self.track.get("threads"))
         if status:
-            raise RunError(f"{self.script} ended with status {status}; what it said is above")
+            raise UserError(f"{self.script} ended with status {status}; what it said is above")
         return logger.read_run(out / name)["rows"]
 
     def step_ms(self, out: Path, name: str) -> float:
@@ -107,23 +108,23 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def check_gpu(track: dict):
-    """Raises RunError unless this machine has the GPU that the track names, if it names one."""
+    """Raises UserError unless this machine has the GPU that the track names, if it names one."""
     wanted, here = track.get("gpu"), torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if wanted not in (None, here):
-        raise RunError(f"this track's clock is that of one {wanted}; the GPU here is {here}: choose another --track")
+        raise UserError(f"this track's clock is that of one {wanted}; the GPU here is {here}: choose another --track")
 
 
 def pinned_corpus(track: dict, folder: Path) -> dict:
-    """torch's version and the sha256 of the corpus. Raises RunError unless the folder holds all of the pinned corpus and nothing else."""
+    """torch's version and the sha256 of the corpus. Raises UserError unless the folder holds all of the pinned corpus and nothing else."""
     version, pins = sources.torch_version(), track["corpus_sha256"]
     pinned = records.find_pinned_corpus(track, version)
     if pinned is None:
-        raise RunError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
+        raise UserError(f"torch {version} is not pinned for this track ({', '.join(pins)}); run `pip install torch=={list(pins)[-1]}`")
     meta = data.load_meta(folder)
     corpus = meta.get("corpus_sha256") or shards_sha256(meta)
     wanted = {"source": track["source"], "encoding": track["encoding"], "max_tokens": None, "split_seed": 0}
     if corpus != pinned or wanted.items() - meta["request"].items():
-        raise RunError(f"{folder} does not hold the corpus pinned for torch {version}, whole; remove it and run `{track['prepare']} --out {folder}`")
+        raise UserError(f"{folder} does not hold the corpus pinned for torch {version}, whole; remove it and run `{track['prepare']} --out {folder}`")
     return {"torch": version, "corpus_sha256": corpus}
 
 
@@ -143,11 +144,11 @@ def short(args):
     earlier = [line for line in lines if line["name"] == args.name]
     asked = sum(len(line["seeds"]) for line in lines if args.row and line["row"] == args.row) + len(args.seeds)
     if args.row and asked > track["tuning_runs"]:
-        raise RunError(f"row {args.row!r} would have had {asked} short runs; every row has {track['tuning_runs']}")
+        raise UserError(f"row {args.row!r} would have had {asked} short runs; every row has {track['tuning_runs']}")
     step_ms, steps = None, args.steps or next((line["steps"] for line in earlier), None)
     for line in earlier:  # more seeds of the same
         if (line["script"], line["flags"], line["steps"]) != (row.script, row.facts["flags"], steps) or set(line["seeds"]) & set(args.seeds):
-            raise RunError(f"{args.name!r} is in {log} with other flags, or with one of these seeds; choose another --name")
+            raise UserError(f"{args.name!r} is in {log} with other flags, or with one of these seeds; choose another --name")
         check_settings(line, row)
     with tempfile.TemporaryDirectory() as folder:
         if steps is None:
@@ -161,7 +162,7 @@ def short(args):
                 ms = 1000 * results[-1]["train_time"] / steps
                 if step_ms and not 0.9 < ms / step_ms < 1.1:
                     print(f"note: {ms:.1f} ms per step now, {step_ms:.1f} in the calibration: the machine was busy with something else", flush=True)
-            except RunError as error:  # a loss that is not finite is a result too
+            except UserError as error:  # a loss that is not finite is a result too
                 failure = error
                 break
     append_line(log, args.name, row, steps, args.seeds[: len(results) + bool(failure)], results, row_name=args.row, step_ms=step_ms)
@@ -170,10 +171,10 @@ def short(args):
 
 
 def check_settings(line: dict, row: Row):
-    """Raises RunError where seeds of one name would be of two settings."""
+    """Raises UserError where seeds of one name would be of two settings."""
     if line.get("settings") != row.settings:
         then = f"the presets of commit {line['commit'][:7]}, which have changed since or were not noted"
-        raise RunError(f"{line['name']!r} was run with {then}; choose another name")
+        raise UserError(f"{line['name']!r} was run with {then}; choose another name")
 
 
 def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict], row_name: str | None, step_ms: float | None):
@@ -200,7 +201,7 @@ def compare(args):
     lines = read_tuning(log)
     a, b = (by_seed([line for line in lines if line["name"] == name], metric) for name in args.names)
     if not a.keys() & b.keys():
-        raise RunError(f"{args.names[0]!r} and {args.names[1]!r} share no seed in {log}, which holds: {', '.join({x['name']: 0 for x in lines})}")
+        raise UserError(f"{args.names[0]!r} and {args.names[1]!r} share no seed in {log}, which holds: {', '.join({x['name']: 0 for x in lines})}")
     for seed in sorted(a.keys() & b.keys()):
         print(f"seed {seed}: {a[seed]:.4f} - {b[seed]:.4f} = {a[seed] - b[seed]:+.4f}")
     print(difference(a, b))
@@ -234,7 +235,7 @@ def curve(args):
     both = [seconds for seconds in sorted(a.keys() & b.keys()) if a[seconds].keys() & b[seconds].keys()]
     if not both:
         wanted = " and ".join(f'"{name}, <seconds> s"' for name in args.names)
-        raise RunError(f"no runs named {wanted} have a length and a seed in common; make them with short")
+        raise UserError(f"no runs named {wanted} have a length and a seed in common; make them with short")
     for seconds in both:
         print(f"{seconds} s: {' - '.join(args.names)}: {difference(a[seconds], b[seconds])}")
     with plots.open_figure(folder / "curve.png") as figure:
@@ -262,18 +263,17 @@ class Stepper:
 
     def __init__(self, row: Row):
         config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
-        world, self.hp, self.recipe, self.number = World(0, 1, torch.device(row.track["device"])), hp, RECIPES[row.script], 2 * PAIRS
-        self.model, self.timer = model_file.GPT(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
-        self.exchange = train_muon.Exchange(self.model, world, hp.bucket_mb)
-        self.exchange.equip(self.recipe, hp)
-        rows = hp.batch_tokens // hp.seq_len
-        self.loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=train_muon.micro_batch_rows(rows, hp, world), rank=0,
-                                  world_size=1, seed=0, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
+        world, recipe, self.number = World(0, 1, torch.device(row.track["device"])), RECIPES[row.script], 2 * PAIRS
+        net, timer = model.build(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
+        exchange = train_muon.Exchange(net, world, hp.bucket_mb)
+        exchange.attach_optimizers(recipe, hp)
+        self.session = train_muon.Session(recipe, hp, net, exchange, timer)
+        micro_rows = train_muon.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+        self.loader = recipe.open_loader(config, hp, world, micro_rows)
 
     def milliseconds(self) -> float:
         began = time.perf_counter()
-        optimizers = self.exchange.optimizers
-        train_muon.train_step(self.model, self.exchange, optimizers, self.loader.next_step, self.number, self.hp, self.recipe, self.timer)
+        train_muon.train_step(self.session, self.loader.next_step, self.number)
         self.number += 1
         return 1000 * (time.perf_counter() - began)
 
@@ -306,7 +306,7 @@ def ablate(args):
             lines = [line for line in read_tuning(log) if line["name"] == name]
             steps = ablation_steps(track, timing, name)
             if any((line["flags"], line["steps"]) != (row.facts["flags"], steps) for line in lines):
-                raise RunError(f"{name!r} is in {log} with other flags or steps than the plan's; choose another name for the plan")
+                raise UserError(f"{name!r} is in {log} with other flags or steps than the plan's; choose another name for the plan")
             if any(seed in line["seeds"] for line in lines):
                 continue
             for line in lines:
@@ -365,18 +365,18 @@ def full(args):
     partial, track_file = folder.with_name(folder.name + ".partial"), folder.parent / "track.json"
     track = logger.read_json(track_file)
     if not re.fullmatch(r"\d{4}-\d\d-\d\d_\w+", folder.name):
-        raise RunError(f"{folder.name} does not name a record; call it YYYY-MM-DD_Name")
+        raise UserError(f"{folder.name} does not name a record; call it YYYY-MM-DD_Name")
     if folder.exists():
-        raise RunError(f"{folder} already holds a record; choose another --folder")
+        raise UserError(f"{folder} already holds a record; choose another --folder")
     if sorted(args.seeds) != list(range(len(args.seeds))) or len(args.seeds) < track["seeds"]:
-        raise RunError(f"--seeds {' '.join(map(str, args.seeds))}: a record has the seeds 0 to n - 1, and n is at least {track['seeds']}")
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: a record has the seeds 0 to n - 1, and n is at least {track['seeds']}")
     row = Row(track, args.command, args.data)
     facts = row.facts | {"steps": args.steps}
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"
     begun = logger.read_json(config_file) if config_file.exists() else None
     if begun and begun["track"] != facts:
-        raise RunError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
+        raise UserError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
     for seed in args.seeds:
         if (partial / f"seed{seed}.jsonl").exists():
             print(f"seed {seed} is there")
@@ -421,7 +421,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
     """Milliseconds per step of this row and of row 1, with the present code: short runs in turns, every second round in the other order,
     so that a machine that slows down or speeds up does so for both. A field that is younger than row 1 has its default there."""
     script, recorded = config_1["track"]["script"], config_1["model"] | config_1["hyperparameters"]
-    fields = [field for cls in (model_file.Config, RECIPES[script].hyperparameters) for field in dataclasses.fields(cls) if field.name not in OURS]
+    fields = [field for cls in (model.Config, RECIPES[script].train_config) for field in dataclasses.fields(cls) if field.name not in OURS]
     settings = {field.name: recorded.get(field.name, field.default) for field in fields}
     rows, ms = {"row": row, "row_1": Row(track, [script, *as_flags(settings)], row.hp.data)}, {"row": [], "row_1": []}
     with tempfile.TemporaryDirectory() as out:
@@ -449,7 +449,7 @@ def at_least_two(text: str) -> int:
 def parse(argv: list[str]):
     """argv up to `--` as flags of ours; what follows, a script and its flags, as `command`."""
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
+    parser = Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
     actions = parser.add_subparsers(dest="action", required=True)
     add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve, ablate)}
     for function in (short, compare, curve):
@@ -459,13 +459,13 @@ def parse(argv: list[str]):
         add[function].add_argument("--data", type=Path, help="the folder of the track's shards (default: where track.json says)")
     add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
-    add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
+    add[short].add_argument("--steps", type=positive, help="instead of as many as fit")
     add[short].add_argument("--seconds", type=float, help="instead of the track's")
     for function in (short, ablate):
-        add[function].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
+        add[function].add_argument("--threads", type=positive, help="instead of the track's; with one each, runs fit side by side")
     add[ablate].add_argument("--plan", type=Path, required=True, help="a JSON file beside the track's track.json")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
-    add[full].add_argument("--steps", type=model_file.positive, required=True)
+    add[full].add_argument("--steps", type=positive, required=True)
     add[full].add_argument("--rounds", type=at_least_two, default=6, help="in which row 1 and this row are timed in turns")
     for function in (compare, curve):
         add[function].add_argument("names", nargs=2)
@@ -480,7 +480,7 @@ def main():
     args = parse(sys.argv[1:])
     try:
         args.function(args)
-    except (RunError, data.DataError, model_file.ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"track.py: error: {error}")
 
 

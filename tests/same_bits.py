@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # (pattern, replacement) pairs, which re.sub applies to the old names of parameters, buffers and slabs, for instance
 # (r"^depth\.skip_weights", "skip_weights")
 RENAMED = [(r"^depth\.(skip_weights|halt|controller)\b", r"\1")]
+RETIRED_BUFFERS = {"counted_LE"}  # the core has them no more
 RENAMED_STATS = {"local_loss": "router_loss", "loops": "depth/loops"}
 
 # -----------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def makers(build: dict) -> dict:
         usual = {field.name: field.default for field in dataclasses.fields(zoo.Config)}
         core = {field.name for field in dataclasses.fields(model.Config)}
         chosen = {field: value for field, value in fields.items() if field in core or value != usual[field]}
-        with contextlib.suppress(model.ConfigError):  # a value that only the zoo has
+        with contextlib.suppress(model.UserError):  # a value that only the zoo has
             core_names = fields.get("experts", "mlp") == "mlp" and not build.get("told")  # else other names or arguments
             if set(chosen) <= core and core_names:
                 config = model.Config(**chosen)
@@ -208,7 +209,7 @@ def computed(make, cache_kind, build: dict, side: str):
         told = dict(expert_B=torch.tensor([1, -1]), real_B=torch.tensor([True, False]))
     parameters, kinds = {new_name(name): p for name, p in net.named_parameters()}, net.parameter_kinds()
     saved = set(net.state_dict())
-    saved -= {"counted_LE"}  # the core has no such buffer
+    saved -= RETIRED_BUFFERS
     buffers = {new_name(name): buffer for name, buffer in net.named_buffers() if name in saved}
     yield "kinds of parameters", sorted(f"{new_name(name)}: {kind}" for name, kind in kinds.items())
     for name, value in (parameters | buffers).items():
@@ -428,7 +429,7 @@ def run_results(tree: Path, side: str, name: str, folder: Path) -> dict:
             found[f"step {row['step']}: {key}"] = torch.tensor(row[key], dtype=torch.float64)
     for path in sorted(out.rglob("rank*.pt")):
         for slab, tensors in torch.load(path, weights_only=True).items():
-            for key, tensor in tensors.items():
+            for key, tensor in tensors.items() if slab not in RETIRED_BUFFERS else ():
                 found[f"{path.parent.name}: {key} of {new_name(slab)}"] = tensor
     return found
 

@@ -10,32 +10,30 @@ from pathlib import Path
 import torch
 
 import data
-from cli import ConfigError, Parser, add_flags, positive
-from data import DataError
-from logger import RunError
+from cli import Parser, UserError, add_flags, positive
 from model import PRESETS, Config
-from tools import hub, model_card, routes
+from tools import cost, hub, routes
 
 
 def main(argv: list[str] | None = None):
     try:
         args = parse(argv)
         if not args["checkpoint"]:
-            print(model_card.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
         elif args["save_pretrained"] or args["push_to_hub"]:
             hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
         elif args["routes"]:
             print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
         else:
             sample(args)
-    except (ConfigError, DataError, RunError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"model.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def parse(argv: list[str] | None = None) -> dict:
-    """Flags -> their values; under `config`, the preset with the given fields changed. Raises ConfigError."""
+    """Flags -> their values; under `config`, the preset with the given fields changed. Raises UserError."""
     parser = Parser(
         prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it."
     )
@@ -69,13 +67,13 @@ def parse(argv: list[str] | None = None) -> dict:
     changes = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
     for flag in ("save_pretrained", "push_to_hub", "routes"):
         if args[flag] and not args["checkpoint"]:
-            raise ConfigError(f"--{flag} needs --checkpoint, a run's folder")
+            raise UserError(f"--{flag} needs --checkpoint, a run's folder")
     if args["routes"] and not args["data"]:
-        raise ConfigError("--routes needs --data, a folder of shards")
+        raise UserError("--routes needs --data, a folder of shards")
     if not args["checkpoint"]:
         return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **changes)}
     for name in changes.keys() - {"top_k"}:
-        raise ConfigError(
+        raise UserError(
             f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out"
         )
     return args

@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 import model
-from cli import ConfigError
+from cli import UserError
 
 HUB = "hf://"  # prefix of a repository's name, where a folder could stand as well
 CARD = """---
@@ -49,7 +49,7 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
     """The trained model in evaluation mode, with its `encoding`: of a run's checkpoint folder, a folder of save(), or
     hf://user/name.
 
-    kwargs are those of huggingface_hub.hf_hub_download, such as revision or token. Raises ConfigError."""
+    kwargs are those of huggingface_hub.hf_hub_download, such as revision or token. Raises UserError."""
     name = str(where)
     if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
         return checkpoint.load_model_from_run(Path(where), device)[0]
@@ -64,14 +64,14 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
         if name.startswith(HUB):
             path = lambda file: hub.hf_hub_download(name.removeprefix(HUB), file, **kwargs)
         settings = json.loads(Path(path("config.json")).read_text())
-        net = model.build(checkpoint.config_of({"model": config_fields(settings), **settings}))
+        net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
         state = safetensors.load_file(path("model.safetensors"))
         net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
         net.encoding = settings["encoding"]
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # of the network, the Hub, safetensors, or a foreign configuration
-        raise ConfigError(f"{where} cannot be loaded ({first_line(error)}); {mend}") from error
+        raise UserError(f"{where} cannot be loaded ({first_line(error)}); {mend}") from error
     return net.to(device).eval()
 
 
@@ -113,7 +113,7 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
     """Upload the files of save() to a repository on the Hub, created if it does not exist; returns the commit's
     address.
 
-    Raises ConfigError."""
+    Raises UserError."""
     import tempfile
 
     hub, _ = import_hub()
@@ -125,14 +125,14 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
             return hub.upload_folder(repo_id=repo_id, folder_path=folder).commit_url
     except Exception as error:  # of the network or the Hub
         mend = "log in with `hf auth login`, or write a folder with --save_pretrained"
-        raise ConfigError(f"{repo_id} cannot be uploaded ({first_line(error)}); {mend}") from error
+        raise UserError(f"{repo_id} cannot be uploaded ({first_line(error)}); {mend}") from error
 
 
 def share(where: str | Path, folder: Path | None, repo_id: str | None):
-    """Write a checkpoint as the Hub's files into a folder, or upload it. Raises ConfigError where other files are in
+    """Write a checkpoint as the Hub's files into a folder, or upload it. Raises UserError where other files are in
     the way."""
     if folder and folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
-        raise ConfigError(f"{folder} already holds other files; name a new folder")
+        raise UserError(f"{folder} already holds other files; name a new folder")
     net, about = load(where), run_card(Path(where))
     if folder:
         partial = folder.with_name(folder.name + ".partial")
@@ -157,12 +157,12 @@ def run_card(where: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def import_hub():
-    """(huggingface_hub, safetensors.torch). Raises ConfigError if they are missing."""
+    """(huggingface_hub, safetensors.torch). Raises UserError if they are missing."""
     try:
         return importlib.import_module("huggingface_hub"), importlib.import_module("safetensors.torch")
     except ImportError:
         mend = "`pip install huggingface_hub safetensors`"
-        raise ConfigError(f"the Hub's folders need huggingface_hub and safetensors: {mend}") from None
+        raise UserError(f"the Hub's folders need huggingface_hub and safetensors: {mend}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-from data import COMPRESSED_BYTES, DataError, as_data_error, get_encoding, load_meta, read_shard, write_shard
+from cli import UserError, file_sha256, write_atomically
+from data import COMPRESSED_BYTES, as_data_error, get_encoding, load_meta, read_shard, write_shard
 from tools import sources
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         print(prepare(args))
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
@@ -56,11 +57,11 @@ def main(argv=None):
 
 
 def prepare(args):
-    """Prepare args.out, in <out>.partial until it is complete. Returns the line to print. Raises DataError."""
+    """Prepare args.out, in <out>.partial until it is complete. Returns the line to print. Raises UserError."""
     start, out = time.perf_counter(), Path(args.out or f"data/{args.source}")
     target = out.resolve()  # resolved, so that the target of a link is filled and `.` has a name
     if target.is_mount():
-        raise DataError(f"{out} is the mount point of a file system and cannot be replaced: "
+        raise UserError(f"{out} is the mount point of a file system and cannot be replaced: "
                         "choose a folder inside it as --out")
     request = {flag: getattr(args, flag) for flag in ("source", *SOURCES[args.source][1]) if flag != "num_proc"}
     if args.source == "python":
@@ -74,7 +75,7 @@ def prepare(args):
             shards = [shard for part in parts for split in ("train", "val") for shard in data.open_split(part, split)]
             tokens = sum(len(tokens) for _, tokens in shards)
             return f"{out} is ready: {tokens:,} tokens, made by this same command"
-        raise DataError(f"{out} already exists and was made by another command or of other text: "
+        raise UserError(f"{out} already exists and was made by another command or of other text: "
                         "remove it or choose another --out")
 
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no warning at each retry
@@ -160,7 +161,7 @@ def write_meta(folder, meta):
     """Write meta.json, one entry per line, with its own sha256."""
     meta = meta | {"sha256": data.meta_sha256(meta)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())
-    (folder / "meta.json").write_text("{\n" + lines + "\n}\n")
+    write_atomically(folder / "meta.json", lambda temporary: temporary.write_text("{\n" + lines + "\n}\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,12 +170,12 @@ def write_meta(folder, meta):
 
 def prepare_fineweb(args, folder):
     if args.encoding != "gpt2":
-        raise DataError("the FineWeb shards hold gpt2 tokens: leave --encoding out, or tokenise FineWeb with "
+        raise UserError("the FineWeb shards hold gpt2 tokens: leave --encoding out, or tokenise FineWeb with "
                         "--source hf --dataset HuggingFaceFW/fineweb")
     sources.download_fineweb(folder, args.shards)
     try:
         encoding = get_encoding("gpt2")
-    except DataError as error:
+    except UserError as error:
         print(f"note: no bits per byte, as bytes per token are unknown: {error}", file=sys.stderr)
         encoding = None
     return describe(folder, encoding)
@@ -200,7 +201,7 @@ def prepare_python(args, folder):
 
 def prepare_arithmetic(args, folder):
     if args.max_tokens is None:
-        raise DataError("--source arithmetic has no end: say how much of it with --max_tokens, for instance "
+        raise UserError("--source arithmetic has no end: say how much of it with --max_tokens, for instance "
                         "--max_tokens 4_000_000")
     return tokenise(sources.generate_arithmetic(args.split_seed), get_encoding(args.encoding), args, folder)
 
@@ -211,7 +212,7 @@ def prepare_domains(args, folder):
     for word in args.path or []:
         name, equals, path = word.partition("=")
         if not equals or not re.fullmatch(r"\w+", name) or not path:
-            raise DataError(f"--path {word}: with --source domains it is name=FILE, and a name has letters, digits "
+            raise UserError(f"--path {word}: with --source domains it is name=FILE, and a name has letters, digits "
                             "and _ only")
         paths.setdefault(name, []).append(path)
     legal = paths or sources.DOMAINS
@@ -219,7 +220,7 @@ def prepare_domains(args, folder):
     for name in names:
         if name not in legal:
             mend = f"choose among {', '.join(legal)}" + ("" if paths else ", or name its file with --path")
-            raise DataError(f"--domains {name}: {mend}")
+            raise UserError(f"--domains {name}: {mend}")
 
     encoding, metas = get_encoding(args.encoding), {}
     for name in names:
@@ -309,7 +310,7 @@ def tokenise(source, encoding, args, folder):
         train = move_to_validation(lowest[1], lowest[2], train, val)
     for writer, purpose in ((train, "train on"), (val, "validate with")):
         if not writer.num_tokens:
-            raise DataError(f"source {args.source} gave too few documents: nothing is left to {purpose}; "
+            raise UserError(f"source {args.source} gave too few documents: nothing is left to {purpose}; "
                             "give more text, or separate its documents by lines <|endoftext|>")
     return describe(folder, encoding, compressors if val_text_tokens else None) | facts
 
@@ -331,7 +332,7 @@ def move_to_validation(start, stop, train, val):
 
 
 def describe(folder, encoding, compressors=None):
-    """Entries of meta.json, counted from finished shards. Raises DataError for an id beyond the vocabulary.
+    """Entries of meta.json, counted from finished shards. Raises UserError for an id beyond the vocabulary.
 
     Args:
         encoding: None for GPT-2 without its ranks
@@ -347,12 +348,12 @@ def describe(folder, encoding, compressors=None):
             for start in range(0, len(tokens), 2**20):
                 piece = tokens[start : start + 2**20]
                 if piece.max() >= len(count_V):
-                    raise DataError(f"{path} holds token id {piece.max()}, beyond the vocabulary of "
+                    raise UserError(f"{path} holds token id {piece.max()}, beyond the vocabulary of "
                                     f"{known['encoding']}: remove it and run again")
                 count_V += np.bincount(piece, minlength=len(count_V))
                 if split == "val" and compress and compressors.num_bytes < COMPRESSED_BYTES:
                     compressors.add(encoding.decode_bytes(piece))
-            shards.append({"file": path.name, "tokens": len(tokens), "sha256": data.sha256_of(path)})
+            shards.append({"file": path.name, "tokens": len(tokens), "sha256": file_sha256(path)})
         splits[split] = {"documents": int(count_V[known["eot_token"]]), "tokens": int(count_V.sum()),
                          "bytes": None if encoding is None else int(count_V @ token_bytes)}
     return {**known, "splits": splits, **compressors.finish(), "shards": shards,

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
-from logger import SEPARATOR, RunError, get_final_row, read_json, read_rows
+from cli import UserError
+from logger import SEPARATOR, get_final_row, read_json, read_rows
 from tools.plots import COLOURS, bin_means, open_figure
 
 ANY_TORCH = "any torch"  # key of a pinned corpus that does not depend on the version of torch
@@ -28,12 +29,12 @@ def write_histories(folder, track_name: str | None = None):
 
 
 def find_tracks(folder, name: str | None = None) -> list[Path]:
-    """The folders of all tracks below `folder`, or of the named one. Raises RunError if there is none."""
+    """The folders of all tracks below `folder`, or of the named one. Raises UserError if there is none."""
     found = sorted(path.parent for path in Path(folder).glob("*/track.json"))
     chosen = [path for path in found if name in (None, path.name)]
     if not chosen:
         names = ", ".join(path.name for path in found) or "none"
-        raise RunError(f"no track{f' {name!r}' if name else ''} below {folder} (a folder with a track.json);"
+        raise UserError(f"no track{f' {name!r}' if name else ''} below {folder} (a folder with a track.json);"
                        f" there are: {names}")
     return chosen
 
@@ -44,7 +45,7 @@ def find_tracks(folder, name: str | None = None) -> list[Path]:
 def read_history(folder) -> tuple[dict, list[dict]]:
     """A track.json, and its records as read_record() returns them: row 1, then the others by date.
 
-    Raises RunError for a record that breaks a rule, and for a target that is not row 1's mean + margin.
+    Raises UserError for a record that breaks a rule, and for a target that is not row 1's mean + margin.
     """
     track_file = folder / "track.json"
     track = read_json(track_file)
@@ -75,7 +76,7 @@ def read_record(folder, track: dict) -> dict:
         p: p-value of the mean against the target, None while the track has no target.
         per_step: (ratio of this record's time per step to row 1's, half width of its 95% confidence interval).
 
-    Raises RunError for a record that breaks a rule. Row 1 need not reach the target, which it sets.
+    Raises UserError for a record that breaks a rule. Row 1 need not reach the target, which it sets.
     """
     first = track["row_1"] in (None, folder.name)
     n = max(len(list(folder.glob(f"seed*.{kind}"))) for kind in ("log", "jsonl"))
@@ -107,7 +108,7 @@ def read_record(folder, track: dict) -> dict:
                 "seconds": [float(row["train_time"]) for row in rows], "values": values, "curves": curves, "p": p,
                 "per_step": (timing["row"] / timing["row_1"], confidence_half_width(ratios))}
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # a file that was edited by hand
-        raise RunError(f"{folder} holds a file of another form than benchmarks/track.py writes ({error!r});"
+        raise UserError(f"{folder} holds a file of another form than benchmarks/track.py writes ({error!r});"
                        f" {MEND}") from error
 
 
@@ -140,7 +141,7 @@ def _read_seed(folder, seed, track, pinned):
 
 def _require(condition, path, problem: str):
     if not condition:
-        raise RunError(f"{path}: {problem}; {MEND}")
+        raise UserError(f"{path}: {problem}; {MEND}")
 
 
 # -----------------------------------------------------------------------------

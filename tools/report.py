@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+from cli import UserError
 from logger import (
-    RunError,
     explain_os_errors,
     finite_or_none,
     get_columns,
     make_folder,
     read_run,
     table_rows,
-    write_atomically,
+    write_text,
 )
 from tools.plots import COLOURS, assign_styles, bin_means, open_figure, plot_val_loss
 from tools.routes import analyse, list_routes_files, read_routes
@@ -44,11 +44,11 @@ HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --r
 
 
 def write_report(runs, out_dir, page):
-    """Writes the page, one file that loads nothing else. Raises RunError without plotly, or if it cannot be written."""
+    """Writes the page, one file that loads nothing else. Raises UserError without plotly or on a failed write."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise RunError("--html draws with plotly: `pip install plotly`, or `pip install -r requirements.txt`") from None
+        raise UserError("--html draws with plotly: `pip install plotly` or `pip install -r requirements.txt`") from None
     template = Path(__file__).with_name("report.html")
     with explain_os_errors(template, "read"):
         html = template.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def write_report(runs, out_dir, page):
     data = data.replace("<", "\\u003c")  # no text of a run may open or close a script element
     html = html.replace("/* PLOTLY */", get_plotlyjs().replace("</script", "<\\/script"))
     make_folder(page.parent)
-    write_atomically(page, html.replace("/* NUMBERS */", data))
+    write_text(page, html.replace("/* NUMBERS */", data))
 
 
 def page_data(runs, out_dir, page) -> dict:

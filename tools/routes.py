@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from logger import RunError, finite_or_none, make_folder, write_atomically
+from cli import UserError, write_atomically
+from logger import finite_or_none, make_folder, write_text
 from tools.plots import COLOURS, draw_matrix, open_figure
 
 PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
@@ -22,11 +23,11 @@ PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
 def write_analysis(run_folder, folder):
     """Writes <run>_routes.json and the plots of a run's routes into `folder`, and prints their paths.
 
-    The routes are those of routes.npz, or else of the last evaluation that saved some. Raises RunError without either.
+    The routes are those of routes.npz, or else of the last evaluation that saved some. Raises UserError without either.
     """
     files, path = list_routes_files(run_folder), run_folder / "routes.npz"
     if not files:
-        raise RunError(
+        raise UserError(
             f"{path} is missing; make it with"
             f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`"
         )
@@ -36,7 +37,7 @@ def write_analysis(run_folder, folder):
 
     make_folder(folder)
     report = folder / f"{run_folder.name}_routes.json"
-    write_atomically(report, json.dumps(finite_or_none(found), indent=1) + "\n")
+    write_text(report, json.dumps(finite_or_none(found), indent=1) + "\n")
     print(report)
     for name, key, plot in (
         ("layers", "use_by_step", plot_layers),
@@ -58,14 +59,14 @@ def list_routes_files(run_folder) -> list[Path]:
 
 
 def read_routes(path) -> dict:
-    """The arrays of a routes file. Raises RunError if it cannot be read."""
+    """The arrays of a routes file. Raises UserError if it cannot be read."""
     import numpy as np
 
     try:
         with np.load(path) as file:
             return dict(file)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} cannot be read ({error}); remove it and make it again") from None
+        raise UserError(f"{path} cannot be read ({error}); remove it and make it again") from None
 
 
 # -----------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def plot_saturation(figure, routes, found):
 def save_validation_routes(checkpoint_folder, data_folder, num_tokens: int, path: Path) -> str:
     """Write the routes of a checkpoint on a folder's first validation tokens; returns a line about the file.
 
-    Raises CheckpointError or DataError."""
+    Raises UserError."""
     import checkpoint
 
     net, manifest = checkpoint.load_model_from_run(checkpoint_folder, "cuda" if torch_has_cuda() else "cpu")
@@ -276,7 +277,7 @@ def torch_has_cuda() -> bool:
 
 
 def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) -> dict:
-    """collect_routes of the first validation tokens, a row at a time. Raises DataError."""
+    """collect_routes of the first validation tokens, a row at a time. Raises UserError."""
     import data
 
     config = net.config
@@ -357,6 +358,4 @@ def write_routes(path: Path, arrays: dict):
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.npz")
-    np.savez_compressed(partial, **arrays)
-    partial.replace(path)
+    write_atomically(path, lambda temporary: np.savez_compressed(temporary, **arrays))

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError, as_data_error, read_shard
+from cli import UserError
+from data import as_data_error, read_shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -40,12 +41,12 @@ def row_document(row, where, encoding, text_field, tokens_field):
     field = tokens_field or text_field
     if not isinstance(row, dict) or field not in row:
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{where} has no field {field!r} (it has: {found}): "
+        raise UserError(f"{where} has no field {field!r} (it has: {found}): "
                         "name it with --text_field or --tokens_field")
     if not tokens_field:
         if not isinstance(row[field], str):
             kind = type(row[field]).__name__
-            raise DataError(f"{where}: field {field!r} holds {kind}, not text: name another with --text_field")
+            raise UserError(f"{where}: field {field!r} holds {kind}, not text: name another with --text_field")
         body = row[field].encode("utf-8", "replace")
         return body, body
 
@@ -54,7 +55,7 @@ def row_document(row, where, encoding, text_field, tokens_field):
     with as_data_error(wrong, ValueError):  # a ragged list
         ids = np.asarray(row[field])
     if ids.ndim != 1 or len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < encoding.vocab_size):
-        raise DataError(wrong)
+        raise UserError(wrong)
     text = np.flatnonzero(ids != encoding.eot_token)  # end-of-text is stripped: each document gets one in front
     body = ids[text[0] : text[-1] + 1].astype("<u2") if len(text) else np.empty(0, "<u2")
     return body.tobytes(), body
@@ -70,12 +71,12 @@ def has_text(document):
 
 
 def read_files(paths, encoding, text_field="text", tokens_field=None):
-    """Documents of files and folders of .txt, .md, .jsonl and .parquet. Raises DataError."""
+    """Documents of files and folders of .txt, .md, .jsonl and .parquet. Raises UserError."""
     files = []
     for path in map(Path, paths):
         found = list_files(path)
         if not path.exists() or not found or not FILE_NAME.fullmatch(found[0].name):
-            raise DataError(f"--path {path} is not a file or folder of {', '.join(READERS)} "
+            raise UserError(f"--path {path} is not a file or folder of {', '.join(READERS)} "
                             "(text and jsonl also .gz, .xz, .zst)")
         files += found
     fields = dict(encoding=encoding, text_field=text_field, tokens_field=tokens_field)
@@ -126,7 +127,7 @@ SEPARATOR_LINE = re.compile(rb"^[ \t\r\v\f]*" + re.escape(SEPARATOR) + rb"[ \t\r
 def read_text(file, where, tokens_field=None, **_):
     """Documents of a text file: one, unless lines <|endoftext|> separate several."""
     if tokens_field:
-        raise DataError(f"{where} is plain text: --tokens_field needs .jsonl or .parquet")
+        raise UserError(f"{where} is plain text: --tokens_field needs .jsonl or .parquet")
     text, at_end = b"", False
     read = file.read1 if isinstance(file, io.BufferedReader) else file.read  # read1 does not wait for a pipe to fill
     while not at_end:
@@ -331,14 +332,14 @@ def add_tag(source, tag, encoding):
 def download_fineweb(folder, num_shards):
     """Download num_shards train shards and the validation shard of FineWeb-10B into a folder.
 
-    A shard gets its name after it has been read, so an interrupted download continues. Raises DataError."""
+    A shard gets its name after it has been read, so an interrupted download continues. Raises UserError."""
     import huggingface_hub
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"fineweb_{'train' if number else 'val'}_{number:06d}.bin" for number in range(num_shards + 1)]
     for path in {*folder.glob("*.bin")} - {folder / name for name in names}:
         path.unlink()  # of an interrupted run with more shards
     for name in names:
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(UserError):
             read_shard(folder / name)
             continue
         mend = f"{name} cannot be downloaded ({{error}}): check the network and run the same command again to " \
@@ -348,7 +349,7 @@ def download_fineweb(folder, num_shards):
                                                    local_dir=folder / "download")
         try:
             read_shard(file)
-        except DataError:
+        except UserError:
             os.unlink(file)  # the next run downloads it again
             raise
         os.replace(file, folder / name)

@@ -1,7 +1,7 @@
 """Attention kinds: latent (MLA), shared keys, routed (SwitchHead); rotary and softmax variants.
 
 Keys and values are returned beside the output, so a later layer can share them. Letters A, K and - are those of
-model.py, here with every option of the zoo. """
+model.py, here with every option of the zoo."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, WINDOWS, KVCache, ParameterRule, constant, init_uniform, offset_keys
 from ops import linear_fp32, norm
 from zoo.config import CHECKS, LETTERS, TABLES, Config
@@ -251,20 +252,20 @@ PARAMETER_RULES |= {
 
 
 def check(config: Config):
-    config.require("latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
-    config.require(
-        "attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}"
+    require(config, "latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
+    require(
+        config, "attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}"
     )
     for layer, source in config.key_sources.items():
         legal = f"without S in layer {layer}: no layer before it has keys to share"
-        config.require("attention", source is not None, legal)
+        require(config, "attention", source is not None, legal)
         shared = f"the same in layer {layer} as in layer {source}, whose keys and values it shares"
         legal = f"{shared} (and so must `window` be where it is W)"
-        config.require("rotary", config.rope_spec(layer) == config.rope_spec(source), legal)
+        require(config, "rotary", config.rope_spec(layer) == config.rope_spec(source), legal)
     letters = zip(config.per_layer("rotary"), config.per_layer("attention"))
     latent = {rotary for rotary, attention in letters if attention == "L"}
     legal = "H, N or W where attention is L, whose values are recomputed from the cached vector"
-    config.require("rotary", not latent & set("VB"), legal)
+    require(config, "rotary", not latent & set("VB"), legal)
 
 
 CHECKS.append(check)

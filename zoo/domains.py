@@ -15,10 +15,10 @@ from torch import Tensor
 import checkpoint
 import data
 import train_muon
-from cli import ConfigError
+from cli import UserError, require
 from distributed import World
 from model import GPT
-from train_muon import Session, TrainConfig, loss_metrics, loss_totals, require
+from train_muon import Session, TrainConfig, loss_metrics, loss_totals
 from zoo.config import Config, has_matmuls
 from zoo.mixture import (  # noqa: F401  (of a Recipe's `data`)
     Mix,
@@ -54,9 +54,8 @@ class MixtureConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("routes_tokens", "round_robin_steps", "domain_steps", "domain_anneal_steps"):
-            require(self, field, getattr(self, field) >= 0, "at least 0")
-        require(self, "domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
+        for name in "routes_tokens round_robin_steps domain_steps domain_anneal_steps domain_coef".split():
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         require(self, "domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
 
 
@@ -67,10 +66,10 @@ checkpoint.MAY_CHANGE_ON_RESUME.add("routes_tokens")
 
 
 def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int) -> MixtureLoader:
-    """The loader of a mixture. Raises DataError or ConfigError for settings that the data do not allow."""
+    """The loader of a mixture. Raises UserError for settings that the data do not allow."""
     mix = Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
-    options = train_muon.loader_options(config, hp, world, micro_rows)
-    loader = MixtureLoader(hp.data, mix=mix, steps=hp.num_iterations, **options)
+    options = dict(kind=MixtureLoader, mix=mix, steps=hp.num_iterations)
+    loader = train_muon.open_loader(config, hp, world, micro_rows, **options)
     if hp.routes_tokens:
         routes_batches(config, hp, "cpu")  # raises
     domain_experts(config, hp, world.device)
@@ -78,7 +77,7 @@ def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int
 
 
 def routes_batches(config: Config, hp: MixtureConfig, device):
-    """The first routes_tokens validation tokens, row by row. Raises DataError at the call."""
+    """The first routes_tokens validation tokens, row by row. Raises UserError at the call."""
     return validation_batches(hp.data, seq_len=min(hp.routes_tokens, config.window_size), rows=1, device=device,
                               max_tokens=hp.routes_tokens, vocab_size=config.vocab_size)  # fmt: skip
 
@@ -122,7 +121,7 @@ def domain_price(step: int, hp: MixtureConfig) -> float:
 def domain_experts(config: Config, hp: MixtureConfig, device: torch.device) -> Tensor | None:
     """(D,) int64: the expert of each domain, -1 for the trunk's; None if domain_coef is 0.
 
-    Raises ConfigError if there are fewer experts than domains, or no router that learns."""
+    Raises UserError if there are fewer experts than domains, or no router that learns."""
     if hp.domain_coef == 0:
         return None
     names = list(domains(hp.data))
@@ -131,7 +130,7 @@ def domain_experts(config: Config, hp: MixtureConfig, device: torch.device) -> T
     learns = config.num_moe_layers > 0 and config.router != "hash"
     if len(names) == 1 or len(own) > experts or not learns:
         found = ", ".join(names) if len(names) > 1 else "none"
-        raise ConfigError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {experts} "
+        raise UserError(f"domain_coef is {hp.domain_coef}; it must be 0, or {hp.data} a mixture of at most {experts} "
                           f"domains (and that of trunk_domain), one for each expert that a learned router can choose; "
                           f"it has {found}")  # fmt: skip
     return torch.tensor([own.index(name) if name in own else -1 for name in names], device=device)

@@ -1,7 +1,7 @@
 """Expert kinds: SwiGLU, KAN and ReLU with matmuls; identity, zero, noise, constant, exit without (MoE++).
 
 Kinds with matmuls are fn(rows_RD sorted by expert, ends_E) -> rows_RD, as in model.py. Kinds without matmuls are
-element-wise, computed in token order with their gates, and own no rows. """
+element-wise, computed in token order with their gates, and own no rows."""
 
 from collections import ChainMap
 

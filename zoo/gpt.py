@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import UserError
 from model import DTYPES, PARAMETER_RULES, ParameterRule, normal
 from ops import norm
 from zoo.block import Block, Context, run_layers
@@ -209,7 +210,9 @@ class GPT(model.GPT):
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE
         balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else zero
-        losses = zero + sum(s.loss for s in stats) + trunk.loss + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        losses = (
+            zero + sum(s.loss for s in stats) + trunk.loss + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        )
         summary = {
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean([s.z_loss for s in stats]),
@@ -243,7 +246,7 @@ class GPT(model.GPT):
     def stream(self, tokens_BT: Tensor, max_new_tokens: int, *args, **kwargs):
         if self.config.objective != "next" and max_new_tokens:
             look = "which looks both ways; to continue a text it must be next"
-            raise model.ConfigError(f"objective is {self.config.objective}, {look}")
+            raise UserError(f"objective is {self.config.objective}, {look}")
         return super().stream(tokens_BT, max_new_tokens, *args, **kwargs)
 
     # ---- cost

@@ -1,7 +1,7 @@
 """Halting rules of loops: ACT, stick-breaking, threshold, PonderNet, exits among the experts.
 
 A rule is called after each iteration with the hidden states after and before it. It returns the states to go on with
-and the HaltState, in which tokens that have halted are no longer active. Shape suffixes as in model.py. """
+and the HaltState, in which tokens that have halted are no longer active. Shape suffixes as in model.py."""
 
 from typing import NamedTuple
 

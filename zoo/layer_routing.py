@@ -2,12 +2,13 @@
 
 Training computes all layers of the pool and weights them. Evaluation computes the picked one: keys and values of all
 tokens, queries and MLP rows of the tokens that picked it. Shape suffixes as in model.py, N choices of a token, Q packed
-tokens of a row. """
+tokens of a row."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import require
 from model import PARAMETER_RULES, ParameterRule, constant, init_uniform
 from ops import linear_fp32, norm, softmax
 from zoo.block import Block, add_terms
@@ -251,17 +252,17 @@ PARAMETER_RULES |= {
 
 def check(config: Config):
     alone = config.step_loss == "last" or config.halt == "none"
-    config.require("step_loss", alone, f"last next to halt {config.halt}, which has its own weights")
+    require(config, "step_loss", alone, f"last next to halt {config.halt}, which has its own weights")
     if config.depth == "routed":
-        config.require(
-            "residual", config.residual == "add", "add with depth routed, whose streams have no number of terms"
+        require(
+            config, "residual", config.residual == "add", "add with depth routed, whose streams have no number of terms"
         )
         legal = "latest with depth routed, where a layer's keys come from the current states of all tokens"
-        config.require("loop_keys", config.loop_keys == "latest", legal)
+        require(config, "loop_keys", config.loop_keys == "latest", legal)
         allowed = config.halt in ("none", "act", "stick_breaking")
-        config.require("halt", allowed, "none, act or stick_breaking with depth routed")
+        require(config, "halt", allowed, "none, act or stick_breaking with depth routed")
         legal = "without S with depth routed: no layer has a layer before it"
-        config.require("attention", "S" not in config.per_layer("attention"), legal)
+        require(config, "attention", "S" not in config.per_layer("attention"), legal)
 
 
 CHECKS.append(check)

@@ -8,6 +8,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from cli import require
 from zoo.block import add_terms, run_layers
 from zoo.config import CHECKS, LETTERS, TABLES, Config
 from zoo.gpt import GPT, KVCache, TrunkOutput
@@ -228,22 +229,22 @@ def loop_context(ctx, loop: int, num_terms: int, store: LoopKeys | None):
 def check(config: Config):
     looped = config.per_layer("looped")
     legal = f"such that the layers of the loop, o, are neighbours; over {config.n_layer} layers it is {looped}"
-    config.require("looped", re.fullmatch(r"\.*o+\.*", looped), legal)
+    require(config, "looped", re.fullmatch(r"\.*o+\.*", looped), legal)
     can_exit = "exit" in config.expert_counts and ("M", "o") in zip(config.per_layer("pattern"), looped)
     legal = "another, or there must be an exit among the experts of some layer of the loop"
-    config.require("halt", config.halt != "exit" or can_exit, legal)
+    require(config, "halt", config.halt != "exit" or can_exit, legal)
     halts = config.depth == "loop" and config.halt != "none"
     borrowed = [layer for layer, source in config.key_sources.items() if looped[layer] == "." and looped[source] == "o"]
     reason = f"next to halt {config.halt}: they would see keys of whichever iteration a token halted in"
     legal = f"without S in layers {borrowed}, after the loop, {reason}; or loop_keys must be share_first"
-    config.require("attention", not (halts and borrowed) or config.loop_keys == "share_first", legal)
+    require(config, "attention", not (halts and borrowed) or config.loop_keys == "share_first", legal)
     if halts:
         legal = f"next to halt {config.halt}, where tokens halt, a kind that looks at no neighbours"
-        config.require("router", config.router not in ("conv", "recurrent"), legal)
-        config.require("shared", config.num_shared_experts == 0 or config.shared != "conv", legal)
+        require(config, "router", config.router not in ("conv", "recurrent"), legal)
+        require(config, "shared", config.num_shared_experts == 0 or config.shared != "conv", legal)
         for field in ("importance_coef", "load_coef"):
             legal = f"0 next to halt {config.halt}: it looks at all tokens of a micro-batch"
-            config.require(field, getattr(config, field) == 0, legal)
+            require(config, field, getattr(config, field) == 0, legal)
 
 
 LETTERS["looped"] = "o."

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import model
 import ops
+from cli import require
 from zoo.config import CHECKS, TABLES, Config
 from zoo.masks import MetaDenseMask, TwoWayMask, fastest_meta_mask, visible, visible_both_ways
 
@@ -72,9 +73,9 @@ TABLES["objective"] = OBJECTIVES = {"next": NextToken(), "masked": MaskedTokens(
 def check(config: Config):
     if config.objective == "masked":
         legal = f"next with vocab_size = {config.vocab_size}, a multiple of 64: no id is left for a hidden token"
-        config.require("objective", config.vocab_size < config.padded_vocab_size, legal)
+        require(config, "objective", config.vocab_size < config.padded_vocab_size, legal)
         legal = "plain with objective masked: ssmax counts the keys before a token"
-        config.require("attn_softmax", config.attn_softmax == "plain", legal)
+        require(config, "attn_softmax", config.attn_softmax == "plain", legal)
 
 
 CHECKS.append(check)

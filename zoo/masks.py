@@ -1,7 +1,7 @@
 """Masks with meta-tokens in front of each row, masks that look both ways, and masks of packed queries.
 
 Positions count meta-tokens; the first `meta` positions of a row are visible to every later one. Without meta-tokens the
-masks of model.py are used. Shape suffixes as in model.py, Q packed queries of a row. """
+masks of model.py are used. Shape suffixes as in model.py, Q packed queries of a row."""
 
 from typing import NamedTuple
 

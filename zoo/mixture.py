@@ -2,13 +2,15 @@
 
 A plain folder of shards is a mixture of one domain named "", with the batches of data.Loader.
 """
+
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import data
-from data import DataError, ShardRows, as_data_error, has_shards
+from cli import UserError
+from data import ShardRows, as_data_error, has_shards
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder of domains
@@ -16,31 +18,34 @@ from data import DataError, ShardRows, as_data_error, has_shards
 
 def domains(folder):
     """{name: folder of shards}, in the order of meta.json, else sorted by name; {"": folder} for a plain folder.
-    Raises DataError if there are no shards."""
+    Raises UserError if there are no shards."""
     folder = Path(folder)
     if has_shards(folder):
         return {"": folder}
     found = {path.name: path for path in data.shard_folders(folder)}
     if not found:
-        raise DataError(f"{folder} holds no token shards: run {data.prepare_commands(folder)}")
+        raise UserError(f"{folder} holds no token shards: run {data.prepare_commands(folder)}")
     names = list(data.read_meta_json(folder).get("domains") or found)
     for name in names:
         if name not in found:
-            raise DataError(f"{folder}/{name}, a domain in meta.json, holds no token shards: "
-                            f"remove {folder} and prepare it again")
+            raise UserError(
+                f"{folder}/{name}, a domain in meta.json, holds no token shards: remove {folder} and prepare it again"
+            )
     return {name: found[name] for name in names}
 
 
 def load_meta(folder):
     """meta.json of a mixture as a dict: the encoding that all domains share, token_bytes if any domain has them.
-    Raises DataError if the folder holds no shards, a meta.json is damaged, or encodings differ."""
+    Raises UserError if the folder holds no shards, a meta.json is damaged, or encodings differ."""
     parts = domains(folder)
     metas = {name: data.load_meta(part) for name, part in parts.items()}
     first, *others = metas
     for name in others:
         if any(metas[name][key] != metas[first][key] for key in data.GPT2_META):
-            raise DataError(f"{folder}: domain {name} has encoding {metas[name]['encoding']}, {first} has "
-                            f"{metas[first]['encoding']}: prepare both with the same --encoding")
+            raise UserError(
+                f"{folder}: domain {name} has encoding {metas[name]['encoding']}, {first} has "
+                f"{metas[first]['encoding']}: prepare both with the same --encoding"
+            )
     if "" in metas:
         return metas[""]
     token_bytes = next((meta["token_bytes"] for meta in metas.values() if meta["token_bytes"]), None)
@@ -66,16 +71,17 @@ def fingerprint(folder):
 
 class MixtureBatch(NamedTuple):
     """data.Batch with the domain of each row."""
-    inputs_BT: "torch.Tensor"   # noqa: F821
+
+    inputs_BT: "torch.Tensor"  # noqa: F821
     targets_BT: "torch.Tensor"  # noqa: F821
-    first_row: int              # validation: within the domain's split
-    domain_B: "torch.Tensor"    # int64, index into domains()  # noqa: F821
+    first_row: int  # validation: within the domain's split
+    domain_B: "torch.Tensor"  # int64, index into domains()  # noqa: F821
 
 
 class MixtureLoader(data.Loader):
     """data.Loader over all domains of a mixture; `mix` sets their shares.
 
-    Rows of one domain come in an order of their own, epoch after epoch. Raises DataError as data.Loader does, for an
+    Rows of one domain come in an order of their own, epoch after epoch. Raises UserError as data.Loader does, for an
     invalid mix, and if the limits of epochs allow fewer than `steps` steps."""
 
     def __init__(self, folder, split="train", *, mix, steps=0, **options):
@@ -107,14 +113,16 @@ class MixtureLoader(data.Loader):
 def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **options):
     """Generator of MixtureBatch: data.validation_batches of each domain in turn, each with an equal part of max_tokens.
 
-    Raises DataError at the call if a domain has no validation row, or its part of max_tokens is below seq_len."""
+    Raises UserError at the call if a domain has no validation row, or its part of max_tokens is below seq_len."""
     import torch
 
     parts = domains(folder)
     share = None if max_tokens is None else max_tokens // len(parts)
     if len(parts) > 1 and share is not None and share < options["seq_len"]:
-        raise DataError(f"max_tokens is {max_tokens}; it must be at least seq_len={options['seq_len']} "
-                        f"for each of {len(parts)} domains")
+        raise UserError(
+            f"max_tokens is {max_tokens}; it must be at least seq_len={options['seq_len']} "
+            f"for each of {len(parts)} domains"
+        )
     streams = [data.validation_batches(part, max_tokens=share, device=device, **options) for part in parts.values()]
     label = lambda batch, d: MixtureBatch(*batch, torch.full((len(batch.inputs_BT),), d, device=device))
     return (label(batch, d) for d, stream in enumerate(streams) for batch in stream)
@@ -126,9 +134,10 @@ def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **optio
 
 class Mix(NamedTuple):
     """How much of each domain training sees."""
-    weights: str = ""           # name=number,...; domains that are not named get 0; "": in proportion to their tokens
-    temperature: float = 1.0    # shares are weights ** (1 / temperature): 1: unchanged; towards infinity: uniform
-    epochs: str = ""            # limit of passes over a domain: a number for all, or name=number,...; "": no limit
+
+    weights: str = ""  # name=number,...; domains that are not named get 0; "": in proportion to their tokens
+    temperature: float = 1.0  # shares are weights ** (1 / temperature): 1: unchanged; towards infinity: uniform
+    epochs: str = ""  # limit of passes over a domain: a number for all, or name=number,...; "": no limit
     round_robin_steps: int = 0  # first steps, whose batches have one domain each, in turn; later batches mix all
 
 
@@ -138,7 +147,7 @@ PERIOD = 4096  # rows after which the order of domains repeats; shares are exact
 class Mixture:
     """Domain of each row of the training stream, and the row's number within its domain: functions of the row number.
 
-    A domain drops out at its limit of epochs, and the others divide its share. Raises DataError for an invalid mix.
+    A domain drops out at its limit of epochs, and the others divide its share. Raises UserError for an invalid mix.
 
     Args:
         row_counts, token_counts: of each domain; the tokens are the default weights"""
@@ -148,9 +157,9 @@ class Mixture:
         weights = parse_numbers(mix.weights, names, "domain_weights")
         weight_D = np.array([weights.get(name, 0.0) for name in names] if weights else token_counts, float)
         if not 0 < mix.temperature < float("inf"):
-            raise DataError(f"--domain_temperature is {mix.temperature}; it must be above 0")
+            raise UserError(f"--domain_temperature is {mix.temperature}; it must be above 0")
         if weight_D.max() == 0:
-            raise DataError(f"--domain_weights {mix.weights}: all are 0; give at least one domain some")
+            raise UserError(f"--domain_weights {mix.weights}: all are 0; give at least one domain some")
         with np.errstate(divide="ignore"):
             self.share_D = np.exp((np.log(weight_D) - np.log(weight_D.max())) / mix.temperature)
         self.share_D /= self.share_D.sum()
@@ -163,7 +172,7 @@ class Mixture:
 
     def assign(self, number_N):
         """(domain_N, nth_N): domain of each row, and the number of earlier rows of the same domain.
-        Raises DataError if all domains have reached their limit."""
+        Raises UserError if all domains have reached their limit."""
         self.extend_to(int(number_N.max()))
         domain_N, nth_N = np.empty((2, len(number_N)), np.int64)
         starts = [segment.start for segment in self.segments]
@@ -173,7 +182,7 @@ class Mixture:
         return domain_N, nth_N
 
     def extend_to(self, number):
-        """Append segments up to row `number`. Raises DataError if all domains have reached their limit before it."""
+        """Append segments up to row `number`. Raises UserError if all domains have reached their limit before it."""
         while self.segments[-1].stop is not None and self.segments[-1].stop <= number:
             last = self.segments[-1]
             self.segments.append(self._next_segment(last.stop, last.count_before(last.stop)))
@@ -187,16 +196,20 @@ class Mixture:
             self.round_robin_rows = start
             return self._next_segment(start, before_D)
         if not left:
-            raise DataError(f"all domains have reached their --domain_epochs after {start} rows: "
-                            "allow more, prepare more text, or train for fewer steps")
+            raise UserError(
+                f"all domains have reached their --domain_epochs after {start} rows: "
+                "allow more, prepare more text, or train for fewer steps"
+            )
 
         if in_turn:
             table = np.repeat(left, self.batch_rows)
         else:
             table = np.array(left)[interleave(self.share_D[left] / self.share_D[left].sum())]
         for d in set(left) - set(table.tolist()):
-            raise DataError(f"domain {self.names[d]} is {self.share_D[d]:.1e} of the mixture, less than one row in "
-                            f"{PERIOD:,}: give it more with --domain_weights, or 0")
+            raise UserError(
+                f"domain {self.names[d]} is {self.share_D[d]:.1e} of the mixture, less than one row in "
+                f"{PERIOD:,}: give it more with --domain_weights, or 0"
+            )
 
         segment = Segment(start, table, before_D)
         limited = [d for d in left if self.max_rows_D[d] is not None]
@@ -244,13 +257,13 @@ def interleave(share_D):
 
 
 def parse_numbers(text, names, flag):
-    """{name: number} of "name=number,..."; a number alone applies to all names. Raises DataError naming the flag."""
+    """{name: number} of "name=number,..."; a number alone applies to all names. Raises UserError naming the flag."""
     numbers = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, number = part.rpartition("=")
         if name and name not in names:
             legal = f"choose among {', '.join(names)}" if any(names) else "the data are a single domain; leave it out"
-            raise DataError(f"--{flag} {text}: there is no domain {name!r}; {legal}")
+            raise UserError(f"--{flag} {text}: there is no domain {name!r}; {legal}")
         with as_data_error(f"--{flag} {text}: {part!r} is not a number at least 0, nor name=number", ValueError):
             if not 0 <= (value := float(number)) < float("inf"):
                 raise ValueError

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, KVCache, ParameterRule, init_uniform
 from zoo.config import CHECKS, TABLES, Config, has_matmuls, is_list, listed_kinds, routed_scale, width_of
 from zoo.routers import stack_taps
@@ -165,22 +166,25 @@ PARAMETER_RULES["shared.gate"] = ParameterRule("matrix", init_uniform)
 def check(config: Config):
     kinds = listed_kinds(config.experts)
     names = f"names out of {', '.join(TABLES['experts'])}, each with *n for n of them, separated by commas"
-    config.require("experts", kinds and all(kind in TABLES["experts"] for kind in kinds), names)
+    require(config, "experts", kinds and all(kind in TABLES["experts"] for kind in kinds), names)
     with_matmuls = ", ".join(filter(has_matmuls, TABLES["experts"]))
-    config.require(
-        "experts", any(map(has_matmuls, kinds)), f"a list with at least one that has matmuls: {with_matmuls}"
+    require(
+        config, "experts", any(map(has_matmuls, kinds)), f"a list with at least one that has matmuls: {with_matmuls}"
     )
     if is_list(config.experts):
         legal = f"{len(kinds)}, the number of experts in {config.experts!r}"
-        config.require("num_experts", config.num_experts == len(kinds), legal)
+        require(config, "num_experts", config.num_experts == len(kinds), legal)
     for kind in filter(has_matmuls, config.expert_counts):
         width, flops = width_of(kind, config.hidden_size)
         beside = f"next to an mlp of hidden width {config.hidden_size} its own, a multiple of 8, would be {width}"
         legal = f"without {kind}: {beside} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio"
-        config.require("experts", width > 0 and abs(flops - 1) <= 0.05, legal)
+        require(config, "experts", width > 0 and abs(flops - 1) <= 0.05, legal)
     scale = config.routed_scale
-    config.require(
-        "routed_scale", scale == "auto" or (not isinstance(scale, str) and scale >= 0), "auto or a number, at least 0"
+    require(
+        config,
+        "routed_scale",
+        scale == "auto" or (not isinstance(scale, str) and scale >= 0),
+        "auto or a number, at least 0",
     )
 
 

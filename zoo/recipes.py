@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import train_adamw
 import train_muon
 import zoo
-from cli import ConfigError
+from cli import UserError
 from train_adamw import CPU_RATES, AdamWConfig
 from train_muon import CPU_RUN, MuonConfig, Recipe
 from zoo import domains
@@ -31,17 +31,17 @@ RUN_100M_CPU = CPU_RUN | dict(
 
 
 def check(config: Config, hp: domains.MixtureConfig, world_size: int, device_type: str):
-    """Raises ConfigError for settings that do not go together."""
+    """Raises UserError for settings that do not go together."""
     train_muon.check(config, hp, world_size, "cpu")
     parts = hp.expert_parallel
     if parts > 1 and len(config.expert_counts) > 1:
-        raise ConfigError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
+        raise UserError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
     if parts > 1 and (config.depth == "routed" or config.halt != "none"):
         legal = f"1 where tokens go apart (depth {config.depth}, halt {config.halt}), as ranks would not exchange rows"
-        raise ConfigError(f"expert_parallel is {parts}; it must be {legal} equally often")
+        raise UserError(f"expert_parallel is {parts}; it must be {legal} equally often")
     if config.objective != "next" and hp.sample_tokens:
         legal = f"0 with objective {config.objective}, which cannot continue a text"
-        raise ConfigError(f"sample_tokens is {hp.sample_tokens}; it must be {legal}")
+        raise UserError(f"sample_tokens is {hp.sample_tokens}; it must be {legal}")
     if device_type == "cuda":
         train_muon.check_for_cuda(config, hp, hp.seq_len + config.num_meta_tokens)
 

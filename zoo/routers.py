@@ -2,7 +2,7 @@
 losses.
 
 Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and
-computes logits; noise, selection bias, top-k, gates and losses are inherited. """
+computes logits; noise, selection bias, top-k, gates and losses are inherited."""
 
 from collections import ChainMap
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import model
 import ops
+from cli import require
 from model import PARAMETER_RULES, ParameterRule, constant, init_uniform, softmax_gates
 from ops import linear_fp32, norm
 from zoo.config import CHECKS, TABLES, Config, as_zoo
@@ -271,15 +272,15 @@ PARAMETER_RULES |= {
 
 
 def check(config: Config):
-    config.require("router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
+    require(config, "router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
     for field in ("importance_coef", "load_coef", "entropy_coef"):
         unlearned = f"0 with router {config.router}, which learns nothing"
-        config.require(field, config.router != "hash" or getattr(config, field) == 0, unlearned)
+        require(config, field, config.router != "hash" or getattr(config, field) == 0, unlearned)
     varies = config.router_noise > 0 and config.top_k < config.num_experts
     legal = "0, or there must be router_noise above 0, and fewer than num_experts chosen"
-    config.require("load_coef", varies or config.load_coef == 0, legal)
+    require(config, "load_coef", varies or config.load_coef == 0, legal)
     stacked = config.router_residual == 0 or config.depth == "stack"
-    config.require("router_residual", stacked, f"0 with depth {config.depth}, where layers have no fixed order")
+    require(config, "router_residual", stacked, f"0 with depth {config.depth}, where layers have no fixed order")
 
 
 CHECKS.append(check)

@@ -7,7 +7,7 @@
 Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first step is not counted.
 Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is train_muon.train_step with Muon, compiled.
 
-  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (train_muon.PEAK_FLOPS), FP8 matmuls counted like all others.
+  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (facts.PEAK_FLOPS), FP8 matmuls counted like all others.
            Attention counts every key inside the window: random tokens have no documents that would hide some
   x floor  the step / the least time that floor.py computes for it at the matmul and copy rates measured here
   memory   largest allocation while the variant steps, less what was there before it was built
@@ -32,13 +32,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
+import facts  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
 from cli import Parser, UserError, positive  # noqa: E402
-from guards import World  # noqa: E402
+from distributed import World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, ROUTERS, Config, Route, flops_per_token  # noqa: E402
 
@@ -124,7 +125,7 @@ class Stepper:
         with self.versions():
             self.model = drawn_on_the_device(config).train()
             self.exchange = train_muon.Exchange(self.model, World(0, 1, DEVICE))
-            self.exchange.equip(train_muon.MUON, hp)
+            self.exchange.attach_optimizers(train_muon.MUON, hp)
             train_muon.compile_model(self.model, hp, DEVICE)
             self.batches = batches(config, hp, rows, args.data)
             torch.cuda.reset_peak_memory_stats()
@@ -137,8 +138,8 @@ class Stepper:
 
     def step(self):
         batch = self.batches[self.number % len(self.batches)]
-        self.row, _ = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, lambda: batch, self.number, self.hp,
-                                            train_muon.MUON, self.timer)  # fmt: skip
+        session = train_muon.Session(train_muon.MUON, self.hp, self.model, self.exchange, self.timer)
+        self.row, _ = train_muon.train_step(session, lambda: batch, self.number)
         self.number += 1
 
     def turn(self, steps: int) -> list[float]:
@@ -186,7 +187,7 @@ def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) 
 def measured(name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str) -> dict:
     """A row of the table: milliseconds, ratio to what it is compared with, MFU, memory."""
     ms, config = statistics.median(sum(mine, [])), stepper.config
-    peak = train_muon.matmul_rate(DEVICE, config.dtype)
+    peak = facts.matmul_rate(DEVICE, config.dtype)
     load, loss = stepper.row.get("moe/load_max_over_mean"), stepper.row["train/loss"].item()
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")

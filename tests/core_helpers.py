@@ -1,6 +1,6 @@
-"""Helpers of the tests of models: tiny models drawn at random, texts, distances, and checks that nothing leaks between tokens.
+"""Helpers of the tests of models: tiny models drawn at random, texts, distances, checks that nothing leaks.
 
-All parameters of these small fp32 models are random, so no zero initial value hides a mistake. Nothing here imports the zoo.
+All parameters of these small fp32 models are random, so no zero initial value hides a mistake. Nothing imports the zoo.
 """
 
 import torch
@@ -9,8 +9,21 @@ from torch.overrides import TorchFunctionMode
 import model
 
 EOT, VOCAB, SEED, STEP = 60, 61, 5, 7
-TINY = dict(vocab_size=VOCAB, eot_token=EOT, n_layer=4, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2,
-            value_embeds=1, window="LS", window_size=12, attn_scale=0.5, dtype="fp32")
+TINY = dict(
+    vocab_size=VOCAB,
+    eot_token=EOT,
+    n_layer=4,
+    n_embd=32,
+    n_head=2,
+    head_dim=16,
+    num_experts=4,
+    top_k=2,
+    value_embeds=1,
+    window="LS",
+    window_size=12,
+    attn_scale=0.5,
+    dtype="fp32",
+)
 NO_AUX = dict(balance_coef=0.0, z_coef=0.0)
 CORE_BUILDS = [dict(pattern=p, attention=a) for p in ("M", "DM") for a in ("A", "A-")] + [
     dict(attention="KA-K", ngrams="24", ngram_rows=128),
@@ -29,7 +42,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @torch.no_grad()
 def shaken(net, seed: int = 0):
-    """The model with every parameter and balance buffer drawn at random, at scales that leave the logits unsaturated."""
+    """The model with all parameters and balance buffers random, at scales that leave the logits unsaturated."""
     for name, p in net.named_parameters():
         p.normal_(generator=rng(seed := seed + 1))
         if p.ndim == 1:

@@ -22,14 +22,10 @@ class Config(model.Config):
     """model.Config and the zoo's fields. Raises UserError, which names the field and its legal values."""
 
     # experts
-    experts: str = (
-        "mlp"  # kinds, as in "mlp*12,identity,zero": one name for all num_experts, or a list with their numbers
-    )
+    experts: str = "mlp"  # kinds: one name for all num_experts, or a list with numbers, as in "mlp*12,identity,zero"
     shared: str = "mlp"  # kind of the shared experts: a key of SHARED
     shared_kernel: int = 3  # tokens in the convolution of shared conv
-    routed_scale: float | str = (
-        1.0  # factor on the routed experts' sum; auto: estimated so that it is as large as the shared one
-    )
+    routed_scale: float | str = 1.0  # factor on the routed experts' sum; auto: makes it as large as the shared one
     # routers
     router_score: str = "softmax"  # a key of SCORES: selection and gates from logits
     router_residual: float = 0.0  # weight of the previous MoE layer's logits, through a learned matrix (MoE++)
@@ -40,15 +36,11 @@ class Config(model.Config):
     importance_coef: float = 0.0  # weight of Shazeer's loss on the sums of gates, per micro-batch
     load_coef: float = 0.0  # weight of his loss on the smooth numbers of tokens, which needs noise
     bias_update_threshold: int = 0  # tokens counted before the selection bias moves again; 0 = every optimizer step
-    free_eta: float = (
-        1.0  # balance weight of experts without matmuls; below 1 they may take more than their share (MoE++: 0.75)
-    )
+    free_eta: float = 1.0  # balance weight of experts without matmuls; below 1 they may take more (MoE++: 0.75)
     # depth
     residual: str = "add"  # residual update rule: a key of RESIDUALS
     norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too, U = MoEUT's
-    looped: str = (
-        "o"  # depths loop and routed; tiled over depth: o = a layer of the loop or pool, . = one before or after it
-    )
+    looped: str = "o"  # depths loop and routed, tiled over depth: o = in the loop or pool, . = before or after it
     loops: int = 2  # iterations of the loop, or steps that pick a layer of the pool, at most
     eval_loops: int = 0  # the same in evaluation; 0 = as in training
     loop_keys: str = "latest"  # keys and values visible in later iterations: a key of LOOP_KEYS
@@ -66,9 +58,7 @@ class Config(model.Config):
     step_loss: str = "last"  # steps in the training loss: last or mean
     layer_balance_coef: float = 0.0  # weight of a balance loss over the pool's layers
     # attention
-    rotary: str = (
-        "H"  # tiled over depth: H = queries and keys, V = values and outputs, B = both, N = nothing, W = by the window
-    )
+    rotary: str = "H"  # tiled over depth: H = queries and keys, V = values and outputs, B = both, N = none, W: H by window
     attn_softmax: str = "plain"  # plain or ssmax
     qk_norm: str = "rms"  # rms or none
     latent_dim: int = 64  # width of the latent vector where attention is L

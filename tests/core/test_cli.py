@@ -1,10 +1,12 @@
 """cli.py: flags made from the fields of a dataclass. CPU, no network: `pytest tests/core/test_cli.py`."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
 
 import cli
+import model
 
 
 @dataclass
@@ -30,7 +32,9 @@ def test_optional_and_boolean_flags_parse_and_refuse(capsys):
 
 
 def test_a_number_or_a_word_keeps_its_type():
-    assert parser().parse_args(["--scale", "2"]).scale == 2.0 and parser().parse_args(["--scale", "auto"]).scale == "auto"
+    assert (
+        parser().parse_args(["--scale", "2"]).scale == 2.0 and parser().parse_args(["--scale", "auto"]).scale == "auto"
+    )
 
 
 def test_the_help_of_a_flag_is_the_comment_behind_its_field():
@@ -47,3 +51,10 @@ def test_abbreviations_are_refused_in_one_sentence(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--rat", "2"])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_comment_behind_a_field_is_one_line():
+    """The help of a flag is read from the line of its field, so no formatter may wrap that line."""
+    source = inspect.getsource(model.Config).partition("def __post_init__")[0]
+    assert not [line for line in source.splitlines() if line.rstrip().endswith("= (")]
+    assert "normalised" in cli.field_notes(model.Config)["norm_topk_prob"]

@@ -2,12 +2,14 @@
 
 CPU, no network: `pytest tests/core/test_ops.py`."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from core_helpers import EOT, far, norm_error, rng, slow_hash, text
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 
@@ -57,7 +59,11 @@ def test_an_operator_returns_the_same_without_gradients(name):
 
 
 def test_blend_weighs_both_terms_and_takes_a_zero():
-    x, y, weight = torch.randn(2, 3, 8, generator=rng()), torch.randn(2, 3, 8, generator=rng(1)), torch.tensor([0.3, -2.0])
+    x, y, weight = (
+        torch.randn(2, 3, 8, generator=rng()),
+        torch.randn(2, 3, 8, generator=rng(1)),
+        torch.tensor([0.3, -2.0]),
+    )
     assert far(ops.blend(weight, x, y), 0.3 * x - 2 * y) < 1e-6
     weight.requires_grad_()
     (found,) = torch.autograd.grad(ops.blend(weight, x, torch.zeros(())).sum(), weight)
@@ -190,7 +196,8 @@ def test_both_ways_to_take_the_top_k_agree(k):
 # Grouped matmuls on a CPU
 
 GROUPED = [  # rows of each expert
-    (125,) * 8, (0, 300, 1, 0, 77, 0, 622, 0), (1000, 0, 0), (0, 0, 1000), (3, 2, 1, 1), (0, 1), tuple(range(40)), (33, 31, 64, 100, 17),
+    (125,) * 8, (0, 300, 1, 0, 77, 0, 622, 0), (1000, 0, 0), (0, 0, 1000), (3, 2, 1, 1), (0, 1), tuple(range(40)),
+    (33, 31, 64, 100, 17),
 ]  # fmt: skip
 
 
@@ -268,6 +275,89 @@ def test_fp8_head_clips_instead_of_overflowing():
 def test_quantise_rounds_clips_and_transposes(dtype):
     x, largest = torch.randn(48, 80, generator=rng()), torch.finfo(dtype).max
     q, qt = ops.quantise(x, 0.25, dtype)
-    assert q.dtype == qt.dtype == dtype and q.is_contiguous() and qt.is_contiguous() and torch.equal(q.float().T, qt.float())
+    assert (
+        q.dtype == qt.dtype == dtype
+        and q.is_contiguous()
+        and qt.is_contiguous()
+        and torch.equal(q.float().T, qt.float())
+    )
     assert norm_error(q.float() * 0.25, x) < 0.06
     assert ops.quantise(x * 1e9, 0.25, dtype)[0].float().abs().max() == largest
+
+
+# -----------------------------------------------------------------------------
+# The chunked loss
+
+SOFTCAP = 15.0
+BF16 = ops.HEADS["bf16"]
+token_nll = functools.partial(ops.softcap_nll, vocab_size=120, softcap=SOFTCAP)
+
+
+def loss_inputs(T: int, dtype=torch.float32, D=16):
+    x = torch.randn(T, D, generator=rng(T)).to(dtype)
+    w = torch.randn(V, D, generator=rng(1))
+    target = torch.randint(0, 120, (T,), generator=rng(2))
+    target[::5] = -1
+    return x.requires_grad_(), w.requires_grad_(), target
+
+
+def plain_loss(x, w, target):
+    """Cross-entropy on all logits in fp32; z is rounded as in the head."""
+    z = (x @ w.type_as(x).T).float()
+    softcapped = (SOFTCAP * torch.tanh(z / SOFTCAP) + SOFTCAP)[:, :120]
+    return F.cross_entropy(softcapped, target, ignore_index=-1, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("T, rows", ((1, 64), (64, 64), (200, 64), (200, 100), (200, 10**6)))
+def test_chunked_loss_equals_cross_entropy_of_all_logits(T, rows, dtype, monkeypatch):
+    monkeypatch.setitem(ops.LOSS_CHUNK, "cpu", rows * V)
+    x, w, target = loss_inputs(T, dtype)
+    got = ops.chunked_loss(x, w, target, BF16, token_nll)
+    want = plain_loss(x, w, target)
+    assert got.dtype == torch.float32 and abs(got - want) < 1e-5 * (1 + want.abs())
+    for scale in (1.0, 0.37):
+        found = torch.autograd.grad(got * scale, (x, w), retain_graph=True)
+        expected = torch.autograd.grad(want * scale, (x, w), retain_graph=True)
+        for name, a, b in zip("xw", found, expected):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b) or norm_error(a, b) < (1e-5 if dtype == torch.float32 else 1.5e-2), name
+    assert (found[0][::5] == 0).all()
+
+
+def test_chunked_loss_of_ignored_targets_alone_is_zero():
+    x, w, target = loss_inputs(70)
+    loss = ops.chunked_loss(x, w, target * 0 - 1, BF16, token_nll)
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_chunked_loss_gives_gradients_to_one_side_alone():
+    x, w, target = loss_inputs(70)
+    loss = lambda x, w: ops.chunked_loss(x, w, target, BF16, token_nll)
+    both = torch.autograd.grad(loss(x, w), (x, w))
+    assert torch.equal(both[0], torch.autograd.grad(loss(x, w.detach()), x)[0])
+    assert torch.equal(both[1], torch.autograd.grad(loss(x.detach(), w), w)[0])
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    monkeypatch.setitem(ops.LOSS_CHUNK, "cpu", 64 * V)
+    x, w, target = loss_inputs(700)
+    with Largest() as seen:
+        ops.chunked_loss(x, w, target, BF16, token_nll).backward()
+    assert seen.largest <= max(64 * V, x.numel(), w.numel()) < 700 * V
+    with Largest() as seen:
+        plain_loss(*loss_inputs(700)).backward()
+    assert seen.largest >= 700 * 120  # the instrument works

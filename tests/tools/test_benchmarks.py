@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import facts  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
@@ -28,7 +29,7 @@ from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
 from model import Config, build  # noqa: E402
-from tools import prepare  # noqa: E402
+from tools import cost, prepare  # noqa: E402
 
 TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2,
             value_embeds=0, window_size=64)  # fmt: skip
@@ -90,7 +91,7 @@ def test_newton_schulz_flops_equal_those_counted_by_torch(rows, cols):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_newton_schulz_flops_equal_those_of_the_plan(shape):
-    plan = train_muon.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
+    plan = cost.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
     assert flops(SHAPES[shape], "Newton-Schulz + Muon") == plan["newton_schulz_total"]
 
 
@@ -372,7 +373,7 @@ def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PhaseTimer", lambda kind: logger.PhaseTimer("cpu"))
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
     monkeypatch.setattr(train_muon, "compile_model", lambda *_: "eager")
-    monkeypatch.setattr(train_muon, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(facts, "matmul_rate", lambda *_: 1e12)
     args = gpu.parse(["--tokens", "512", "--seq_len", "128", "--micro", "256", "--rounds", "2", "--steps", "1"])
     args.config, args.ends = Config(**TINY | dict(vocab_size=300, eot_token=299, window="LS", window_size=64)), math.inf
     return args, []

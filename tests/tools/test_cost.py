@@ -1,4 +1,4 @@
-"""tools/model_card.py and the card on the command line: activations, presets, flags. CPU, no network."""
+"""The model card of tools/cost.py and the flags of model.py: activations, presets, errors. CPU, no network."""
 
 import pytest
 import torch
@@ -6,34 +6,32 @@ from core_helpers import TINY
 
 import model
 from model import PRESETS, Config
-from tools import model_card
-
-pytest.importorskip("checkpoint", reason="tools/hub.py needs checkpoint.py")
-from tools import generate  # noqa: E402
+from tools import cost, generate
 
 
 def test_activation_bytes_grow_with_the_row():
     config = Config(**TINY | dict(dtype="bf16"))
-    a, b = model_card.activation_bytes(config, 128), model_card.activation_bytes(config, 256)
+    a, b = cost.activation_bytes(config, 128), cost.activation_bytes(config, 256)
     assert a > 128 * 4 * 32 * 4 * 2 and 1.8 < b / a < 3
 
 
 @pytest.mark.parametrize("wide", (
-    dict(n_embd=256), dict(n_embd=128), dict(n_head=1, head_dim=128), dict(head_dim=136), dict(mlp_ratio=8.0)), ids=str)  # fmt: skip
+    dict(n_embd=256), dict(n_embd=128), dict(n_head=1, head_dim=128), dict(head_dim=136), dict(mlp_ratio=8.0)),
+    ids=str)  # fmt: skip
 def test_activation_bytes_are_exact_where_no_width_equals_the_row(wide):
     config = Config(**TINY | dict(dtype="bf16") | wide)
     for T in (520, 1040):
-        assert model_card.activation_bytes(config, T) == model_card.saved_bytes(config, T, meta=0)
+        assert cost.activation_bytes(config, T) == cost.saved_bytes(config, T, meta=0)
 
 
 def test_activation_bytes_count_rows_as_long_as_the_model_is_wide():
     config = Config(**TINY | dict(n_embd=256, dtype="bf16"))
-    assert model_card.saved_bytes(config, 256, meta=0) < model_card.activation_bytes(config, 256)
+    assert cost.saved_bytes(config, 256, meta=0) < cost.activation_bytes(config, 256)
 
 
 def test_the_cache_holds_keys_and_values_of_each_attention():
     config = Config(**TINY | dict(attention="A-", dtype="bf16"))
-    assert model_card.cache_bytes_per_token(config) == 2 * 2 * 32 * 2
+    assert cost.cache_bytes_per_token(config) == 2 * 2 * 32 * 2
     net, cache = model.build(config), model.KVCache(config, 1, 8)
     with torch.no_grad():
         net(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
@@ -70,7 +68,9 @@ def test_every_dtype_has_a_card(dtype, capsys):
     assert status == 0 and "activations" in out
 
 
-@pytest.mark.parametrize("words", (("--n_layer", "2", "--value_embeds", "1"), ("--n-layer=2", "--value-embeds=1")), ids=str)
+@pytest.mark.parametrize(
+    "words", (("--n_layer", "2", "--value_embeds", "1"), ("--n-layer=2", "--value-embeds=1")), ids=str
+)
 def test_flags_override_the_preset_in_both_spellings(words, capsys):
     status, out, _ = run_main(capsys, "--preset", "cpu", *words, "--seq-len", "64")
     assert status == 0 and "2 (MKE MKE)" in out and "64 tokens per row" in out
@@ -86,7 +86,8 @@ def test_flags_override_the_preset_in_both_spellings(words, capsys):
     (("--mlp_ratio", "inf"), ("mlp_ratio",), 1),
     (("--seq_len", "-5"), ("seq_len",), 2),
     (("--checkpoint", "/no/such/folder"), ("/no/such/folder", "no checkpoint"), 1),
-), ids=lambda value: "=".join(map(str, value)) if isinstance(value, tuple) and str(value[0]).startswith("--") else "")  # fmt: skip
+), ids=lambda value: "=".join(map(str, value))
+if isinstance(value, tuple) and str(value[0]).startswith("--") else "")  # fmt: skip
 def test_a_bad_flag_stops_with_one_sentence(words, message, expect, capsys):
     status, out, err = run_main(capsys, "--preset", "cpu", *words)
     assert status == expect and out == ""

@@ -1,26 +1,30 @@
 """Domains: supervised routes, and what training does with a mixture.
 
-CPU, no network: `pytest tests/test_domains.py`."""
+CPU, no network: `pytest tests/zoo/test_domains.py`."""
 
 import functools
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from test_train import WORDS, hyper, observe, refused, same, train, write_data  # noqa: E402
+
+import data  # noqa: E402
 import logger  # noqa: E402
 import model as M  # noqa: E402
-import train_adamw  # noqa: E402
-import train_muon  # noqa: E402
 from checkpoint import load_model_from_run  # noqa: E402
+from cli import UserError  # noqa: E402
 from tools import prepare  # noqa: E402
-from zoo import mixture  # noqa: E402
+from zoo import domains  # noqa: E402
+from zoo.recipes import RECIPES, ZOO_MUON, MuonZooConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # data.py --source domains
@@ -48,7 +52,7 @@ def test_the_100m_budget():
     assert outside == pytest.approx(50e6, rel=0.01) and each == pytest.approx(10e6, rel=0.01)
     assert M.PRESETS["100m"].num_experts == M.PRESETS["100m-cpu"].num_experts == 5
     for preset in ("100m", "100m-cpu"):
-        assert preset in train_muon.PRESETS and preset in train_adamw.PRESETS
+        assert all(preset in recipe.presets for recipe in RECIPES.values())
         hidden = M.PRESETS[preset].hidden_size, M.PRESETS[preset].shared_width
         assert all(width % 8 == 0 for width in hidden)
 
@@ -79,7 +83,7 @@ def test_shared_dim_is_the_width_of_what_all_tokens_meet():
     dense = M.GPT(M.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48, pattern="D"))).blocks[0].ffn
     assert dense.up.shape == (80, 32), "the dense twin has what a token meets"
     for changes in (dict(shared_dim=12, num_shared_experts=1), dict(shared_dim=48)):
-        with pytest.raises(M.ConfigError, match="shared_dim"):
+        with pytest.raises(UserError, match="shared_dim"):
             M.Config(**SMALL | changes)
 
 
@@ -146,14 +150,14 @@ def test_rows_that_do_not_count_stay_where_experts_are_shared_by_ranks(tmp_path)
 def test_information_of_known_matrices():
     own, even = torch.eye(4, dtype=torch.float64)[:, None], torch.full((4, 1, 4), 0.25, dtype=torch.float64)
     half = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])[:, None]
-    assert [train_muon.domain_information(x).item() for x in (own, even, half)] == [2, 0, 1]
+    assert [domains.domain_information(x).item() for x in (own, even, half)] == [2, 0, 1]
 
 
 def test_the_price_is_whole_at_first_and_falls_to_nothing():
-    hp = train_muon.Hyperparameters(domain_coef=0.5, domain_steps=10, domain_anneal_steps=4)
-    assert [train_muon.domain_price(step, hp) for step in (0, 9)] == [0.5, 0.5]
-    assert [train_muon.domain_price(step, hp) for step in range(10, 16)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0])
-    assert train_muon.domain_price(10, train_muon.Hyperparameters(domain_coef=0.5, domain_steps=10)) == 0
+    hp = MuonZooConfig(domain_coef=0.5, domain_steps=10, domain_anneal_steps=4)
+    assert [domains.domain_price(step, hp) for step in (0, 9)] == [0.5, 0.5]
+    assert [domains.domain_price(step, hp) for step in range(10, 16)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0])
+    assert domains.domain_price(10, MuonZooConfig(domain_coef=0.5, domain_steps=10)) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def walks(tmp_path_factory) -> Path:
 
 
 def trained(shards, out_dir, name, steps, *flags) -> list[dict]:
-    run("train_muon.py", *TRAIN, "--data", shards, "--out_dir", out_dir, "--experiment_name", name, "--num_iterations", steps, "--val_every", 40,
+    run("train_zoo.py", *TRAIN, "--data", shards, "--out_dir", out_dir, "--experiment_name", name, "--num_iterations", steps, "--val_every", 40,
         *flags)  # fmt: skip
     return [row for row in logger.read_run(out_dir / name)["rows"] if "val/loss" in row]
 
@@ -202,7 +206,7 @@ def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
     assert {f"val/{name}/bpb" for name in STRIDES} <= rows[-1].keys()
     load = np.array(rows[1]["moe/domain_load"])  # domains x layers x experts, after the round robin
     assert load.shape == (4, 2, 5) and np.allclose(load.sum(-1), 1)
-    own = [list(mixture.domains(walks)).index(name) for name in ("fives", "ones", "twos")]
+    own = [list(domains.domains(walks)).index(name) for name in ("fives", "ones", "twos")]
     assert all(load[d, :, i].min() > 0.7 for i, d in enumerate(own)), "experts in the order of the domains, the trunk's left out"
     assert rows[1]["moe/domain_information"] > 0.8 and rows[2]["moe/domain_information"] > 0.3, "and it stays when nobody asks any more"
 
@@ -216,8 +220,8 @@ def test_balance_within_batches_of_one_domain_forbids_experts_of_domains(walks, 
 def test_two_ranks_see_what_one_sees(walks, tmp_path):
     flags = [*TRAIN, "--data", walks, "--out_dir", tmp_path, "--num_iterations", 6, "--round_robin_steps", 3, "--domain_coef", 1, "--domain_steps", 3,
              "--domain_weights", "web=1,ones=2,twos=1", "--dtype", "fp32"]  # fmt: skip
-    run("train_muon.py", *flags, "--experiment_name", "one")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_muon.py", *flags, "--experiment_name", "two")
+    run("train_zoo.py", *flags, "--experiment_name", "one")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_zoo.py", *flags, "--experiment_name", "two")
     one, two = (logger.read_run(tmp_path / name)["rows"] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in (key for key in a if key.startswith(("train/loss", "train/domain", "val/", "moe/domain"))):
@@ -233,7 +237,7 @@ def test_pictures_of_domains(walks, tmp_path):
 
 
 def test_expert_of_a_domain_needs_an_expert(walks, tmp_path):
-    flags = ["train_muon.py", *TRAIN, "--data", walks, "--out_dir", tmp_path, "--domain_coef", 0.5]
+    flags = ["train_zoo.py", *TRAIN, "--data", walks, "--out_dir", tmp_path, "--domain_coef", 0.5]
     for more, words in ((["--num_experts", 2], "at most 2 domains"), (["--router", "hash"], "a learned router"),
                         (["--pattern", "D"], "a learned router")):  # fmt: skip
         done = run(*flags, *more, check=False)
@@ -268,9 +272,64 @@ def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
     held_out = [text for text in facts(generator, 200, known) if len(text) == 12]
     for name, words in (("plain", []), ("tagged", ["--source_tag"])):
         make(tmp_path, "--path", *paths, *words, out=name)
-        run("train_muon.py", *TRAIN, "--data", tmp_path / name, "--out_dir", tmp_path / "logs", "--experiment_name", name, "--num_iterations", 150,
+        run("train_zoo.py", *TRAIN, "--data", tmp_path / name, "--out_dir", tmp_path / "logs", "--experiment_name", name, "--num_iterations", 150,
             "--batch_tokens", 1024, "--micro_batch_tokens", 1024, "--val_every", 0, "--round_robin_steps", 0, "--domain_coef", 0)  # fmt: skip
         model, _ = load_model_from_run(tmp_path / "logs" / name / "checkpoint")
         with torch.no_grad():
             losses[name] = loss_of_text(model, held_out, "clean\n" if words else "")
     assert losses["tagged"] < losses["plain"] - 0.1, losses
+
+
+# -----------------------------------------------------------------------------
+# Flags and texts
+
+
+DOMAIN_FIELDS = {  # field -> (another legal value, the settings under which it acts)
+    "domain_weights": ("greek=3,birds=1", {}),
+    "domain_temperature": (5.0, {"domain_weights": "greek=9,birds=1"}),
+    "domain_epochs": ("birds=0.01", {}),
+    "round_robin_steps": (2, {}),
+    "domain_coef": (0.5, {"domain_steps": 2}),
+    "domain_steps": (2, {"domain_coef": 0.5}),
+    "domain_anneal_steps": (5, {"domain_steps": 1, "domain_coef": 0.5}),
+    "trunk_domain": ("greek", {"domain_steps": 2, "domain_coef": 0.5}),
+}
+
+
+@pytest.mark.parametrize("field", DOMAIN_FIELDS)
+def test_no_option_of_domains_is_dead(field, tmp_path):
+    """On a mixture of two domains."""
+    value, companions = DOMAIN_FIELDS[field]
+    for name, words in WORDS.items():
+        write_data(tmp_path / "mixed" / name, words)
+    changes = {"before": {}, "after": {field: value}}
+    before, after = (observe(tmp_path / name, ZOO_MUON, data=tmp_path / "mixed", **companions | more) for name, more in changes.items())
+    assert not same(before, after), f"--{field} {value} changed nothing"
+
+
+def test_routes_tokens_saves_routes_at_each_evaluation(tmp_path):  # tests/test_routes.py looks into the files
+    shards = write_data(tmp_path / "greek", WORDS["greek"])
+    for tokens in (0, 64):
+        train(tmp_path / str(tokens), ZOO_MUON, data=shards, num_iterations=1, routes_tokens=tokens)
+    assert [path.name for path in tmp_path.rglob("step_*.npz")] == ["step_000001.npz"]
+
+
+def test_too_little_validation_text_is_said_before_the_first_step(tmp_path):
+    """Not after the last one, with nothing saved."""
+    for name in WORDS:
+        write_data(tmp_path / "mixed" / name, WORDS[name])
+    assert "each of 2 domains" in refused(tmp_path, ZOO_MUON, data=tmp_path / "mixed", val_every=0, val_tokens=40, seq_len=32)
+    assert "each of 2 domains" in refused(tmp_path, ZOO_MUON, data=tmp_path / "mixed", routes_tokens=20)
+    assert not (tmp_path / "muon").exists()
+
+
+def test_what_compressors_need_is_measured_on_all_domains_alike(tmp_path, monkeypatch):
+    for name in WORDS:
+        write_data(tmp_path / "mixed" / name, WORDS[name])
+    monkeypatch.setattr(data, "COMPRESSED_BYTES", 64)
+    seen = []
+    monkeypatch.setattr(data, "compressed_bpb", lambda text: seen.append(text))
+    hp = hyper(ZOO_MUON, data=str(tmp_path / "mixed"), seq_len=32, val_tokens=0)
+    data.compressed_bpb(domains.validation_text(SimpleNamespace(hp=hp), data.get_encoding("bytes")))
+    halves = seen[0][:32].decode(), seen[0][32:].decode()
+    assert len(seen[0]) == 64 and all(any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"])))

@@ -61,14 +61,14 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = none
-    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 normalised, 0 as they are
+    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 = normalised, 0 = probabilities
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
     bias_update_factor: float = 0.0  # step of the aux-loss-free selection bias, in units of probability
     depth: str = "stack"  # a key of DEPTHS
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, K = with keys of the previous token, - = none
+    attention: str = "A"  # tiled over depth: A = attention, K = keys of the previous token, - = none
     window: str = "L"  # tiled over depth: L = window_size, S, Q, E = 1/2, 1/4, 1/8 of it
     window_size: int = 1792  # tokens that a long layer attends to
     attn_scale: float = 0.12

@@ -7,7 +7,7 @@ gives relu(h) back as sqrt(a). modded-nanogpt's record 59 does this for its dens
 
     bash benchmarks/gpu.sh bench --rows moe_fused dense_fused    # whole steps beside those without; the parts: --only parts
 
-If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/test_kernels.py checks it in Triton's
+If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/core/test_kernels.py checks it in Triton's
 interpreter and compiles it to machine code. Letters as in model.py; K and N are a matmul's inner and outer width."""
 
 from __future__ import annotations

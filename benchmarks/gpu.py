@@ -72,7 +72,7 @@ def uniform(config: Config) -> Config:
 def plain_versions():
     """The functions that have kernels without them; those of the head compiled, which makes them faster."""
     kept = {}
-    for module, name in ((model, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
+    for module, name in ((ops, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
         kept[module, name] = getattr(module, name)
         plain = kept[module, name].__wrapped__
         setattr(module, name, plain if module is train_muon else torch.compile(plain, dynamic=False))
@@ -358,8 +358,8 @@ def head_parts(args):
     V, D = c.padded_vocab_size, c.n_embd
     x, w = grad(T, D), (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
     target, z = torch.randint(c.vocab_size, (T,), device=DEVICE), torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16)
-    nll = lambda z, target: model.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
-    loss = lambda head: lambda x, w: model.chunked_loss(x, w, target, ops.HEADS[head], nll)
+    nll = lambda z, target: ops.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
+    loss = lambda head: lambda x, w: ops.chunked_loss(x, w, target, ops.HEADS[head], nll)
     for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions compiled")):
         with versions():
             for head in ops.HEADS:

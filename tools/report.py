@@ -44,11 +44,11 @@ HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --r
 
 
 def write_report(runs, out_dir, page):
-    """Writes the page, one file that loads nothing else. Raises UserError without plotly, or if it cannot be written."""
+    """Writes the page, one file that loads nothing else. Raises UserError without plotly or on a failed write."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("--html draws with plotly: `pip install plotly`, or `pip install -r requirements.txt`") from None
+        raise UserError("--html draws with plotly: `pip install plotly` or `pip install -r requirements.txt`") from None
     template = Path(__file__).with_name("report.html")
     with explain_os_errors(template, "read"):
         html = template.read_text(encoding="utf-8")

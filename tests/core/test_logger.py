@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import logger  # noqa: E402
-from logger import PhaseTimer, Run, RunError, read_run  # noqa: E402
+from cli import UserError  # noqa: E402
+from logger import PhaseTimer, Run, read_run  # noqa: E402
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_existing_run_is_refused_and_untouched(open_run, tmp_path, left):
     folder = tmp_path / "logs/muon"
     folder.mkdir(parents=True)
     (folder / left).write_text("{}\n")
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         open_run()
     assert str(folder) in str(error.value)
     assert "--resume" in str(error.value) and "--experiment_name" in str(error.value)
@@ -103,7 +104,7 @@ def test_existing_run_is_refused_and_untouched(open_run, tmp_path, left):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "plots"])
 def test_a_name_that_is_no_plain_folder_is_refused(open_run, tmp_path, name):
-    with pytest.raises(RunError, match="--experiment_name"):
+    with pytest.raises(UserError, match="--experiment_name"):
         open_run(name)
     assert not (tmp_path / "logs").exists()
 
@@ -172,7 +173,7 @@ def test_resume_refuses_a_damaged_middle_and_changes_nothing(open_run):
         run.log({"step": 0})
     damaged = '{"step": 0}\n{"step": \n{"step": 2}\n'
     (run.path / "metrics.jsonl").write_text(damaged)
-    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 "):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 "):
         open_run(resume_step=2)
     assert (run.path / "metrics.jsonl").read_text() == damaged
 
@@ -280,7 +281,7 @@ def test_full_disk_names_the_file(open_run, name, use):
     run = open_run()
     (run.path / name).unlink(missing_ok=True)
     (run.path / name).symlink_to("/dev/full")
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         use(run)
     assert str(run.path / name) in str(error.value) and os.strerror(errno.ENOSPC) in str(error.value)
     run.close()  # nothing is tried twice
@@ -297,14 +298,14 @@ def test_failed_rewrite_leaves_the_old_rows(open_run, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", half_a_write)
-    with pytest.raises(RunError, match="metrics.jsonl"):
+    with pytest.raises(UserError, match="metrics.jsonl"):
         open_run(resume_step=1)
     assert [row["step"] for row in strict_rows(run.path / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_out_dir_that_is_a_file(open_run, tmp_path):
     (tmp_path / "logs").write_text("")
-    with pytest.raises(RunError, match="logs"):
+    with pytest.raises(UserError, match="logs"):
         open_run()
 
 
@@ -389,18 +390,18 @@ def test_read_run(open_run):
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", "12", "", '{"step": 1}{"step": 2}'])
 def test_malformed_line_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         read_run(tmp_path)
     assert f"{tmp_path / 'metrics.jsonl'} line 2 " in str(error.value)
 
 
 def test_folder_without_a_run_and_broken_config(tmp_path):
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         read_run(tmp_path)
     (tmp_path / "run.log").write_text("")
     assert read_run(tmp_path) == {"name": tmp_path.name, "config": {}, "rows": []}
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RunError, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         read_run(tmp_path)
 
 
@@ -551,7 +552,7 @@ time.sleep(600)
     try:
         assert process.stdout.readline() == "ready\n"
         before = {path: path.read_bytes() for path in (tmp_path / "held").iterdir()}
-        with pytest.raises(logger.RunError, match=r"another process is writing .*held.*--experiment_name"):
+        with pytest.raises(UserError, match=r"another process is writing .*held.*--experiment_name"):
             Run(tmp_path, "held", config={}, sources=[], resume_step=0)
         assert {path: path.read_bytes() for path in (tmp_path / "held").iterdir()} == before
     finally:
@@ -597,7 +598,7 @@ def test_a_run_that_ends_in_nan_is_not_shown_with_the_loss_before(tmp_path):
 def test_a_damaged_configuration_is_one_sentence(tmp_path, content):
     rows_written(tmp_path, "muon", {"step": 1})
     (tmp_path / "muon" / "config.json").write_bytes(content)
-    with pytest.raises(RunError, match="config.json is no JSON object .*; restore it or delete it"):
+    with pytest.raises(UserError, match="config.json is no JSON object .*; restore it or delete it"):
         logger.read_run(tmp_path / "muon")
 
 

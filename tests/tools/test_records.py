@@ -1,4 +1,4 @@
-"""records/: the README's table agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
+"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
 
 pytest tests/tools/test_records.py
 """
@@ -158,9 +158,12 @@ def printed(root: Path) -> str:
     return done.stdout.strip()
 
 
-def test_the_readmes_table_is_what_the_logs_say():
-    between = re.search(r"<!-- records -->\n(.*?)\n<!-- end of records -->", (ROOT / "README.md").read_text(), re.S)[1]
-    assert between == printed(ROOT), "put what `python logger.py --records` prints between the markers of README.md"
+def test_the_table_of_results_is_that_of_the_logs():
+    page = (ROOT / "docs/results.md").read_text()
+    between = re.search(r"<!-- records -->\n(.*?)\n<!-- end of records -->", page, re.S)[1]
+    between = between.replace("](../records/", "](records/")
+    message = "put the output of `python logger.py --records` between the markers of docs/results.md"
+    assert between == printed(ROOT), message + ", with ../ before its links"
     check_table(between, ROOT)
 
 
@@ -257,7 +260,7 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     assert set(lines[-1][:, 1]) == {1.435}
 
 
-@pytest.mark.parametrize("file, setting", (("README.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
+@pytest.mark.parametrize("file, setting", (("docs/results.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
 def test_a_curve_s_table_is_that_of_the_runs(file, setting):
     """Means over the seeds that both rows have; the error is that of the mean of their differences."""
     table, runs = r"^\| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$", {}

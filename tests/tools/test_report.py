@@ -23,7 +23,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402
-from logger import Run, RunError  # noqa: E402
+from cli import UserError  # noqa: E402
+from logger import Run  # noqa: E402
 from tools import report  # noqa: E402
 
 LAYERS, EXPERTS = 3, 4
@@ -128,7 +129,7 @@ def test_a_value_that_is_missing_ends_no_curve(tmp_path):
 def test_a_missing_plotly_is_named(tmp_path, monkeypatch):
     write_run(tmp_path, "muon")
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(RunError, match="pip install plotly"):
+    with pytest.raises(UserError, match="pip install plotly"):
         report.write_report([logger.read_run(tmp_path / "muon")], tmp_path, tmp_path / "report.html")
 
 
@@ -547,7 +548,7 @@ def test_a_missing_package_is_named_before_anything_is_written(package, tmp_path
     done = subprocess.run([sys.executable, "-c", hide, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"pip install {package}" in done.stderr
     assert not (tmp_path / "logs").exists()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"pip install {package}"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"pip install {package}"):
         patch.setitem(sys.modules, logger.SINKS[package][1], None)
         Run(tmp_path, "muon", config={}, sources=[], sinks=[package])
     assert not (tmp_path / "muon").exists()

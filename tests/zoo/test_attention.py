@@ -7,21 +7,22 @@ import dataclasses
 import itertools
 import math
 
-import model
-import ops
 import pytest
 import torch
-import zoo
-from cli import ConfigError
 from helpers import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, logits, rng, slow_visible, text, tiny
+
+import model
+import ops
+import zoo
+from cli import UserError
 from ops import norm
-from tools import model_card
+from tools import cost
 from zoo.attention import ROTARIES, scale_queries
 from zoo.gpt import token_numbers
 from zoo.masks import MetaBlockedMask, MetaDenseMask, MetaFlexMask, visible_keys
 
 
-def layer_context(net: zoo.GPT, T: int, layer: int = 0, first: int = 0) -> zoo.gpt.Context:
+def layer_context(net: zoo.GPT, T: int, layer: int = 0, first: int = 0) -> zoo.block.Context:
     """Context of one layer for one document of T tokens, at positions from `first` on."""
     doc = torch.zeros(1, T, dtype=torch.int64)
     ctx = net.contexts(None, doc, doc, None)[0][layer]
@@ -136,7 +137,9 @@ def test_vo_rope_rotates_values_by_their_distance_and_leaves_scores_unchanged():
     q, k, v = (part[0] for part in (x @ attention.qkv.flatten(0, 1).T).unflatten(-1, (3, 2, 16)).unbind(2))
     v, angle = v * attention.value_mix[0], torch.arange(4) / 3
     rms = lambda z: z / z.square().mean(-1, keepdim=True).sqrt()
-    score = (rms(q[1:, :, None]) * rms(torch.stack([k[1:], k[:-1]], 2))).sum(-1) * 0.5  # (T - 1, H, own and the one before)
+    score = (rms(q[1:, :, None]) * rms(torch.stack([k[1:], k[:-1]], 2))).sum(
+        -1
+    ) * 0.5  # (T - 1, H, own and the one before)
     weight = score.softmax(-1)
     turn = torch.exp(1j * torch.cat([1024**-angle, torch.zeros(4)]))
     z = torch.complex(v[:-1, :, :8], v[:-1, :, 8:]) * turn  # back by the angle of one token
@@ -171,7 +174,7 @@ def test_cache_size(attention, kept):
     config = zoo.Config(**TINY | dict(attention=attention, latent_dim=8))
     assert cached_numbers_per_token(zoo.build(config)) == kept
     in_bf16 = dataclasses.replace(config, dtype="bf16")
-    assert model_card.cache_bytes_per_token(config) == 4 * kept == 2 * model_card.cache_bytes_per_token(in_bf16)
+    assert cost.cache_bytes_per_token(config) == 4 * kept == 2 * cost.cache_bytes_per_token(in_bf16)
 
 
 def test_latent_keys_are_shared_by_heads_where_they_rotate_and_of_low_rank_elsewhere():
@@ -216,15 +219,15 @@ def test_shared_keys_get_gradients_from_every_layer_that_uses_them():
 
 
 def test_a_shared_layer_needs_keys_of_the_same_rotary_kind():
-    with pytest.raises(ConfigError, match="attention is 'SA'; it must be without S in layer 0"):
+    with pytest.raises(UserError, match="attention is 'SA'; it must be without S in layer 0"):
         zoo.Config(**TINY | dict(attention="SA"))
-    with pytest.raises(ConfigError, match="without S in layer 1"):
+    with pytest.raises(UserError, match="without S in layer 1"):
         zoo.Config(**TINY | dict(attention="-SA"))
-    with pytest.raises(ConfigError, match="rotary is 'HN'; it must be the same in layer 1 as in layer 0"):
+    with pytest.raises(UserError, match="rotary is 'HN'; it must be the same in layer 1 as in layer 0"):
         zoo.Config(**TINY | dict(attention="AS", rotary="HN"))
-    with pytest.raises(ConfigError, match="the same in layer 1 as in layer 0"):
+    with pytest.raises(UserError, match="the same in layer 1 as in layer 0"):
         zoo.Config(**TINY | dict(attention="AS", rotary="W", window="LS"))
-    with pytest.raises(ConfigError, match="rotary is 'V'; it must be H, N or W where attention is L"):
+    with pytest.raises(UserError, match="rotary is 'V'; it must be H, N or W where attention is L"):
         zoo.Config(**TINY | dict(attention="L", rotary="V"))
 
 
@@ -297,7 +300,11 @@ def test_meta_tokens_are_visible_in_every_mask(T, window, meta, rate):
             block = seen[b, 0, 128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
             partial = j in mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
             full = j in mask.full_kv_indices[b, 0, i, : mask.full_kv_num_blocks[b, 0, i]].tolist()
-            assert not (partial and full) and (partial or full or not block.any()) and (block.all() or not full), (b, i, j)
+            assert not (partial and full) and (partial or full or not block.any()) and (block.all() or not full), (
+                b,
+                i,
+                j,
+            )
 
 
 def test_meta_tokens_have_the_same_noise_in_every_row_and_do_not_change_that_of_others():
@@ -313,7 +320,7 @@ def test_meta_tokens_are_counted_in_flops_and_memory():
     T = 40
     keys = 12 * 4 * 10 * 32  # in 4 layers every token has 10 more keys
     assert model.flops_per_token(more, T) == pytest.approx((model.flops_per_token(plain, T) + keys) * (T + 10) / T)
-    assert model_card.saved_bytes(more, 512, 10) > model_card.saved_bytes(plain, 512, 0) * 1.01
+    assert cost.saved_bytes(more, 512, 10) > cost.saved_bytes(plain, 512, 0) * 1.01
 
 
 def test_generation_with_meta_tokens_equals_full_forwards():
@@ -348,7 +355,9 @@ def test_peri_norm_cancels_the_scale_of_an_output():
         assert (far(logits(three, x), logits(one, x)) < 1e-4) == cancels, norms
     slope = torch.zeros(1, 32, requires_grad=True)
     norm(slope).sum().backward()
-    assert far(slope.grad, torch.full((1, 32), torch.finfo(torch.float32).eps ** -0.5)) < 1e-4 and slope.grad.max() > 2_800
+    assert (
+        far(slope.grad, torch.full((1, 32), torch.finfo(torch.float32).eps ** -0.5)) < 1e-4 and slope.grad.max() > 2_800
+    )
 
 
 def test_the_norm_pattern_is_per_layer():

@@ -7,16 +7,17 @@ import dataclasses
 import math
 import shutil
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from cli import ConfigError
 from helpers import SEED, TINY, document_starts, far, rng, row_context, shaken, text, zoo_fields
+
+import model
+import ops
+import zoo
+from cli import UserError
 from ops import norm
-from tools.model_card import model_card
+from tools.cost import model_card
 from zoo.config import has_matmuls, routed_scale, width_of
 from zoo.experts import WITHOUT_MATMULS, KANExperts
 from zoo.gpt import TrunkOutput
@@ -260,7 +261,7 @@ def test_a_list_numbers_kinds_with_matmuls_first():
 
 
 def test_num_experts_must_be_the_length_of_the_list():
-    with pytest.raises(ConfigError, match=r"num_experts is 4; it must be 3, the number of experts in 'mlp\*2,zero'"):
+    with pytest.raises(UserError, match=r"num_experts is 4; it must be 3, the number of experts in 'mlp\*2,zero'"):
         zoo.Config(**TINY | dict(experts="mlp*2,zero"))
 
 
@@ -280,13 +281,13 @@ def test_the_order_of_the_list_changes_nothing():
     ("mlp", dict(top_k=5, mlp_ratio=5.0), "top_k is 5; it must be at most num_experts = 4"),
 ))  # fmt: skip
 def test_a_bad_list_is_one_sentence(experts, changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         zoo.Config(**TINY | dict(experts=experts) | changes)
 
 
 def test_free_eta_is_above_zero():
     for value in (0.0, -1.0, math.inf):
-        with pytest.raises(ConfigError, match="free_eta"):
+        with pytest.raises(UserError, match="free_eta"):
             zoo.Config(**TINY | dict(free_eta=value))
 
 
@@ -312,7 +313,9 @@ def test_the_balance_loss_counts_loads_of_one_over_eta_as_even():
 @pytest.mark.parametrize("eta", (1.0, 0.5))
 def test_the_bias_moves_loads_to_their_share(eta):
     """Skewed scores of 16 experts, top-2 of 4,096 tokens; the last four have no matmuls and a load of 1 / eta."""
-    fields = dict(n_layer=2, value_embeds=0, pattern="MD", experts="mlp*12,zero*4", free_eta=eta, bias_update_factor=0.002)
+    fields = dict(
+        n_layer=2, value_embeds=0, pattern="MD", experts="mlp*12,zero*4", free_eta=eta, bias_update_factor=0.002
+    )
     net, want = zoo.build(zoo.Config(**zoo_fields(**fields))), torch.tensor([1.0] * 12 + [1 / eta] * 4)
     want /= want.sum()
     score = (torch.randn(4096, 16, generator=rng()) + torch.randn(16, generator=rng(1)) * 0.5).softmax(-1)
@@ -395,7 +398,9 @@ def test_a_shared_expert_is_added_to_the_scaled_routed_sum(kind, kernel):
             shared = [p.down @ (p.up @ x[0, t]).relu() ** 2 for t in range(T)]
         else:
             taps = p.gate.unflatten(1, (kernel, 32))
-            gates = [sum(taps[:, lag] @ x[0, t - lag] for lag in range(kernel) if t - lag >= first[t]) for t in range(T)]
+            gates = [
+                sum(taps[:, lag] @ x[0, t - lag] for lag in range(kernel) if t - lag >= first[t]) for t in range(T)
+            ]
             shared = [p.down @ (F.silu(gate) * (p.up @ x[0, t])) for t, gate in enumerate(gates)]
         moe.shared, moe.routed_scale = None, 1.0
         assert far(both[0], torch.stack(shared) + 3 * moe(x, ctx)[0][0]) < 1e-5
@@ -434,7 +439,7 @@ def test_routed_scale_is_a_number_or_auto():
     assert routed_scale(auto) > 1.2
     assert routed_scale(dataclasses.replace(auto, router="hash")) == pytest.approx(2**0.5)
     for bad in ("automatic", "1.0", -1.0, ""):
-        with pytest.raises(ConfigError, match="routed_scale is .*; it must be auto or a number"):
+        with pytest.raises(UserError, match="routed_scale is .*; it must be auto or a number"):
             zoo.Config(**TINY | dict(routed_scale=bad))
 
 

@@ -5,13 +5,9 @@ CPU, no network: `pytest tests/zoo/test_layer_routing.py`.
 
 import dataclasses
 
-import model
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from benchmarks import toys
-from cli import ConfigError
 from helpers import (
     PACKED,
     POOL,
@@ -31,8 +27,13 @@ from helpers import (
     tiny,
     trunk_of,
 )
-from ops import norm
 from torch.utils.flop_counter import FlopCounterMode
+
+import model
+import zoo
+from benchmarks import toys
+from cli import UserError
+from ops import norm
 from zoo.layer_routing import ROUTE_TRAINING
 
 
@@ -97,10 +98,14 @@ def test_identities_alone_give_the_logits_of_the_embedding():
 @pytest.mark.parametrize("kind, weights", (("mean", (1 / 3, 1 / 3, 1 / 3)), ("last", (0, 0, 1))))
 def test_the_training_loss_is_that_of_the_steps_in_step_loss(kind, weights):
     x, y = text(2, 20, 6), text(2, 20, 7)
-    net = random_controller(step_loss=kind, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0).train()
+    net = random_controller(
+        step_loss=kind, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0
+    ).train()
     parts = []
     for steps in (1, 2, 3):
-        shorter = random_controller(loops=steps, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0).train()
+        shorter = random_controller(
+            loops=steps, controller="memoryless", router="hash", balance_coef=0.0, z_coef=0.0
+        ).train()
         parts.append(shorter(x, y).loss)
     assert far(net(x, y).loss, sum(w * part for w, part in zip(weights, parts))) < 1e-5
     assert far(net.eval()(x, y).loss, shorter.eval()(x, y).loss) < 1e-6  # evaluation: the last step
@@ -116,7 +121,9 @@ def test_training_weights_of_each_route_training():
         assert grad.tolist() == [[1, 2, 3]]
     net, x = random_controller(route_training="anneal", anneal_steps=10, router="hash").train(), text(2, 20, 6)
     results = [net(x).logits[..., :VOCAB] for step in (0, 10) for _ in [net.set_step(5, step)]]
-    soft, hard = (random_controller(route_training=kind, router="hash").train() for kind in ("soft", "straight_through"))
+    soft, hard = (
+        random_controller(route_training=kind, router="hash").train() for kind in ("soft", "straight_through")
+    )
     wanted = [kind(x).logits[..., :VOCAB] for kind in (soft, hard)]
     assert far(results[0], wanted[0]) < 1e-5 and far(results[1], wanted[1]) < 1e-5 and far(*results) > 1e-2
 
@@ -125,7 +132,9 @@ def test_the_layer_balance_loss_grows_with_uneven_use():
     net = tiny(**POOL)
     even = torch.full((3, 2, 8, 5), 0.2)
     assert net.layer_balance(even, torch.arange(48).view(3, 2, 8) % 4) == pytest.approx(1.0)
-    assert net.layer_balance(even, torch.arange(48).view(3, 2, 8) % 5) == pytest.approx(1.0, rel=0.03)  # identities are left out
+    assert net.layer_balance(even, torch.arange(48).view(3, 2, 8) % 5) == pytest.approx(
+        1.0, rel=0.03
+    )  # identities are left out
     one = torch.zeros(3, 2, 8, 5)
     one[..., 2] = 1
     assert net.layer_balance(one, torch.full((3, 2, 8), 2)) == pytest.approx(4.0)
@@ -135,7 +144,10 @@ def test_the_layer_balance_loss_grows_with_uneven_use():
 
 
 def test_only_per_step_parameters_grow_with_the_steps():
-    counts = [model.count_parameters(zoo.Config(**TINY | POOL | dict(loops=steps, controller="lstm")))["total"] for steps in (2, 7)]
+    counts = [
+        model.count_parameters(zoo.Config(**TINY | POOL | dict(loops=steps, controller="lstm")))["total"]
+        for steps in (2, 7)
+    ]
     assert counts[0] == counts[1]
     per_step = [model.count_parameters(zoo.Config(**TINY | POOL | dict(loops=steps)))["total"] for steps in (2, 7)]
     assert per_step[1] - per_step[0] == 5 * 32
@@ -192,7 +204,10 @@ def test_a_controller_finds_the_order_of_trained_layers():
     trained = zoo.build(toys.IN_TURN)
     toys.fit(trained, trained.parameters(), 300, 3e-3)
     net = toys.recovered(trained, "learned", "soft", 150)
-    assert torch.equal(toys.use(net), torch.eye(4)[:, :3]) and abs(toys.held_out(net, 2) - toys.held_out(trained, 2)) < 1e-5
+    assert (
+        torch.equal(toys.use(net), torch.eye(4)[:, :3])
+        and abs(toys.held_out(net, 2) - toys.held_out(trained, 2)) < 1e-5
+    )
     assert toys.held_out(toys.in_order(trained, (2, 1, 0)), 2) > toys.held_out(trained, 2) + 0.1
 
 
@@ -201,5 +216,5 @@ def test_a_controller_finds_the_order_of_trained_layers():
     ("residual", "average", "add"), ("halt", "ponder", "act"), ("loop_keys", "share_first", "latest"), ("attention", "AS", "without S"),
     ("router_residual", 0.5, "0 with depth routed"), ("identity_layers", -1, "at least 0"), ("anneal_steps", 0, "at least 1")))  # fmt: skip
 def test_options_that_conflict_with_a_pool_are_refused(field, value, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is {value!r}.*{legal}"):
         zoo.Config(**TINY | POOL | {field: value})

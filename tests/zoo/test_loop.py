@@ -6,14 +6,9 @@ CPU, no network: `pytest tests/zoo/test_loop.py`.
 import dataclasses
 import itertools
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from benchmarks import toys
-from cli import ConfigError
 from helpers import (
     PACKED,
     TINY,
@@ -33,11 +28,17 @@ from helpers import (
     trunk_of,
     zoo_fields,
 )
-from ops import norm
 from reference import slow_forward
-from tools import model_card
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.gpt import RESIDUALS
+
+import model
+import ops
+import zoo
+from benchmarks import toys
+from cli import UserError
+from ops import norm
+from tools import cost
+from zoo.block import RESIDUALS
 from zoo.halting import HALTS, Ponder
 from zoo.loop import LOOP_KEYS, LoopKeys
 
@@ -113,13 +114,17 @@ def test_if_ponder_halts_at_once_training_and_evaluation_agree(residual):
     ("halt", dict(halt="exit", pattern="MDDM") | EXITS, "an exit among the experts of some layer of the loop"),
     ("router_residual", dict(router_residual=0.5), "0 with depth loop")))  # fmt: skip
 def test_options_that_conflict_with_a_loop_are_refused(field, changes, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is .*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is .*{legal}"):
         zoo.Config(**zoo_fields(**LOOP | changes))
     zoo.Config(**zoo_fields(**LOOP | changes | dict(halt="none", router_residual=0.0)))
 
 
 def test_ponder_weights_losses_by_halting_probabilities():
-    net, x, y = halting_net(halt="ponder", pattern="D", ponder_coef=0.3, ponder_prior=0.4).train(), text(2, 20, 6), text(2, 20, 7)
+    net, x, y = (
+        halting_net(halt="ponder", pattern="D", ponder_coef=0.3, ponder_prior=0.4).train(),
+        text(2, 20, 6),
+        text(2, 20, 7),
+    )
     with torch.no_grad():
         losses, states = [], []
         for loops in (1, 2, 3):  # the losses of halting after as many
@@ -203,7 +208,9 @@ def test_cache_entries_per_iteration(loop_keys, copies):
 def test_with_residual_average_the_stream_is_the_mean_of_its_terms():
     """(embedding + sum of sublayer outputs) / (1 + their number), for each token with its own number of iterations."""
     for loops in (1, 3):
-        net = halting_net(depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D").eval()
+        net = halting_net(
+            depth="loop", loops=loops, residual="average", norms="R", halt="threshold", looped="o", pattern="D"
+        ).eval()
         net.halt.forward = lambda *args, halt=net.halt: Ponder.forward(halt, *args)
         added, embedding = [], []
         for block in net.blocks:
@@ -224,7 +231,10 @@ def test_evaluation_may_have_another_number_of_iterations():
     trained, longer = (tiny(**LOOP | dict(loops=2, eval_loops=n)) for n in (0, 4))
     assert torch.equal(logits(trained.train(), x), logits(longer.train(), x))
     four = tiny(**LOOP | dict(loops=4)).eval()
-    assert torch.equal(logits(longer.eval(), x), logits(four, x)) and far(logits(trained.eval(), x), logits(four, x)) > 1e-3
+    assert (
+        torch.equal(logits(longer.eval(), x), logits(four, x))
+        and far(logits(trained.eval(), x), logits(four, x)) > 1e-3
+    )
 
 
 def test_counts_include_every_iteration_of_active_tokens_only():
@@ -243,7 +253,9 @@ def test_flops_include_every_iteration():
     head = 6 * model.count_parameters(stack)["head"]
     stacks = [zoo.Config(**TINY | dict(n_layer=n, value_embeds=0)) for n in (2, 4)]  # of each window one or two layers
     layers = [model.flops_per_token(config, 40) - head for config in stacks]
-    assert layers[1] == 2 * layers[0] and model.flops_per_token(thrice, 40) == pytest.approx(head + layers[1] + 2 * layers[0])
+    assert layers[1] == 2 * layers[0] and model.flops_per_token(thrice, 40) == pytest.approx(
+        head + layers[1] + 2 * layers[0]
+    )
     assert model.count_parameters(once)["total"] == model.count_parameters(thrice)["total"]
 
 
@@ -255,7 +267,7 @@ def test_flops_include_every_iteration():
     ("shared", "conv", dict(depth="loop", halt="act", num_shared_experts=1, mlp_ratio=3.0), "no neighbours"),
     ("importance_coef", 0.1, dict(depth="loop", halt="act"), "0 next to halt act")))  # fmt: skip
 def test_bad_values_are_refused(field, value, others, legal):
-    with pytest.raises(ConfigError, match=f"^{field} is {value!r}.*{legal}"):
+    with pytest.raises(UserError, match=f"^{field} is {value!r}.*{legal}"):
         zoo.Config(**TINY | others | {field: value})
 
 
@@ -307,7 +319,9 @@ def moeut(net: zoo.GPT, x):
                 v = picked(h, choose_v[:, head], of("attention.values")[own], c.attn_top_k)
                 score = q[:, head] @ k[:, head].T * c.attn_scale
                 score = score.masked_fill((near < 0) | (near >= c.window_size), -torch.inf)
-                heads.append(picked(score.softmax(-1) @ v, choose_o[:, head], of("attention.outputs")[own], c.attn_top_k))
+                heads.append(
+                    picked(score.softmax(-1) @ v, choose_o[:, head], of("attention.outputs")[own], c.attn_top_k)
+                )
             h = h + sum(heads)
             score = rms(h) @ of("ffn.router.gate").T
             chosen[i].append(score.softmax(-1))
@@ -322,7 +336,9 @@ def moeut(net: zoo.GPT, x):
             mean = torch.cat(parts).mean(0)
             balance[i].append((mean * mean.log()).sum())
     z = torch.stack(all_logits)
-    return (c.softcap * torch.tanh(z / c.softcap) + c.softcap)[..., :VOCAB], sum(torch.stack(rows).mean() for rows in balance)
+    return (c.softcap * torch.tanh(z / c.softcap) + c.softcap)[..., :VOCAB], sum(
+        torch.stack(rows).mean() for rows in balance
+    )
 
 
 def test_a_loop_of_routed_attention_and_sigma_moe_is_moeut():
@@ -364,16 +380,16 @@ def test_tokens_that_choose_an_exit_halt_after_that_iteration():
     assert net.balanced_E.tolist() == [1] * 7 + [0] * 2
     grads = gradients(net.train(), net(x, x).stats["router_loss"])
     assert (grads["blocks.3.ffn.router.gate"] != 0).any()
-    with pytest.raises(ConfigError, match="halt is 'exit'; it must be another, or there must be an exit"):
+    with pytest.raises(UserError, match="halt is 'exit'; it must be another, or there must be an exit"):
         zoo.Config(**TINY | dict(depth="loop", halt="exit"))
 
 
 def test_the_card_has_the_flops_of_an_iteration():
     config = zoo.Config(**TINY | LOOP)
-    card = model_card.model_card(config, 40)
+    card = cost.model_card(config, 40)
     layers = (model.flops_per_token(dataclasses.replace(config, loops=4), 40) - model.flops_per_token(config, 40)) / 3
     assert f"loop, layers .oo., 3 times at most, halt none; each time {layers:,.0f} FLOPs" in card and layers > 0
-    assert "depth" not in model_card.model_card(zoo.Config(**TINY), 40)
+    assert "depth" not in cost.model_card(zoo.Config(**TINY), 40)
 
 
 CARDS = [dict(halt=halt, loop_keys=keys) for halt in RULES for keys in sorted(LOOP_KEYS)]
@@ -384,10 +400,12 @@ CARDS += [dict(halt="exit", **EXITS), dict(depth="routed"), dict(depth="routed",
 def test_the_card_of_every_depth_has_the_size_of_its_cache(changes):
     """On the meta device, where tensors have no values, no token halts."""
     config = zoo.Config(**zoo_fields(**LOOP | changes))
-    assert "KV cache" in model_card.model_card(config, 40)
+    assert "KV cache" in cost.model_card(config, 40)
     net = tiny(**LOOP | changes).eval()
     cache = zoo.KVCache(config, 1, 7)
     with torch.no_grad():
         net(text(1, 7), cache=cache)
     kept = sum(part[:, :1].nbytes for parts in cache.kept.values() for part in parts)
-    assert 0 <= model_card.cache_bytes_per_token(config) - kept <= 1  # a flag of the last iteration, if no token was active in it
+    assert (
+        0 <= cost.cache_bytes_per_token(config) - kept <= 1
+    )  # a flag of the last iteration, if no token was active in it

@@ -3,13 +3,14 @@
 test_reference.py compares its logits with their definition. CPU, no network: `pytest tests/zoo/test_masked.py`.
 """
 
-import model
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from cli import ConfigError
 from helpers import EOT, TINY, VOCAB, far, logits, rng, text, tiny
+
+import model
+import zoo
+from cli import UserError
 from zoo.routers import ROUTERS
 
 
@@ -122,17 +123,17 @@ def test_a_hidden_token_is_learned_from_a_later_one():
     (dict(objective="masked", vocab_size=64), "no id is left"),
     (dict(objective="masked", attn_softmax="ssmax"), "attn_softmax is 'ssmax'")])  # fmt: skip
 def test_options_that_conflict_are_one_sentence(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         tiny(**changes)
 
 
 def test_a_masked_model_continues_no_text():
-    with pytest.raises(ConfigError, match="it must be next"):
+    with pytest.raises(UserError, match="it must be next"):
         tiny(objective="masked").generate(text(1, 3), 2)
 
 
 def test_a_masked_model_sets_no_record():
     from benchmarks import track
 
-    with pytest.raises(track.RunError, match="--objective is set by the track"):
+    with pytest.raises(UserError, match="--objective is set by the track"):
         track.Row({"preset": "cpu", "data": "data/python"}, ["train_muon.py", "--objective", "masked"])

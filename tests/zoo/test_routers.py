@@ -6,14 +6,15 @@ CPU, no network: `pytest tests/zoo/test_routers.py`.
 import dataclasses
 import math
 
-import model
-import ops
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from cli import ConfigError
 from helpers import TINY, document_starts, far, rng, row_context, shaken, text, tiny
+
+import model
+import ops
+import zoo
+from cli import UserError
 from zoo.routers import ROUTERS, SCORES, LinearRouter, linear_scan, smooth_load, squared_variation
 from zoo.stats import route_stats
 
@@ -138,7 +139,7 @@ def test_every_learned_router_has_weights_for_its_noise(name):
     ("router_score", "tanh", "one of softmax, sigmoid"),
     ("router", "convolution", "one of linear, hash, mlp, conv, recurrent, attention")))  # fmt: skip
 def test_a_bad_router_is_one_sentence(field, value, legal):
-    with pytest.raises(ConfigError, match=f"{field} is .*{legal}"):
+    with pytest.raises(UserError, match=f"{field} is .*{legal}"):
         zoo.Config(**TINY | {field: value})
 
 
@@ -205,7 +206,7 @@ def test_router_losses_are_added_to_the_training_loss_once_per_layer():
     (dict(load_coef=0.1, top_k=4), "load_coef is 0.1; it must be 0, or"),
     (dict(bias_update_threshold=-1), "bias_update_threshold is -1")))  # fmt: skip
 def test_losses_that_are_undefined_are_one_sentence(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         zoo.Config(**TINY | changes)
 
 
@@ -214,7 +215,9 @@ def test_losses_that_are_undefined_are_one_sentence(changes, message):
 
 
 def test_the_bias_moves_after_its_threshold_of_tokens():
-    net = zoo.build(zoo.Config(**TINY | dict(n_layer=2, value_embeds=0, bias_update_factor=0.1, bias_update_threshold=50)))
+    net = zoo.build(
+        zoo.Config(**TINY | dict(n_layer=2, value_embeds=0, bias_update_factor=0.1, bias_update_threshold=50))
+    )
     counts = torch.tensor([[30, 10, 0, 0], [10, 10, 10, 10]])  # of 20 tokens, top-2
     for _ in range(2):
         net.balance(counts)
@@ -242,7 +245,9 @@ def updates_until_balanced(score: str, factor: float, seed: int, limit: int = 40
     return limit
 
 
-@pytest.mark.parametrize("score, factor, listed", (("sigmoid", 0.001, 149), ("sigmoid", 0.01, 17), ("softmax", 0.001, 37)))
+@pytest.mark.parametrize(
+    "score, factor, listed", (("sigmoid", 0.001, 149), ("sigmoid", 0.01, 17), ("softmax", 0.001, 37))
+)
 def test_the_bias_balances_skewed_logits_in_the_known_number_of_updates(score, factor, listed):
     """149, 17 and 37 updates were measured for one draw of the skew; other draws differ by their extremes."""
     found = sorted(updates_until_balanced(score, factor, seed) for seed in range(5))

@@ -91,7 +91,8 @@ def describe_flag(action: argparse.Action) -> str:
     default = vars(action).get("field_default", action.default)
     words = [", ".join(map(str, action.choices)) + ":"] if action.choices else []
     words += [action.help.replace("%%", "%")] if action.help else []
-    if "field_default" in vars(action) or not (default is None or default is False or default in ([], argparse.SUPPRESS)):
+    is_plain = default is None or default is False or default in ([], argparse.SUPPRESS)
+    if "field_default" in vars(action) or not is_plain:
         words.append(f"(default {default!r})" if isinstance(default, str) else f"(default {default})")
     return f"  {flag_name(action):25} {' '.join(words)}".rstrip()
 
@@ -101,9 +102,9 @@ def add_flags(parser: argparse.ArgumentParser, fields_of: type, defaults=None):
 
     The comment behind a field is its help, and the comment above some fields their group. Fields of a package such as
     zoo/ have a help page of their own. defaults: an instance whose values the help shows."""
-    notes, shown, groups = field_notes(fields_of), defaults or fields_of, {}
+    notes, places, shown, groups = field_notes(fields_of), field_groups(fields_of), defaults or fields_of, {}
     for field in dataclasses.fields(fields_of):
-        title, page = field_group(fields_of, field.name)
+        title, page = places.get(field.name, (fields_of.__name__, ""))
         if (title, page) not in groups:
             groups[title, page] = parser.add_argument_group(title)
             groups[title, page].page = page
@@ -122,18 +123,16 @@ def field_notes(fields_of: type) -> dict[str, str]:
 
 
 @functools.cache
-def field_group(fields_of: type, name: str) -> tuple[str, str]:
-    """The comment line above a field, or above fields before it, and its package; "" for a file of the root.
-
-    Without such a comment, the class's name."""
+def field_groups(fields_of: type) -> dict[str, tuple[str, str]]:
+    """Field -> the comment above it or above fields before it, else the name of its class; and its package or ""."""
+    groups = {}
     for part in filter(dataclasses.is_dataclass, reversed(fields_of.__mro__)):
-        title = part.__name__
-        for line in inspect.getsource(part).splitlines():
-            title = line.removeprefix("    # ") if line.startswith("    # ") else title
-            if line.startswith(f"    {name}: "):
-                package, _, module = part.__module__.rpartition(".")
-                return title, package
-    raise KeyError(name)
+        title, package = part.__name__, part.__module__.rpartition(".")[0]
+        for comment, name in re.findall(r"^    (?:# (.*)|(\w+): .*)$", inspect.getsource(part), re.M):
+            title = comment or title
+            if name:
+                groups.setdefault(name, (title, package))
+    return groups
 
 
 def flag_type(annotation):

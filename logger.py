@@ -586,7 +586,7 @@ def show_runs(args):
         follow(folders[0])
         return
 
-    say(f"reading {len(folders)} runs below {args.out_dir}")
+    say(f"reading {len(folders)} run{'s' * (len(folders) > 1)} below {args.out_dir}")
     runs = list(map(read_run, folders))
     print(format_table(runs), end="\n\n")
     if args.html:

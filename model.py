@@ -68,7 +68,7 @@ class Config:
     bias_update_factor: float = 0.0  # step of the aux-loss-free selection bias, in units of probability
     depth: str = "stack"  # a key of DEPTHS
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, K = keys of the previous token, - = none
+    attention: str = "A"  # tiled over depth: A attention, K previous token's keys, - none
     window: str = "L"  # tiled over depth: L = window_size, S, Q, E = 1/2, 1/4, 1/8 of it
     window_size: int = 1792  # tokens that a long layer attends to
     attn_scale: float = 0.12

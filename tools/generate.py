@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> dict:
     """Flags -> their values; under `config`, the preset with the given fields changed. Raises UserError."""
     calls = ("python model.py --preset speedrun", "python model.py --checkpoint logs/muon/checkpoint --prompt 'The '",
              "python model.py --checkpoint logs/muon/checkpoint --push_to_hub user/name")
-    about = ("Print a preset's model card, or sample from a checkpoint, or share it. Flags of the model change the card.\n"
+    about = ("Print a preset's model card, sample from a checkpoint, or share it. Flags of the model change the card.\n"
              "--checkpoint takes only one of them, --top_k: sample from that many likeliest tokens.")
     first = ("preset", "checkpoint", "prompt", "max_new_tokens", "temperature")
     parser = Parser(prog="model.py", description=about, examples=calls, first=first)

@@ -58,7 +58,7 @@ class Config(model.Config):
     step_loss: str = "last"  # steps in the training loss: last or mean
     layer_balance_coef: float = 0.0  # weight of a balance loss over the pool's layers
     # attention
-    rotary: str = "H"  # tiled: H queries and keys, V values and outputs, B both, N none, W by window
+    rotary: str = "H"  # tiled: H queries + keys, V values + outputs, B both, N none, W: H by window
     attn_softmax: str = "plain"  # plain or ssmax
     qk_norm: str = "rms"  # rms or none
     latent_dim: int = 64  # width of the latent vector where attention is L

@@ -449,7 +449,7 @@ class LinearRouter(nn.Module):
         return ops.linear_fp32(x_TD, self.gate)
 
     def noisy_logits(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Logits, and the standard deviation of their noise, from one matmul."""
+        """Logits, and the standard deviation of their noise, from one matmul; other logits need both methods."""
         logits_TE, raw_std_TE = ops.linear_fp32(x_TD, torch.cat([self.gate, self.noise])).chunk(2, dim=1)
         return logits_TE, F.softplus(raw_std_TE.contiguous())  # strided, on a CPU, 6 times slower
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from cli import UserError  # noqa: E402
-from model import Parser, positive  # noqa: E402
+from cli import Parser, positive  # noqa: E402
 from tools import sources  # noqa: E402
 
 

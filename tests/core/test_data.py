@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from cli import UserError  # noqa: E402
+from cli import UserError, file_sha256  # noqa: E402
 from data import Loader, get_encoding, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
 
 BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
     """meta.json promises a sha256 for each shard; the ranks of a host share the looking."""
     make_shards(tmp_path, [500, 600, 700], vocab=257)
     make_shards(tmp_path, [500], split="val", vocab=257)
-    shards = [{"file": path.name, "tokens": len(read_shard(path)), "sha256": data.sha256_of(path)} for path in sorted(tmp_path.glob("*.bin"))]
+    shards = [{"file": path.name, "tokens": len(read_shard(path)), "sha256": file_sha256(path)} for path in sorted(tmp_path.glob("*.bin"))]
     (tmp_path / "meta.json").write_text(json.dumps(BYTES | {"shards": shards}))
     whole = data.fingerprint(tmp_path)
     assert len(whole) == 4 and all(digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]])

@@ -31,9 +31,9 @@ def test_the_kernels_in_tritons_interpreter():
     """The interpreter has to be chosen before triton is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: `pip install triton==3.6.0`")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--no-header", __file__], cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "17 passed" in done.stdout, done.stdout[-4000:]
 
 

@@ -7,9 +7,6 @@ import dataclasses
 import itertools
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,8 +50,6 @@ import model
 import ops
 from cli import UserError
 from model import ALL_HERE, PRESETS, BlockedMask, Config, DenseMask, FlexMask, LinearRouter, Route
-
-ROOT = Path(__file__).parents[2]
 
 
 def fresh(**changes):
@@ -1299,7 +1294,7 @@ def test_gradients_add_up_over_micro_batches(targets):
 
 
 # -----------------------------------------------------------------------------
-# 14. Presets and the script
+# 14. Presets
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -1310,13 +1305,6 @@ def test_every_preset_builds_and_counts(preset):
     )
     if preset == "cpu":
         assert counts["total"] == 11_227_154 and model.flops_per_token(config, 2048) == 7_250_976
-
-
-def test_the_script_prints_a_card():
-    words = [sys.executable, ROOT / "model.py", "--preset", "cpu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "11,227,154 total" in done.stdout and "router linear" in done.stdout and "7,250,976 training" in done.stdout
 
 
 # -----------------------------------------------------------------------------

@@ -34,10 +34,11 @@ import facts  # noqa: E402
 import guards  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
 from distributed import World, cut_slabs, make_buckets, slab_view  # noqa: E402
 from model import DTYPES, GPT, Config  # noqa: E402
-from tools import cost, prepare  # noqa: E402
+from tools import cost, generate, prepare  # noqa: E402
 from tools.profile import phase_seconds  # noqa: E402
 from train_adamw import ADAMW  # noqa: E402
 from train_muon import MUON, Exchange, Muon, Session, Transfer, lr_scale, newton_schulz, window  # noqa: E402
@@ -1162,7 +1163,7 @@ def test_cuda_where_there_is_none_is_one_sentence(shards, tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(shards, tmp_path, monkeypatch):
-    nll = model.softcap_nll
+    nll = ops.softcap_nll
 
     def poisoned(z, target, **names):
         loss = nll(z, target, **names)
@@ -1170,7 +1171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
 
     training_step, step = [], train_muon.train_step
     monkeypatch.setattr(train_muon, "train_step", lambda *words: training_step.append(words[2]) or step(*words))
-    monkeypatch.setattr(model, "softcap_nll", poisoned)
+    monkeypatch.setattr(ops, "softcap_nll", poisoned)
     said = refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=4)
     assert "the loss of step 6 is nan" in said and "step_000004" in said and "--experiment_name" in said
     assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]  # read one step late
@@ -1578,7 +1579,7 @@ def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, fini
 
 def test_the_checkpoint_answers_a_prompt(finished):
     words = ["--checkpoint", finished(MUON) / "checkpoint", "--prompt", "alpha be", "--max_new_tokens", 24, "--temperature", 0]
-    status, out, err = call(model.main, words)
+    status, out, err = call(generate.main, words)
     assert status == 0, err
     assert out.startswith("alpha beta ") and len(out) > 30
     assert set(out.split()[:-1]) <= {"alpha", "beta", "gamma", "delta"}

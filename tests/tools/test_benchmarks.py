@@ -399,7 +399,7 @@ def test_every_row_of_the_gpu_table_is_measured_beside_its_reference(on_cpu):
         model.EXPERTS["mlp"] is model.MLPExperts and model.FEED_FORWARDS["D"] is model.DenseMLP
     )  # and after the fused ones
     assert (
-        model.softcap_nll.__wrapped__ and ops.quantise.__wrapped__ and train_muon.gram.__wrapped__
+        ops.softcap_nll.__wrapped__ and ops.quantise.__wrapped__ and train_muon.gram.__wrapped__
     )  # as before the plain row
 
 

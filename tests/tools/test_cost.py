@@ -1,5 +1,9 @@
 """The model card of tools/cost.py and the flags of model.py: activations, presets, errors. CPU, no network."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from core_helpers import TINY
@@ -7,6 +11,8 @@ from core_helpers import TINY
 import model
 from model import PRESETS, Config
 from tools import cost, generate
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_activation_bytes_grow_with_the_row():
@@ -54,6 +60,13 @@ def run_main(capsys, *words):
     return status, printed.out, (printed.err + (message if status else "")).strip()
 
 
+def test_the_script_prints_a_card():
+    words = [sys.executable, ROOT / "model.py", "--preset", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "11,227,154 total" in done.stdout and "router linear" in done.stdout and "7,250,976 training" in done.stdout
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_has_a_card(preset, capsys):
     status, out, err = run_main(capsys, "--preset", preset)
@@ -86,8 +99,7 @@ def test_flags_override_the_preset_in_both_spellings(words, capsys):
     (("--mlp_ratio", "inf"), ("mlp_ratio",), 1),
     (("--seq_len", "-5"), ("seq_len",), 2),
     (("--checkpoint", "/no/such/folder"), ("/no/such/folder", "no checkpoint"), 1),
-), ids=lambda value: "=".join(map(str, value))
-if isinstance(value, tuple) and str(value[0]).startswith("--") else "")  # fmt: skip
+), ids=str)  # fmt: skip
 def test_a_bad_flag_stops_with_one_sentence(words, message, expect, capsys):
     status, out, err = run_main(capsys, "--preset", "cpu", *words)
     assert status == expect and out == ""

@@ -621,7 +621,7 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
     (folder / "track.json").write_text(json.dumps(rules | {"gpu": "NVIDIA H200"}))
     assert "this track's clock is that of one NVIDIA H200; the GPU here is none" in short(*tiny_command(corpus))
     (folder / "track.json").write_text(json.dumps(rules))
-    monkeypatch.setattr(data, "torch_version", lambda: "9.9.9")
+    monkeypatch.setattr(sources, "torch_version", lambda: "9.9.9")
     assert re.search(r"torch 9\.9\.9 is not pinned for this track .*pip install torch==", short(*tiny_command(corpus)))
     assert not launched and not list(folder.glob("*/"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):

@@ -23,7 +23,8 @@ import train_muon  # noqa: E402
 from benchmarks import scaling  # noqa: E402
 from benchmarks.scaling import Leg, predict, ring_seconds, rows_seconds, two_clocks  # noqa: E402
 from distributed import World  # noqa: E402
-from model import GPT, Config, activation_bytes  # noqa: E402
+from model import GPT, Config  # noqa: E402
+from tools.cost import activation_bytes  # noqa: E402
 from train_muon import MUON, Exchange, MuonConfig  # noqa: E402
 
 CPU = torch.device("cpu")

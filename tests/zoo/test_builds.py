@@ -264,7 +264,7 @@ def test_every_build_runs_on_the_meta_device(build):
 # 6. Config
 
 BAD = [
-    ("attention", "B", "A K - L S"), ("rotary", "HX", "H N V B W"), ("norms", "X", "P R"),
+    ("attention", "B", "A K L S R -"), ("rotary", "HX", "H N V B W"), ("norms", "X", "P R"),
     ("attn_softmax", "max", "ssmax"),
     ("qk_norm", "layer", "rms, none"), ("latent_dim", 0, "at least 1"), ("latent_dim", 12, "multiple of 8"),
     ("num_meta_tokens", -1, "at least 0"), ("router", "lineer", "linear, hash"), ("depth", "stak", "stack"),

@@ -2,7 +2,6 @@
 
 CPU, no network: `pytest tests/zoo/test_domains.py`."""
 
-import functools
 import math
 import subprocess
 import sys
@@ -19,10 +18,12 @@ from test_train import WORDS, hyper, observe, refused, same, train, write_data  
 
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as M  # noqa: E402
+import model  # noqa: E402
+import ops  # noqa: E402
+import zoo  # noqa: E402
 from checkpoint import load_model_from_run  # noqa: E402
 from cli import UserError  # noqa: E402
-from tools import prepare  # noqa: E402
+from tools import cost, prepare  # noqa: E402
 from zoo import domains  # noqa: E402
 from zoo.recipes import RECIPES, ZOO_MUON, MuonZooConfig  # noqa: E402
 
@@ -47,13 +48,13 @@ def make(tmp_path, *words, out="out") -> Path:
 
 def test_the_100m_budget():
     """A trunk of 50M and 5 experts of 10M, within 1%, by the model card."""
-    card = M.model_card(M.PRESETS["100m"], 1024)
+    card = cost.model_card(zoo.PRESETS["100m"], 1024)
     outside, each = (int(word.replace(",", "")) for word in card.split("active per token; ")[1].replace(" outside experts,", "").split()[:2])
     assert outside == pytest.approx(50e6, rel=0.01) and each == pytest.approx(10e6, rel=0.01)
-    assert M.PRESETS["100m"].num_experts == M.PRESETS["100m-cpu"].num_experts == 5
+    assert zoo.PRESETS["100m"].num_experts == zoo.PRESETS["100m-cpu"].num_experts == 5
     for preset in ("100m", "100m-cpu"):
         assert all(preset in recipe.presets for recipe in RECIPES.values())
-        hidden = M.PRESETS[preset].hidden_size, M.PRESETS[preset].shared_width
+        hidden = zoo.PRESETS[preset].hidden_size, zoo.PRESETS[preset].shared_width
         assert all(width % 8 == 0 for width in hidden)
 
 
@@ -62,34 +63,34 @@ SMALL = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head
 
 
 def test_a_tied_table_is_the_head():
-    config = M.Config(**SMALL | dict(tie_embeddings=True))
-    net, apart = M.GPT(config), M.GPT(M.Config(**SMALL))
+    config = zoo.Config(**SMALL | dict(tie_embeddings=True))
+    net, apart = zoo.build(config), zoo.build(zoo.Config(**SMALL))
     assert net.parameter_kinds()["embed"] == "embed" and "head" not in net.parameter_kinds()
     ids = torch.randint(0, 256, (2, 12))
     with torch.no_grad():
         apart.load_state_dict({name: net.state_dict()[name] for name in apart.state_dict()})
     assert torch.equal(net.eval()(ids).logits, apart.eval()(ids).logits)
-    tied, two = (torch.autograd.grad(model(ids, ids).loss, [model.embed] + [model.head] * (model is apart)) for model in (net, apart))
+    tied, two = (torch.autograd.grad(gpt(ids, ids).loss, [gpt.embed] + [gpt.head] * (gpt is apart)) for gpt in (net, apart))
     assert torch.allclose(tied[0], two[0] + two[1], atol=1e-6)
-    whole, half = M.count_parameters(M.Config(**SMALL)), M.count_parameters(config)
+    whole, half = model.count_parameters(zoo.Config(**SMALL)), model.count_parameters(config)
     assert whole["total"] - half["total"] == whole["head"] and half["active"] == whole["active"] - 32
-    assert M.flops_per_token(config, 64) == M.flops_per_token(M.Config(**SMALL), 64)
+    assert model.flops_per_token(config, 64) == model.flops_per_token(zoo.Config(**SMALL), 64)
 
 
 def test_shared_dim_is_the_width_of_what_all_tokens_meet():
-    config = M.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48))
-    ffn = M.GPT(config).blocks[0].ffn
+    config = zoo.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48))
+    ffn = zoo.build(config).blocks[0].ffn
     assert ffn.shared.up.shape == (48, 32) and ffn.experts.up.shape == (4, 32, 32), "routed experts keep mlp_ratio for themselves"
-    dense = M.GPT(M.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48, pattern="D"))).blocks[0].ffn
+    dense = zoo.build(zoo.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48, pattern="D"))).blocks[0].ffn
     assert dense.up.shape == (80, 32), "the dense twin has what a token meets"
     for changes in (dict(shared_dim=12, num_shared_experts=1), dict(shared_dim=48)):
         with pytest.raises(UserError, match="shared_dim"):
-            M.Config(**SMALL | changes)
+            zoo.Config(**SMALL | changes)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(router_score="sigmoid"), dict(depth="loop", halt="act"), dict(num_meta_tokens=2)], ids=str)
 def test_domain_loss_is_the_cross_entropy_of_the_router(changes):
-    net = M.GPT(M.Config(**SMALL | changes)).train()
+    net = zoo.build(zoo.Config(**SMALL | changes)).train()
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
@@ -109,18 +110,18 @@ def test_domain_loss_is_the_cross_entropy_of_the_router(changes):
 
 
 def test_rows_that_fill_up_are_not_counted(monkeypatch):
-    net = M.GPT(M.Config(**SMALL)).eval()
+    net = zoo.build(zoo.Config(**SMALL)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.3)
-    ids, mm = torch.randint(0, 256, (3, 10)), M.mm_expert_by_expert
+    ids, mm = torch.randint(0, 256, (3, 10)), ops.mm_expert_by_expert
 
     def with_what_memory_held(rows_RK, weight_ENK, offs_E):
         out_RN = mm(rows_RK, weight_ENK, offs_E)
         out_RN[offs_E[-1] :] = math.nan  # rows without an expert are never written
         return out_RN
 
-    monkeypatch.setattr(M, "mm_expert_by_expert", with_what_memory_held)
+    monkeypatch.setattr(ops, "mm_expert_by_expert", with_what_memory_held)
     with torch.no_grad():
         whole, alone = net(ids, ids, real_B=torch.tensor([True, False, True])), net(ids[::2], ids[::2])
     assert torch.equal(whole.stats["counts_LE"], alone.stats["counts_LE"])
@@ -129,7 +130,7 @@ def test_rows_that_fill_up_are_not_counted(monkeypatch):
 
 def test_rows_that_do_not_count_stay_where_experts_are_shared_by_ranks(tmp_path):
     """They have no expert, so no row of theirs travels. A group of one rank, whose experts are the whole layer's."""
-    net, ids = M.GPT(M.Config(**SMALL)).eval(), torch.randint(0, 256, (2, 10))
+    net, ids = zoo.build(zoo.Config(**SMALL)).eval(), torch.randint(0, 256, (2, 10))
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.3)
@@ -137,9 +138,9 @@ def test_rows_that_do_not_count_stay_where_experts_are_shared_by_ranks(tmp_path)
     try:
         for real in ([True, False], [False, False], [True, True]):
             found = []
-            for carry in (M.stay, functools.partial(M.exchanged, None)):
+            for ranks in (model.ALL_HERE, model.ExpertRanks(size=2)):  # of a size above 1, so that rows are exchanged
                 for block in net.blocks:
-                    block.ffn.carry = carry
+                    block.ffn.ranks = ranks
                 with torch.no_grad():
                     found.append(net(ids, ids, real_B=torch.tensor(real)))
             assert torch.equal(found[0].loss, found[1].loss) and torch.equal(found[0].stats["counts_LE"], found[1].stats["counts_LE"])

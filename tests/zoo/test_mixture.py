@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from cli import UserError  # noqa: E402
+from cli import UserError, file_sha256  # noqa: E402
 from tools import prepare  # noqa: E402
 from zoo import mixture as M  # noqa: E402
 from zoo.mixture import Mix, Mixture, MixtureLoader, mixture_validation_batches  # noqa: E402
@@ -215,7 +215,7 @@ def test_the_core_refuses_a_mixture_in_one_sentence(three):
 
 def test_verify_checks_each_domain(three):
     paths = sorted((three / "b").glob("*.bin"))
-    shards = [{"file": path.name, "tokens": len(data.read_shard(path)), "sha256": data.sha256_of(path)} for path in paths]
+    shards = [{"file": path.name, "tokens": len(data.read_shard(path)), "sha256": file_sha256(path)} for path in paths]
     prepare.write_meta(three / "b", data.read_meta_json(three / "b") | {"shards": shards})
     M.verify(three)
     path = three / "b" / shards[0]["file"]

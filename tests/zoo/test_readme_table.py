@@ -71,3 +71,9 @@ def test_the_commands_are_legal(argv, monkeypatch):
 def test_links_of_the_page_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGE):
         assert (ROOT / "zoo" / target).exists(), f"zoo/README.md links to {target}, which is not there"
+
+
+def test_tests_named_on_the_page_exist():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", PAGE):
+        assert f"def {name}(" in tests, f"zoo/README.md: there is no test {name}"

@@ -45,11 +45,12 @@ import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
 from cli import Parser, UserError, add_flags, positive, require
 from distributed import Bucket, Slab, World, make_buckets, slab_part
-from facts import cpu_has_bf16, progress_bar, synchronize
+from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
+from terminal import Progress, say
 
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag
@@ -79,7 +80,7 @@ class TrainConfig:
     # several ranks
     expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
     bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
-    overlap: bool = True  # gradients leave during backward; false: after it, one bucket at a time, with the same result
+    overlap: bool = True  # gradients leave during backward; false: after it, with the same result
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
     final_lr_scale: float = 0.1  # ... to this share
@@ -121,6 +122,7 @@ class TrainConfig:
 class MuonConfig(TrainConfig):
     """Settings of a run with Muon (modded-nanogpt records 20-21)."""
 
+    # Muon
     muon_lr: float = 0.05
     momentum: float = 0.95
     momentum_start: float = 0.85
@@ -636,7 +638,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
           world: World, sinks=()):  # fmt: skip
     """Train to hp.num_iterations: run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
     folder, timer = Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
-    fresh = not (resume or enable_profiling)
+    fresh, is_first = not (resume or enable_profiling), world.rank == 0
     meta, loader = agree(world, lambda: prepare(config, hp, recipe, folder, resume, fresh, world))
     choices = dict(experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling)
     agree_on(facts.shared_facts(config, hp, recipe, **choices), world)
@@ -653,6 +655,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
     with guards.StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
+        say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
+        say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
         warm_up(session)
         if enable_profiling:
             from tools.profile import profile
@@ -663,12 +667,12 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         # ---- where the run begins
         start = resume_run(session, loader, saver) if resume else Start()
         if start.step == hp.num_iterations and gather_objects(logger.has_ended(folder), world)[0]:
-            if world.rank == 0:
+            if is_first:
                 print(f"{folder} has all its {start.step} steps; nothing is left to do")
             return
         about = facts.run_facts(session, experiment_name, meta["encoding"])
         log = opened.enter_context(Run(hp.out_dir, experiment_name, config=about, sources=facts.source_files(),
-                                       resume_step=start.resume_step, active=world.rank == 0, sinks=sinks))  # fmt: skip
+                                       resume_step=start.resume_step, active=is_first, sinks=sinks))  # fmt: skip
         for note in (*start.notes, facts.header(session, about, compile_note)):
             log.print(note)
 
@@ -684,6 +688,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         saver.wait()
         timer.begin("communication")
         gather_objects("done", world)  # or rank 0 could end, and the shared store with it, while another rank needs it
+        if is_first:
+            print(facts.next_commands(folder))
 
 
 class Start(NamedTuple):
@@ -740,7 +746,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
     session.model.train()
     synchronize(world.device)
     clock = time.perf_counter()
-    with contextlib.closing(progress_bar(hp.num_iterations, start.step, world)) as bar:
+    with contextlib.closing(Progress(hp.num_iterations, hp.batch_tokens, active=world.rank == 0)) as progress:
         for step in range(start.step, hp.num_iterations + 1):
             last = step == hp.num_iterations
             due = last or (hp.val_every and step % hp.val_every == 0)
@@ -752,6 +758,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
                 synchronize(world.device)
             if validate_now:
                 train_time += time.perf_counter() - clock
+                progress.pause(f"step {step}/{hp.num_iterations}  evaluating")
                 metrics = session.recipe.evaluate(session, step)
                 facts.log_evaluation(session, log, step, train_time, metrics, about)
                 synchronize(world.device)
@@ -760,8 +767,8 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
                 timer.begin("saving")
                 log.flush()
                 seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-                progress = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
-                saver.save(step, about | {"config_class": class_name(session.model.config)} | progress, log)
+                state = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
+                saver.save(step, about | {"config_class": class_name(session.model.config)} | state, log)
             if last or stopping:
                 return step, train_time, metrics
 
@@ -775,7 +782,8 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
             log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
             if (step + 1) % flush_every == 0:
                 log.flush()
-            bar.update()
+            if step > start.step:
+                progress.update(step, previous.tolist()[0], now - began, row["memory/peak_bytes"])
 
 
 # -----------------------------------------------------------------------------
@@ -791,6 +799,7 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
     recipe.check(config, hp, world.size, world.device.type)
     micro_rows = micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = recipe.open_loader(config, hp, world, micro_rows)
     recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # or raises
@@ -847,9 +856,27 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
-    parser = Parser(prog=recipe.script, description=f"Train with {recipe.name}; every setting is a flag.")
+    presets = Parser(prog=recipe.script, add_help=False)
+    presets.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
+                         default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    preset = presets.parse_known_args(argv)[0].preset
+    args = flag_parser(recipe, presets, preset).parse_args(argv)
+    given = vars(args)
+    pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+    hp = dataclasses.replace(recipe.presets[preset], **pick(recipe.train_config))
+    config = dataclasses.replace(recipe.model_presets[preset], **pick(recipe.model_config))
+    return config, hp, args
+
+
+def flag_parser(recipe: Recipe, presets: Parser, preset: str) -> Parser:
+    """Every flag of a training script; its help shows the values of the preset."""
+    script, experiment = recipe.script, f"--experiment_name {recipe.name}"
+    calls = (f"python {script} {experiment}", f"python {script} {experiment} --resume",
+             f"torchrun --standalone --nproc_per_node=8 {script} {experiment}", f"python {script} --plan")  # fmt: skip
+    about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
+    first = ("experiment_name", "preset", "data", "num_iterations", "resume")
+    parser = Parser(prog=script, description=about, parents=[presets], examples=calls, first=first)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
-    parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
         parser.add_argument(f"--{sink}", action="store_true", help=f"feed the same numbers to {sink} besides")
@@ -858,16 +885,9 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     parser.add_argument("--plan", action="store_true",
                         help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
     parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
-    add_flags(parser, recipe.train_config, "the run, whose defaults a preset changes")
-    add_flags(parser, recipe.model_config, "the model, likewise")
-
-    args = parser.parse_args(argv)
-    args.preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
-    given = vars(args)
-    pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
-    hp = dataclasses.replace(recipe.presets[args.preset], **pick(recipe.train_config))
-    config = dataclasses.replace(recipe.model_presets[args.preset], **pick(recipe.model_config))
-    return config, hp, args
+    add_flags(parser, recipe.train_config, recipe.presets[preset])
+    add_flags(parser, recipe.model_config, recipe.model_presets[preset])
+    return parser
 
 
 def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace, device) -> Config:

@@ -41,11 +41,12 @@ validation_batches = mixture_validation_batches
 class MixtureConfig(TrainConfig):
     """Settings of a run on a mixture of domains, to be mixed into those of an optimizer."""
 
-    routes_tokens: int = 0  # validation tokens whose expert assignments each evaluation saves, for logger.py --routes
+    # routes
+    routes_tokens: int = 0  # validation tokens whose experts each evaluation saves, for logger.py --routes
     # domains, where the data folder is a mixture
     domain_weights: str = ""  # name=number,...; "" = the tokens that each domain has
     domain_temperature: float = 1.0  # shares are weights to the power of 1 / this
-    domain_epochs: str = ""  # passes over a domain at most: a number for all, or name=number,...; "" = no limit
+    domain_epochs: str = ""  # passes over a domain at most: a number, or name=number,...; "" = no limit
     round_robin_steps: int = 0  # first steps, whose batches have one domain each, in turn
     domain_coef: float = 0.0  # weight of the loss that routes each domain's tokens to its own expert ...
     domain_steps: int = 0  # ... for so many steps ...

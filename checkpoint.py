@@ -359,6 +359,10 @@ MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val
 
 def check_same_run(manifest: dict, config: Config, hp, path: Path):
     """Raises UserError, which names the first field that differs from the run that was saved."""
+    saved_class = manifest.get("config_class", class_name(config))
+    if saved_class != class_name(config):
+        here = class_name(config)
+        raise UserError(f"{path} was saved with a {saved_class}, not a {here}; resume with the script that began")
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
     then = current_fields(manifest["model"]) | manifest["hyperparameters"]
     for field, value in now.items():

@@ -28,32 +28,111 @@ def require(config, field: str, condition: bool, legal: str):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an error is one sentence that names the script."""
+    """argparse without abbreviations; an error is one sentence that names the script; help has one line per flag.
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    examples: command lines for the help. first: flags at its top, the most used ones."""
+
+    def __init__(self, *, examples: tuple[str, ...] = (), first: tuple[str, ...] = (), add_help: bool = True, **kwargs):
+        super().__init__(allow_abbrev=False, add_help=False, **kwargs)
+        self.examples, self.first = examples, first
+        if add_help:
+            self.add_argument("-h", "--help", nargs="?", const="", action=PrintHelp, help="print this text")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
+    def pages(self) -> list[str]:
+        """Names of the groups of flags that the main page leaves out."""
+        return list(dict.fromkeys(filter(None, (getattr(group, "page", "") for group in self._action_groups))))
 
-def add_flags(parser: argparse.ArgumentParser, fields_of: type, group: str = "the model"):
-    """One flag per field of a dataclass, in both spellings, absent by default. Its help is the comment behind the
-    field."""
-    notes, flags = field_notes(fields_of), parser.add_argument_group(group)
+    def format_help(self, page: str = "") -> str:
+        """One of the pages, without blank lines: two screens of 50 lines hold 75 flags."""
+        actions = [action for group in self._action_groups for action in group._group_actions]
+        names = [flag_name(action) for action in actions if not action.option_strings]
+        lines = [" ".join(["usage:", "python", self.prog, *names, "[--flag value ...]"])]
+        if page == "":
+            lines += (self.description or "").strip().splitlines()
+            lines += ["examples:", *(f"  {example}" for example in self.examples)] if self.examples else []
+        top = [action for name in self.first for action in actions if action.dest == name] if page == "" else []
+        groups = [("most used:", top)] + [
+            (f"{group.title}:", [action for action in group._group_actions if action not in top])
+            for group in self._action_groups if getattr(group, "page", "") == page]  # fmt: skip
+        for title, members in groups:
+            lines += [title, *map(describe_flag, members)] if members else []
+        if page == "":
+            lines += [f"more flags: python {self.prog} --help {name}" for name in self.pages()]
+        return "\n".join(lines) + "\n"
+
+
+class PrintHelp(argparse.Action):
+    """--help, or --help PAGE."""
+
+    def __call__(self, parser: Parser, namespace, page: str, option_string=None):
+        if page not in ("", *parser.pages()):
+            parser.error(f"there is no help page {page!r}; pages: {', '.join(parser.pages()) or 'none'}")
+        print(parser.format_help(page), end="")
+        parser.exit()
+
+
+def flag_name(action: argparse.Action) -> str:
+    """A flag in its one shown spelling, with the kind of its value."""
+    if not action.option_strings:
+        return action.metavar or action.dest.upper()
+    name = "--" + action.option_strings[-1].lstrip("-").replace("-", "_")
+    kinds = {"int": "N", "positive": "N", "float": "X", "true or false": "BOOL", "Path": "PATH"}
+    value = action.metavar or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
+    if action.nargs == "?":
+        return f"{name} [{value}]" if action.metavar else name
+    return name if action.nargs == 0 else f"{name} {value}"
+
+
+def describe_flag(action: argparse.Action) -> str:
+    """One line: flag, legal values, meaning, default."""
+    default = vars(action).get("field_default", action.default)
+    words = [", ".join(map(str, action.choices)) + ":"] if action.choices else []
+    words += [action.help.replace("%%", "%")] if action.help else []
+    is_plain = default is None or default is False or default in ([], argparse.SUPPRESS)
+    if "field_default" in vars(action) or not is_plain:
+        words.append(f"(default {default!r})" if isinstance(default, str) else f"(default {default})")
+    return f"  {flag_name(action):25} {' '.join(words)}".rstrip()
+
+
+def add_flags(parser: argparse.ArgumentParser, fields_of: type, defaults=None):
+    """One flag per field of a dataclass, in both spellings, absent by default.
+
+    The comment behind a field is its help, and the comment above some fields their group. Fields of a package such as
+    zoo/ have a help page of their own. defaults: an instance whose values the help shows."""
+    notes, places, shown, groups = field_notes(fields_of), field_groups(fields_of), defaults or fields_of, {}
     for field in dataclasses.fields(fields_of):
+        title, page = places.get(field.name, (fields_of.__name__, ""))
+        if (title, page) not in groups:
+            groups[title, page] = parser.add_argument_group(title)
+            groups[title, page].page = page
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        note = f"{notes[field.name]} " if field.name in notes else ""
-        flags.add_argument(
-            *sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, metavar=field.name.upper(),
-            help=f"{note}(default {field.default!r})".replace("%", "%%"))  # fmt: skip
+        note = notes.get(field.name, "").replace("%", "%%")
+        flag = groups[title, page].add_argument(
+            *sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, help=note)  # fmt: skip
+        flag.field_default = getattr(shown, field.name)
 
 
 @functools.cache
 def field_notes(fields_of: type) -> dict[str, str]:
-    """Field of a dataclass -> the comment behind it in the source."""
-    source = "".join(inspect.getsource(part) for part in fields_of.__mro__ if dataclasses.is_dataclass(part))
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    """Field of a dataclass -> the comment behind it in the source; a subclass may change it."""
+    parts = filter(dataclasses.is_dataclass, reversed(fields_of.__mro__))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(map(inspect.getsource, parts)), re.M))
+
+
+@functools.cache
+def field_groups(fields_of: type) -> dict[str, tuple[str, str]]:
+    """Field -> the comment above it or above fields before it, else the name of its class; and its package or ""."""
+    groups = {}
+    for part in filter(dataclasses.is_dataclass, reversed(fields_of.__mro__)):
+        title, package = part.__name__, part.__module__.rpartition(".")[0]
+        for comment, name in re.findall(r"^    (?:# (.*)|(\w+): .*)$", inspect.getsource(part), re.M):
+            title = comment or title
+            if name:
+                groups.setdefault(name, (title, package))
+    return groups
 
 
 def flag_type(annotation):

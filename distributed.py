@@ -1,7 +1,8 @@
 """Ranks, and which of them owns what: rendezvous, process groups, slabs, owners, buckets.
 
 A parameter is cut into slabs, each one matrix or some rows of a table. Each slab has one owner rank, which holds its
-optimizer state. Slabs whose gradients are ready at about the same time travel together in a bucket."""
+optimizer state. Slabs whose gradients are ready at about the same time travel together in a bucket. Owners are
+balanced by cost, as in Megatron's layer-wise optimizer, with little padding in each bucket."""
 
 import collections
 import ctypes

@@ -2,10 +2,11 @@
 
 The functions take train_muon.py's Session: recipe, hp, model, exchange, timer, folder."""
 
-import argparse
 import contextlib
 import dataclasses
 import math
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch.distributed as dist
 import data
 import model
 from cli import UserError, file_sha256
-from distributed import World
 from logger import Run
 from model import DTYPES, Config, flops_per_token
+from terminal import say
 
 # -----------------------------------------------------------------------------
 # Settings and code
@@ -131,6 +132,7 @@ def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: d
            "train/flops": steps * hp.batch_tokens * facts["flops_per_token"],
            "memory/peak_bytes": peak_bytes(session.world.device)}  # fmt: skip
     log.print(f"peak memory: {end['memory/peak_bytes'] / 2**20:,.0f} MiB")
+    say("sampling, and compressing the validation text for comparison", session.world.rank == 0)
     session.timer.begin("sampling")
     prompt, continuation = sample(session)  # on all ranks, as one may hold some of the experts only
     if session.world.rank == 0:
@@ -148,6 +150,18 @@ def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: d
                 end["sample/text"] = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
                 log.print(f"{'-' * 30} sample\n{end['sample/text']}\n{'-' * 37}")
     log.log(end)
+
+
+def next_commands(folder: Path) -> str:
+    """Commands to paste after a run in this folder: sample from it, look at it, compare it with the runs beside it."""
+    script = lambda name: "python " + shlex.quote(os.path.relpath(Path(__file__).with_name(name).resolve()))
+    runs = f"{script('logger.py')} --out_dir {shlex.quote(str(folder.parent))}"
+    commands = {
+        "sample": f"{script('model.py')} --checkpoint {shlex.quote(str(folder / 'checkpoint'))} --prompt 'The '",
+        "look": f"{runs} --experiment_name {shlex.quote(folder.name)} --html",
+        "compare": runs,
+    }
+    return "next:\n" + "\n".join(f"  {command}  # {purpose}" for purpose, command in commands.items())
 
 
 def validation_text(session, encoding: data.Encoding) -> bytes:
@@ -206,12 +220,3 @@ def peak_bytes(device: torch.device) -> int:
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
-def progress_bar(total: int, start: int, world: World):
-    """A tqdm bar on rank 0's terminal; without a terminal or tqdm, nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return argparse.Namespace(update=lambda: None, close=lambda: None)
-    disable = world.rank != 0 or None
-    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=disable, smoothing=0.1)

@@ -18,7 +18,6 @@ Sections: Run, sinks, PhaseTimer, reading, table, files and JSON, command line. 
 (plots, report, routes, records). Importing this file imports only the standard library.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -35,7 +34,8 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
-from cli import UserError, write_atomically
+from cli import Parser, UserError, write_atomically
+from terminal import clear_line, say
 
 SEPARATOR = "=" * 100  # in run.log, around the environment
 
@@ -93,9 +93,8 @@ class Run:
         _append(self.path / "run.log", f"{line}\n")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = str(line).encode(encoding, "replace").decode(encoding)  # for terminals without UTF-8
-        tqdm = sys.modules.get("tqdm")  # there is no progress bar unless tqdm has been imported
-        (tqdm.tqdm.write if tqdm else print)(text)
-        sys.stdout.flush()
+        clear_line()
+        print(text, flush=True)
 
     def log(self, row: dict):
         """Queues a row of metrics.jsonl: numbers, text, None, lists, and tensors of any shape on any device.
@@ -587,11 +586,13 @@ def show_runs(args):
         follow(folders[0])
         return
 
+    say(f"reading {len(folders)} run{'s' * (len(folders) > 1)} below {args.out_dir}")
     runs = list(map(read_run, folders))
     print(format_table(runs), end="\n\n")
     if args.html:
         from tools.report import write_report
 
+        say("drawing the page")
         write_report(runs, args.out_dir, page)
         print(page)
     else:
@@ -612,15 +613,16 @@ def find_runs(args) -> list[Path]:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="A table and plots of the runs below a folder, or the history of records.", allow_abbrev=False)
+    calls = tuple(re.findall(r"^    (python .*)$", __doc__, re.M))
+    about = "A table and plots of the runs below a folder, or the history of records."
+    first = ("experiment_name", "out_dir", "html", "follow", "routes")
+    parser = Parser(prog="logger.py", description=about, examples=calls, first=first)
     parser.add_argument("--experiment_name", "--experiment-name", nargs="+", default=[], metavar="NAME",
                         help="the runs to show, in this order (default: all, by name)")
     parser.add_argument("--out_dir", "--out-dir", type=Path, default="logs", metavar="DIR",
-                        help="the folder the runs are in (default: logs)")
+                        help="the folder of the runs")
     parser.add_argument("--records", nargs="?", const=Path("records"), type=Path, metavar="DIR",
-                        help="print the history of the tracks below DIR (default: records) as markdown tables, "
-                             "draw each, and stop")
+                        help="print the history of the tracks below DIR (default: records), draw each, and stop")
     parser.add_argument("--track", metavar="NAME", help="with --records: only this track")
     parser.add_argument("--html", action="store_true", help="write one interactive page of the runs, plots/report.html")
     parser.add_argument("--follow", action="store_true",

@@ -53,25 +53,23 @@ class Config:
     head_dim: int = 128
     # mixture of experts
     pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
-    mlp_ratio: float = 4.0  # active hidden width / n_embd, of a dense MLP and of one token's experts together
+    mlp_ratio: float = 4.0  # active hidden width / n_embd: a dense MLP's, or a token's experts' together
     num_experts: int = 8
     experts: str = "mlp"  # a key of EXPERTS
     top_k: int = 2
     num_shared_experts: int = 0  # experts that every token passes through, beside its top_k
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
-    router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = no noise, no weights for it
-    norm_topk_prob: float = (
-        1.0  # gates = kept scores / (their sum to this power); 1 = normalised, 0 = the router's probabilities
-    )
+    router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = none
+    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 = normalised, 0 = probabilities
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
     bias_update_factor: float = 0.0  # step of the aux-loss-free selection bias, in units of probability
     depth: str = "stack"  # a key of DEPTHS
     # attention
-    attention: str = "A"  # tiled over depth: A = attention, K = with keys of the previous token, - = none
-    window: str = "L"  # tiled over depth: L = window_size, S, Q, E = a half, a quarter, an eighth of it
+    attention: str = "A"  # tiled over depth: A attention, K previous token's keys, - none
+    window: str = "L"  # tiled over depth: L = window_size, S, Q, E = 1/2, 1/4, 1/8 of it
     window_size: int = 1792  # tokens that a long layer attends to
     attn_scale: float = 0.12
     # tables
@@ -451,7 +449,7 @@ class LinearRouter(nn.Module):
         return ops.linear_fp32(x_TD, self.gate)
 
     def noisy_logits(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Logits, and the standard deviation of their noise, from one matmul."""
+        """Logits, and the standard deviation of their noise, from one matmul; other logits need both methods."""
         logits_TE, raw_std_TE = ops.linear_fp32(x_TD, torch.cat([self.gate, self.noise])).chunk(2, dim=1)
         return logits_TE, F.softplus(raw_std_TE.contiguous())  # strided, on a CPU, 6 times slower
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import train_muon
+from cli import require
 from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale
 
 
@@ -22,6 +23,10 @@ class AdamWConfig(TrainConfig):
     matrix_lr: float = 0.0018  # modded-nanogpt's AdamW baseline
     lr_warmup: int = 250  # steps
     weight_decay: float = 0.0  # decoupled, on matrices, times the rate
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "lr_warmup", self.lr_warmup >= 0, "at least 0")
 
 
 CPU_RATES = dict(matrix_lr=0.003, lr_warmup=50, scalar_lr=0.01)

@@ -3,17 +3,15 @@
     python train_muon.py --experiment_name muon                                     # one GPU, or a laptop's CPU
     torchrun --standalone --nproc_per_node=8 train_muon.py --experiment_name muon   # 8 GPUs, the same mathematics
 
-From top to bottom: settings, Muon, schedules, slabs and buckets, the exchange between ranks, evaluation, a training
-step, the run, the command line. On one GPU, Muon, `train_step` and `train` are all there is to read.
+From top to bottom: settings, Muon, schedules, the exchange between ranks, evaluation, a training step, the run, the
+command line. On one GPU, Muon, `train_step` and `train` are all there is to read.
 
-Distribution: a parameter is cut into slabs, each one matrix or some rows of a table, and each slab has one owner rank.
-Its gradient is summed there during backward and the update computed there; new values are gathered while later slabs
-are updated. So optimizer state exists once in the world. Losses are divided by the constant number of micro-batches
-in the global batch: gradients add up to the same sum at any world size. With --expert_parallel N, N ranks share the
-experts, and token rows travel to them (model.py).
+Each slab of a parameter (distributed.py) has one owner rank. Its gradient is summed there during backward and its
+update computed there; new values are gathered while later slabs are updated. Losses are divided by the constant number
+of micro-batches in the global batch, so gradients add up to the same sum at any world size. With --expert_parallel N,
+N ranks share the experts, and token rows travel to them (model.py).
 
-Sources: Muon (Jordan et al., kellerjordan.github.io/posts/muon); distribution and overlap as in modded-nanogpt records
-6 and 22-24; owners balanced by cost as in Megatron's layer-wise optimizer, with little padding in each bucket.
+Sources: Muon (kellerjordan.github.io/posts/muon); distribution and overlap as in modded-nanogpt records 6 and 22-24.
 """
 
 import argparse
@@ -47,11 +45,12 @@ import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
 from cli import Parser, UserError, add_flags, positive, require
 from distributed import Bucket, Slab, World, make_buckets, slab_part
-from facts import cpu_has_bf16, progress_bar, synchronize
+from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
+from terminal import Progress, say
 
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag
@@ -81,7 +80,7 @@ class TrainConfig:
     # several ranks
     expert_parallel: int = 1  # ranks that share the experts, which then need not fit on one
     bucket_mb: float = 25.0  # MiB of gradients, at least, that travel together
-    overlap: bool = True  # gradients leave during backward; false: after it, one bucket at a time, with the same result
+    overlap: bool = True  # gradients leave during backward; false: after it, with the same result
     # schedule
     cooldown_frac: float = 0.4  # last part of the run, over which the rates fall linearly ...
     final_lr_scale: float = 0.1  # ... to this share
@@ -97,10 +96,16 @@ class TrainConfig:
     beta2: float = 0.95
 
     def __post_init__(self):
-        for legal, is_legal, fields in BOUNDS:
-            for field in fields.split():
-                if hasattr(self, field):
-                    require(self, field, is_legal(getattr(self, field)), legal)
+        for name in "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in "val_every val_tokens checkpoint_every sample_tokens warmup_steps bucket_mb".split():
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith(("_lr", "decay"))):
+            require(self, name, 0 <= getattr(self, name) < 1e30, "at least 0 and below 1e30")
+        for name in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
+        require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
         devices = (None, "cpu", "cuda") if torch.cuda.is_available() else (None, "cpu")
         require(self, "device", self.device in devices, "one that this machine has: cpu, cuda or none")
@@ -117,6 +122,7 @@ class TrainConfig:
 class MuonConfig(TrainConfig):
     """Settings of a run with Muon (modded-nanogpt records 20-21)."""
 
+    # Muon
     muon_lr: float = 0.05
     momentum: float = 0.95
     momentum_start: float = 0.85
@@ -126,22 +132,10 @@ class MuonConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("momentum", "momentum_start"):
+            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require(self, "momentum_warmup", self.momentum_warmup >= 0, "at least 0")
         require(self, "ns_dtype", self.ns_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-
-
-BOUNDS = [  # legal values, the test, the fields of all optimizers
-    ("at least 1", lambda x: x >= 1,
-     "num_iterations batch_tokens seq_len micro_batch_tokens window_start expert_parallel"),
-    ("at least 0", lambda x: x >= 0,
-     "val_every val_tokens checkpoint_every sample_tokens warmup_steps momentum_warmup lr_warmup"),
-    ("at least 0 and below 1e30", lambda x: 0 <= x < 1e30,
-     "embed_lr ngram_embed_lr value_embed_lr head_lr router_lr scalar_lr muon_lr matrix_lr weight_decay"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "cooldown_frac final_lr_scale beta1 beta2"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "momentum momentum_start"),
-    ("at least 0", lambda x: 0 <= x < math.inf, "bucket_mb"),
-    ("between 1 and 1,000,000 seconds", lambda x: 1 <= x <= 10**6, "stuck_after"),
-    ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63, "seed"),
-]  # fmt: skip
 
 
 CPU_RUN = dict(data="data/python", num_iterations=500, batch_tokens=4096, seq_len=2048, micro_batch_tokens=2048,
@@ -265,9 +259,8 @@ def adamw_groups(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[dict
 
 def adamw(groups: list[dict], hp: TrainConfig) -> list[torch.optim.Optimizer]:
     """[AdamW], or [] without groups."""
-    if not groups:
-        return []
-    return [torch.optim.AdamW(groups, lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)]
+    options = dict(lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)
+    return [torch.optim.AdamW(groups, **options)] if groups else []
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: MuonConfig):
@@ -407,8 +400,7 @@ class Exchange:
         if world.size > 1 and overlap:
             for transfer in self.transfers:
                 for parameter in transfer.parameters:
-                    hook = functools.partial(self.on_grad_ready, transfer)
-                    parameter.register_post_accumulate_grad_hook(hook)
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self.on_grad_ready, transfer))
 
     @property
     def owned(self) -> list[LocalSlab]:
@@ -422,7 +414,14 @@ class Exchange:
         """Make the optimizers of each bucket, for the slabs that this rank owns."""
         for transfer in self.transfers:
             transfer.optimizers = recipe.make_optimizers(transfer.owned_by_kind(), hp)
-        check_cover(self)
+        self.check_cover()
+
+    def check_cover(self):
+        """Every owned slab is in exactly one optimizer group."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        grouped = sorted(id(p) for group in groups for p in group["params"])
+        owned = sorted(id(local.value) for local in self.owned)
+        assert grouped == owned, "the optimizers' groups do not cover the parameters exactly once"
 
     def begin_reduce(self, totals: Tensor):
         """Call before the last backward: buckets may leave from now on. `totals` is summed over ranks, in place."""
@@ -438,17 +437,14 @@ class Exchange:
         if self.reducing:
             transfer.missing -= 1
             while self.sent < len(self.transfers) and self.transfers[self.sent].missing == 0:
-                self.send_next()
-
-    def send_next(self):
-        self.transfers[self.sent].send_gradients()
-        self.sent += 1
+                self.transfers[self.sent].send_gradients()
+                self.sent += 1
 
     def flush_reduce(self):
         """Call after the last backward: send the rest. A parameter outside the graph has called no hook."""
         self.reducing = False
-        while self.sent < len(self.transfers):
-            self.send_next()
+        for transfer in self.transfers[self.sent :]:
+            transfer.send_gradients()
 
     def finish(self):
         """Wait for the totals and for all new values."""
@@ -457,14 +453,6 @@ class Exchange:
             self.totals_work = None
         for transfer in self.transfers:
             transfer.receive_values()
-
-
-def check_cover(exchange: Exchange):
-    """Every owned slab is in exactly one optimizer group."""
-    groups = [group for optimizer in exchange.optimizers for group in optimizer.param_groups]
-    grouped = sorted(id(p) for group in groups for p in group["params"])
-    owned = sorted(id(local.value) for local in exchange.owned)
-    assert grouped == owned, "the optimizers' groups do not cover the parameters exactly once"
 
 
 # -----------------------------------------------------------------------------
@@ -514,13 +502,10 @@ def compute_loss(net: GPT, batch: data.Batch, step: int, hp: TrainConfig) -> tup
     return output.loss, output.stats
 
 
-def open_loader(config: Config, hp: TrainConfig, world: World, micro_rows: int) -> data.Loader:
-    return data.Loader(hp.data, **loader_options(config, hp, world, micro_rows))
-
-
-def loader_options(config: Config, hp: TrainConfig, world: World, micro_rows: int) -> dict:
-    return dict(seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=micro_rows, rank=world.rank,
-                world_size=world.size, seed=hp.seed, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
+def open_loader(config: Config, hp: TrainConfig, world: World, micro_rows: int, kind=data.Loader, **options):
+    return kind(hp.data, seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=micro_rows,
+                rank=world.rank, world_size=world.size, seed=hp.seed, vocab_size=config.vocab_size,
+                device=world.device, **options)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -633,18 +618,16 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
     return step_metrics(means, counts_LE) | norm_row, torch.cat([means["ce"][None], flags])
 
 
-LOG_NAMES = {"ce": "train/loss", "balance_loss": "train/balance_loss", "z_loss": "train/z_loss",
-             "entropy": "moe/router_entropy"}  # fmt: skip
+ROUTER_NAMES = {"balance_loss": "train/balance_loss", "z_loss": "train/z_loss", "entropy": "moe/router_entropy"}
 
 
 def step_metrics(stats: dict, counts_LE: Tensor) -> dict:
     """Statistics under the names of the log, and the load of experts. Others are logged if their name has a slash."""
-    names = LOG_NAMES if len(counts_LE) else {"ce": "train/loss"}
+    names = {"ce": "train/loss"} | (ROUTER_NAMES if len(counts_LE) else {})
     row = {names.get(name, name): value for name, value in stats.items() if name in names or "/" in name}
     if len(counts_LE):
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-        max_over_mean = (load_LE.amax(-1) * load_LE.size(-1)).mean()
-        row |= {"moe/load": load_LE, "moe/load_max_over_mean": max_over_mean}
+        row |= {"moe/load": load_LE, "moe/load_max_over_mean": (load_LE.amax(-1) * load_LE.size(-1)).mean()}
     return row
 
 
@@ -655,7 +638,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
           world: World, sinks=()):  # fmt: skip
     """Train to hp.num_iterations: run.log, metrics.jsonl, config.json and checkpoint/ in out_dir/experiment_name."""
     folder, timer = Path(hp.out_dir) / experiment_name, PhaseTimer(world.device.type)
-    fresh = not (resume or enable_profiling)
+    fresh, is_first = not (resume or enable_profiling), world.rank == 0
     meta, loader = agree(world, lambda: prepare(config, hp, recipe, folder, resume, fresh, world))
     choices = dict(experiment_name=experiment_name, resume=resume, enable_profiling=enable_profiling)
     agree_on(facts.shared_facts(config, hp, recipe, **choices), world)
@@ -672,6 +655,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
     with guards.StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
+        say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
+        say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
         warm_up(session)
         if enable_profiling:
             from tools.profile import profile
@@ -682,12 +667,12 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         # ---- where the run begins
         start = resume_run(session, loader, saver) if resume else Start()
         if start.step == hp.num_iterations and gather_objects(logger.has_ended(folder), world)[0]:
-            if world.rank == 0:
+            if is_first:
                 print(f"{folder} has all its {start.step} steps; nothing is left to do")
             return
         about = facts.run_facts(session, experiment_name, meta["encoding"])
         log = opened.enter_context(Run(hp.out_dir, experiment_name, config=about, sources=facts.source_files(),
-                                       resume_step=start.resume_step, active=world.rank == 0, sinks=sinks))  # fmt: skip
+                                       resume_step=start.resume_step, active=is_first, sinks=sinks))  # fmt: skip
         for note in (*start.notes, facts.header(session, about, compile_note)):
             log.print(note)
 
@@ -696,13 +681,15 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         if step < hp.num_iterations:
             saver.wait()
             log.flush()
-            where = f"the checkpoint is {saver.last_good}; go on with --resume"
-            log.print(f"stopped by a signal after step {step}; {where}")
+            mend = "go on with --resume"
+            log.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; {mend}")
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
         facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
         saver.wait()
         timer.begin("communication")
         gather_objects("done", world)  # or rank 0 could end, and the shared store with it, while another rank needs it
+        if is_first:
+            print(facts.next_commands(folder))
 
 
 class Start(NamedTuple):
@@ -733,8 +720,7 @@ def random_batches(config: Config, hp: TrainConfig, count: int, micro_rows: int,
     generator = torch.Generator().manual_seed(0)
 
     def next_step() -> list[data.Batch]:
-        shape = (count, micro_rows, hp.seq_len + 1)
-        ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+        ids = torch.randint(config.vocab_size, (count, micro_rows, hp.seq_len + 1), generator=generator).to(device)
         return [data.Batch(micro[:, :-1], micro[:, 1:], i * micro_rows) for i, micro in enumerate(ids)]
 
     return next_step
@@ -748,56 +734,56 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
         return Start(resume_step=-1)
     manifest = agree(session.world, lambda: load_checkpoint(path, session.exchange, session.model.config, session.hp))
     loader.load_state_dict(manifest["loader"])
-    step = manifest["step"]
-    notes = tuple(f"{fault}; going on from step {step} instead" for fault in faults)
+    step, notes = manifest["step"], tuple(f"{fault}; going on from step {manifest['step']} instead" for fault in faults)
     return Start(step, manifest["train_time"], manifest["validated"], step, notes)
 
 
 def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start: Start, about: dict):
     """Validate, save and step until num_iterations or a signal; returns the step, its time and the last evaluation."""
     hp, world, timer = session.hp, session.world, session.timer
-    bar, flush_every = progress_bar(hp.num_iterations, start.step, world), 1 if world.device.type == "cpu" else 25
     latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
+    flush_every = 1 if world.device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
     session.model.train()
     synchronize(world.device)
     clock = time.perf_counter()
-    for step in range(start.step, hp.num_iterations + 1):
-        last = step == hp.num_iterations
-        due = last or (hp.val_every and step % hp.val_every == 0)
-        validate_now = due and (last or not stopping) and not (step == start.step and start.validated)
-        save_due = last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)
-        save_now = save_due and step not in (0, start.resume_step)
-        if validate_now or save_now:
-            check_health(latest, step, saver)
-            synchronize(world.device)
-        if validate_now:
-            train_time += time.perf_counter() - clock
-            metrics = session.recipe.evaluate(session, step)
-            facts.log_evaluation(session, log, step, train_time, metrics, about)
-            synchronize(world.device)
-            clock = time.perf_counter()
-        if save_now:
-            timer.begin("saving")
-            log.flush()
-            seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-            progress = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
-            saver.save(step, about | {"config_class": class_name(session.model.config)} | progress, log)
-        if last or stopping:
-            break
+    with contextlib.closing(Progress(hp.num_iterations, hp.batch_tokens, active=world.rank == 0)) as progress:
+        for step in range(start.step, hp.num_iterations + 1):
+            last = step == hp.num_iterations
+            due = last or (hp.val_every and step % hp.val_every == 0)
+            validate_now = due and (last or not stopping) and not (step == start.step and start.validated)
+            save_due = last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)
+            save_now = save_due and step not in (0, start.resume_step)
+            if validate_now or save_now:
+                check_health(latest, step, saver)
+                synchronize(world.device)
+            if validate_now:
+                train_time += time.perf_counter() - clock
+                progress.pause(f"step {step}/{hp.num_iterations}  evaluating")
+                metrics = session.recipe.evaluate(session, step)
+                facts.log_evaluation(session, log, step, train_time, metrics, about)
+                synchronize(world.device)
+                clock = time.perf_counter()
+            if save_now:
+                timer.begin("saving")
+                log.flush()
+                seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
+                state = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
+                saver.save(step, about | {"config_class": class_name(session.model.config)} | state, log)
+            if last or stopping:
+                return step, train_time, metrics
 
-        began = time.perf_counter()
-        row, totals = train_step(session, loader.next_step, step, StepFlags(signals.received > 0, saver.failed))
-        before_latest, latest = latest, AsyncHostCopy(totals)
-        timer.begin("communication")
-        stopping = check_health(before_latest, step, saver)  # a host that is ahead of its GPU waits here
-        now = time.perf_counter()
-        row |= facts.speed_metrics(session, step + 1, now - began, about) | {"train/lr_scale": lr_scale(step, hp)}
-        log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
-        if (step + 1) % flush_every == 0:  # bringing rows to the host makes a GPU wait
-            log.flush()
-        bar.update()
-    bar.close()
-    return step, train_time, metrics
+            began = time.perf_counter()
+            row, totals = train_step(session, loader.next_step, step, StepFlags(signals.received > 0, saver.failed))
+            previous, latest = latest, AsyncHostCopy(totals)
+            timer.begin("communication")
+            stopping = check_health(previous, step, saver)  # a host that is ahead of its GPU waits here
+            now = time.perf_counter()
+            row |= facts.speed_metrics(session, step + 1, now - began, about) | {"train/lr_scale": lr_scale(step, hp)}
+            log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
+            if (step + 1) % flush_every == 0:
+                log.flush()
+            if step > start.step:
+                progress.update(step, previous.tolist()[0], now - began, row["memory/peak_bytes"])
 
 
 # -----------------------------------------------------------------------------
@@ -806,13 +792,14 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
     if resume and not folder.exists():
-        mend = "start the run without --resume, or correct --experiment_name or --out_dir"
-        raise UserError(f"there is no {folder} to resume; {mend}")
+        raise UserError(f"there is no {folder} to resume; start the run without --resume, "
+                       "or correct --experiment_name or --out_dir")  # fmt: skip
     if fresh:
         logger.refuse_existing(folder)
     recipe.check(config, hp, world.size, world.device.type)
     micro_rows = micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = recipe.open_loader(config, hp, world, micro_rows)
     recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # or raises
@@ -837,14 +824,11 @@ def check_for_cuda(config: Config, hp: TrainConfig, row_tokens: int):
             raise UserError(f"{name} is {value}; {legal}")
     if config.head_dim < 16:
         raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
-    block = model.FlexMask.BLOCK
-    if row_tokens % block and row_tokens > MAX_MASKED:
+    block, max_masked = model.FlexMask.BLOCK, 8192  # tokens of a row whose pairs all fit into a mask
+    if row_tokens % block and row_tokens > max_masked:
         name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
-        legal = f"on CUDA it must be a multiple of {block} beyond {MAX_MASKED}"
+        legal = f"on CUDA it must be a multiple of {block} beyond {max_masked}"
         raise UserError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
-
-
-MAX_MASKED = 8192  # tokens of a row whose pairs all fit into a mask
 
 
 def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
@@ -872,10 +856,27 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
-    about = f"Train with {recipe.name}; every field of the configurations is a flag."
-    parser = Parser(prog=recipe.script, description=about)
+    presets = Parser(prog=recipe.script, add_help=False)
+    presets.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
+                         default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    preset = presets.parse_known_args(argv)[0].preset
+    args = flag_parser(recipe, presets, preset).parse_args(argv)
+    given = vars(args)
+    pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+    hp = dataclasses.replace(recipe.presets[preset], **pick(recipe.train_config))
+    config = dataclasses.replace(recipe.model_presets[preset], **pick(recipe.model_config))
+    return config, hp, args
+
+
+def flag_parser(recipe: Recipe, presets: Parser, preset: str) -> Parser:
+    """Every flag of a training script; its help shows the values of the preset."""
+    script, experiment = recipe.script, f"--experiment_name {recipe.name}"
+    calls = (f"python {script} {experiment}", f"python {script} {experiment} --resume",
+             f"torchrun --standalone --nproc_per_node=8 {script} {experiment}", f"python {script} --plan")  # fmt: skip
+    about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
+    first = ("experiment_name", "preset", "data", "num_iterations", "resume")
+    parser = Parser(prog=script, description=about, parents=[presets], examples=calls, first=first)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
-    parser.add_argument("--preset", choices=list(recipe.presets), help="default: speedrun with CUDA, cpu without")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
         parser.add_argument(f"--{sink}", action="store_true", help=f"feed the same numbers to {sink} besides")
@@ -884,20 +885,12 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     parser.add_argument("--plan", action="store_true",
                         help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
     parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
-    add_flags(parser, recipe.train_config, "the run, whose defaults a preset changes")
-    add_flags(parser, recipe.model_config, "the model, likewise")
-
-    args = parser.parse_args(argv)
-    args.preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
-    given = vars(args)
-    pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
-    hp = dataclasses.replace(recipe.presets[args.preset], **pick(recipe.train_config))
-    config = dataclasses.replace(recipe.model_presets[args.preset], **pick(recipe.model_config))
-    return config, hp, args
+    add_flags(parser, recipe.train_config, recipe.presets[preset])
+    add_flags(parser, recipe.model_config, recipe.model_presets[preset])
+    return parser
 
 
-def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace,
-                   device: torch.device) -> Config:  # fmt: skip
+def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace, device) -> Config:
     """The configuration with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them."""
     meta, changes = recipe.data.load_meta(hp.data), {}
     if "vocab_size" not in args:
@@ -919,14 +912,12 @@ def main(recipe: Recipe, argv: list[str] | None = None):
 
             print(cost.model_card(config, hp.seq_len), cost.plan_text(config, hp, recipe, args.world_size), sep="\n\n")
             return
-        sinks = [name for name in logger.SINKS if vars(args)[name]]
-        for name in sinks:
-            logger.sink_module(name)  # raises now, rather than after training, if the package is missing
+        sinks = {name: logger.sink_module(name) for name in logger.SINKS if vars(args)[name]}  # raises if not installed
         world = distributed.init_distributed(hp.device, hp.collectives_timeout)
         config = agree(world, lambda: resolve_config(config, hp, recipe, args, world.device))
         restarted = world.restarted and (Path(hp.out_dir) / args.experiment_name).exists()
         resume = args.resume or any(gather_objects(restarted, world))
-        train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, sinks)
+        train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
     except Ended as error:
         if world.rank == 0:
             print(f"{start}{error}", file=sys.stderr, flush=True)

@@ -15,11 +15,11 @@ from zoo.recipes import RECIPES
 
 def main():
     parser = Parser(prog="train_zoo.py", add_help=False)
-    parser.add_argument("--optimizer", choices=list(RECIPES), default="muon", help="also the default experiment name")
-    parser.add_argument("--experts", help="kinds of experts, as in mlp*12,identity; a list sets num_experts too")
+    parser.add_argument("--optimizer", choices=list(RECIPES), default="muon")
+    parser.add_argument("--experts")
     args, rest = parser.parse_known_args(sys.argv[1:])
     if {"-h", "--help"} & set(rest):
-        parser.print_help()
+        print("--optimizer muon or adamw is the one flag that train_muon.py lacks; it names the experiment too")
     if args.experts is not None:
         counted = [f"--num_experts={len(listed_kinds(args.experts))}"] if is_list(args.experts) else []
         rest = [f"--experts={args.experts}", *counted, *rest]

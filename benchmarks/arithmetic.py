@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
 
-from cli import UserError  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 import train_muon  # noqa: E402
-from tools import routes, sources# noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from tools import routes, sources  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
 DATA = "data.py --source arithmetic --encoding bytes --max_tokens 4_000_000".split()
@@ -90,13 +91,13 @@ def run(args):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
-            words = ["train_muon.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
+            words = ["train_zoo.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
             if track.launch(words, args.threads):
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
             row = logger.get_final_row(logger.read_run(folder)["rows"], "val/bpb")
-            config, hp, _ = train_muon.parse(train_muon.MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
+            config, hp, _ = train_muon.parse(ZOO_MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
             line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
-                    "parameters": model_file.count_parameters(config)["total"], "flops_per_token": model_file.flops_per_token(config, hp.seq_len) / 3,
+                    "parameters": model.count_parameters(config)["total"], "flops_per_token": model.flops_per_token(config, hp.seq_len) / 3,
                     "threads": args.threads, "seconds": row["train_time"], "val/bpb": row["val/bpb"], **answers(folder)}  # fmt: skip
             add_line(args.results, line)
             print(f"{folder.name}: {row['val/bpb']:.4f} bits per byte after {row['train_time']:.0f} s", flush=True)
@@ -109,8 +110,8 @@ def curve(args):
             if net.config.depth != "loop":
                 raise UserError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
             for loops in range(1, 2 * net.config.loops + 1):
-                net.depth.eval_loops = loops
-                found = routes.analyse(model_file.validation_routes(net, manifest["encoding"], args.data, args.tokens))
+                net.eval_loops = loops
+                found = routes.analyse(routes.collect_validation_routes(net, manifest["encoding"], args.data, args.tokens))
                 add_line(args.results, {"model": name, "seed": seed, "eval_loops": loops, "accuracy_by_difficulty": found["accuracy_by_difficulty"]})
                 print(f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, sums {accuracy(found, 'sum'):.3f}", flush=True)
 
@@ -155,9 +156,9 @@ def table(args):
     print(tables(track.read_tuning(args.results)))
 
 
-def action_parsers(name: str, description: str, actions: tuple) -> tuple[model_file.Parser, dict]:
+def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser, dict]:
     """What the command lines of experiments in records/<name> share: the first action trains, the last only reads. And the actions' parsers."""
-    parser = model_file.Parser(prog=f"{name}.py", description=description)
+    parser = Parser(prog=f"{name}.py", description=description)
     subparsers = parser.add_subparsers(dest="action", required=True)
     add = {function: subparsers.add_parser(function.__name__) for function in actions}
     for function, own in add.items():
@@ -167,7 +168,7 @@ def action_parsers(name: str, description: str, actions: tuple) -> tuple[model_f
             own.add_argument("--seeds", type=int, nargs="+", required=True)
             own.add_argument("--data", default=f"data/{name}")
             own.add_argument("--out_dir", default=f"logs/{name}")
-    add[actions[0]].add_argument("--threads", type=model_file.positive, default=1)
+    add[actions[0]].add_argument("--threads", type=positive, default=1)
     return parser, add
 
 
@@ -176,7 +177,7 @@ def act(name: str, args):
     os.chdir(ROOT)
     try:
         args.function(args)
-    except (UserError, UserError, UserError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{name}.py: error: {error}")
 
 
@@ -184,8 +185,8 @@ def main():
     parser, add = action_parsers("arithmetic", "Stack, loop and pool of layers on problems of known difficulty.", (run, curve, table))
     for function in (run, curve):
         add[function].add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-        add[function].add_argument("--tokens", type=model_file.positive, default=ROUTES)
-    add[run].add_argument("--steps", type=model_file.positive, default=STEPS)
+        add[function].add_argument("--tokens", type=positive, default=ROUTES)
+    add[run].add_argument("--steps", type=positive, default=STEPS)
     act("arithmetic", parser.parse_args())
 
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import guards
 import train_adamw
 import train_muon
 from benchmarks.floor import dense_twin
 from data import Batch
+from distributed import World, keep_freed_memory
 from logger import PhaseTimer
-from model import DTYPES, GPT, Config, flops_per_token, mean_keys
+from model import DTYPES, Config, flops_per_token, mean_keys
+from model import build as build_model
 
 CPU = torch.device("cpu")
 RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
@@ -53,19 +54,21 @@ class Work(NamedTuple):
 
 def ours(optimizer: str, shape):
     def build(work: Work):
-        guards.keep_freed_memory()  # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
+        keep_freed_memory()  # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
         config, recipe = shape(work.config), RECIPES[optimizer]
         hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**5,
                                  micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
-        world, model, timer = guards.World(0, 1, CPU), GPT(config), PhaseTimer("cpu")
-        exchange = train_muon.Exchange(model, world, hp.bucket_mb)
-        exchange.equip(recipe, hp)
+        world = World(0, 1, CPU)
+        exchange = train_muon.Exchange(build_model(config), world, hp.bucket_mb)
+        exchange.attach_optimizers(recipe, hp)
         rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
         batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows)
         batches = [[batch(i, part) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
 
+        session = train_muon.Session(recipe, hp, exchange.model, exchange, PhaseTimer("cpu"))
+
         def step(i: int):
-            train_muon.train_step(model, exchange, exchange.optimizers, lambda: batches[i % len(batches)], i, hp, recipe, timer)
+            train_muon.train_step(session, lambda: batches[i % len(batches)], i)
 
         return step, flops_per_token(config, work.seq_len)
 

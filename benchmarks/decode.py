@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import GPT, PRESETS, Cache, Parser, positive  # noqa: E402
+from cli import Parser, positive  # noqa: E402
+from model import GPT, PRESETS, build  # noqa: E402
+from tools import hub  # noqa: E402
 
 TOGETHER = 8
 
@@ -22,7 +24,7 @@ def cached_and_full(model: GPT, context: int, rounds: int) -> tuple[list[float],
     """Seconds of each round: of a token after `context` others, cached, the mean of TOGETHER in a row, and of a forward of all."""
     device = model.head.device
     ids = torch.randint(0, model.config.vocab_size - 1, (1, context + TOGETHER), device=device)
-    cache = Cache(model.config, 1, context + TOGETHER, device)
+    cache = model.cache_type(model.config, 1, context + TOGETHER, device)
     model(ids[:, :context], cache=cache)
     filled, cached, full = cache.length, [], []
     for _ in range(rounds + 1):  # the first is a warm-up
@@ -44,7 +46,7 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for preset in args.preset:
-        model = GPT(PRESETS[preset]).to(device).eval().for_inference()
+        model = hub.for_inference(build(PRESETS[preset]).to(device).eval())
         cached, full = cached_and_full(model, args.context, args.rounds)
         one, whole = (1000 * statistics.median(seconds) for seconds in (cached, full))
         ratio = statistics.median(b / a for a, b in zip(cached, full))

@@ -18,17 +18,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
-from arithmetic import act, action_parsers, add_line, markdown# noqa: E402
+from arithmetic import act, action_parsers, add_line, markdown  # noqa: E402
 
-from cli import UserError  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
 import train_muon  # noqa: E402
-from guards import World# noqa: E402
-from tools import sources# noqa: E402
-from zoo import mixture# noqa: E402
+from cli import UserError, positive  # noqa: E402
+from distributed import World  # noqa: E402
+from tools import sources  # noqa: E402
+from zoo import mixture  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, VAL_TOKENS = 400, 6 * 2**14
 PACE = 1.334  # of a MoE step on one core, in dense steps, measured side by side
@@ -64,7 +64,7 @@ def run(args):
                 continue
             base = ["--preset", args.preset, "--sample_tokens", "0", "--val_every", str(max(1, steps // 8)), f"--val_tokens={args.val_tokens}"]
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
-            if track.launch(["train_muon.py", *base, *flags, *args.flags, *ours.split()], args.threads):
+            if track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads):
                 folder.with_suffix(".begun").unlink()
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
@@ -82,12 +82,13 @@ def off(args):
     """Bits per byte of each domain with each expert switched off, less those with all on."""
     for seed in args.seeds:
         net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"warm_{seed}" / "checkpoint")
-        hp = train_muon.parse(train_muon.MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"])[1]
+        hp = train_muon.parse(ZOO_MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"])[1]
         nbytes, names = torch.tensor(mixture.load_meta(args.data)["token_bytes"]), list(mixture.domains(args.data))
 
         def losses() -> list[float]:
-            world = World(0, 1, torch.device("cpu"))
-            values = train_muon.evaluate(net, manifest["step"], hp, 4, nbytes, world, logger.PhaseTimer("cpu"))
+            exchange = train_muon.Exchange(net, World(0, 1, torch.device("cpu")))
+            session = train_muon.Session(ZOO_MUON, hp, net, exchange, logger.PhaseTimer("cpu"), micro_rows=4, token_bytes=nbytes)
+            values = ZOO_MUON.evaluate(session, manifest["step"])
             return [values[f"val/{name}/bpb"] for name in names]
 
         whole, raised = losses(), []
@@ -136,11 +137,11 @@ def table(args):
 def main():
     parser, add = action_parsers("domains", "Experts of domains: a warm start against a cold one and a dense model.", (run, off, table))
     for function in (run, off):
-        add[function].add_argument("--preset", choices=list(model_file.PRESETS), default="100m-cpu")
-        add[function].add_argument("--val_tokens", type=model_file.positive, default=VAL_TOKENS)
+        add[function].add_argument("--preset", choices=list(ZOO_MUON.presets), default="100m-cpu")
+        add[function].add_argument("--val_tokens", type=positive, default=VAL_TOKENS)
     add[run].add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    add[run].add_argument("--steps", type=model_file.positive, default=STEPS)
-    add[run].add_argument("--flags", nargs="*", default=[], help="for train_muon.py, as words behind =, for instance =--n_layer=2")
+    add[run].add_argument("--steps", type=positive, default=STEPS)
+    add[run].add_argument("--flags", nargs="*", default=[], help="for train_zoo.py, as words behind =, for instance =--n_layer=2")
     args = parser.parse_args()
     if args.action == "run":
         args.flags = [word.removeprefix("=") for word in args.flags]

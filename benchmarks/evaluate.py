@@ -23,11 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError  # noqa: E402
 import data  # noqa: E402
-import model as model_file  # noqa: E402
-from checkpoint import UserError# noqa: E402
-from tools import sources# noqa: E402
+from cli import UserError, positive  # noqa: E402
+from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
 
@@ -218,7 +216,7 @@ def parse(argv=None):
         if measure is not measure_harness:
             part.add_argument("--path", nargs="+", required=True)
     which.choices["bpb"].add_argument("--text_field", default="text", help="of .jsonl and .parquet files")
-    which.choices["bpb"].add_argument("--seq_len", type=model_file.positive, help="tokens of a window (default: that of the long layers)")
+    which.choices["bpb"].add_argument("--seq_len", type=positive, help="tokens of a window (default: that of the long layers)")
     harness = which.choices["harness"]
     harness.add_argument("--tasks", nargs="+", required=True)
     harness.add_argument("--include_path", help="a folder with tasks of your own")
@@ -230,10 +228,11 @@ def parse(argv=None):
 def main():
     args = parse()
     try:
-        model = model_file.load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-        if model.config.objective != "next":
-            raise UserError(f"objective is {model.config.objective}; only a model of the next token can be evaluated")
-        args.measure(model.for_inference(), data.get_encoding(model.encoding), args)
+        model = hub.load(args.checkpoint, hub.device())
+        objective = getattr(model.config, "objective", "next")
+        if objective != "next":
+            raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
+        args.measure(hub.for_inference(model), data.get_encoding(model.encoding), args)
     except UserError as error:
         sys.exit(f"evaluate.py: error: {error}")
 

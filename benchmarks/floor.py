@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import UserError  # noqa: E402
-from model import DTYPES, GPT, Config, Parser, add_flags, mean_keys, parameter_rule, positive# noqa: E402
-from train_muon import NEWTON_SCHULZ_STEPS# noqa: E402
+from cli import Parser, UserError, add_flags, positive  # noqa: E402
+from model import DTYPES, Config, build, mean_keys, parameter_rule  # noqa: E402
+from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
 COMMON = dict(n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512)
 SHAPES = {
@@ -95,14 +95,14 @@ def newton_schulz(rows: int, cols: int, batch: int) -> list[Gemm]:
 def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[Part]:
     """Every part of one optimizer step over `tokens` tokens in rows of `seq_len`; optimizer: a key of OPTIMIZERS."""
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters() if p.numel()}
+        shapes = {name: tuple(p.shape) for name, p in build(config).named_parameters() if p.numel()}
     kinds = {name: parameter_rule(name).kind for name in shapes}
     of = lambda kind, word="": [shape for name, shape in shapes.items() if kinds[name] == kind and word in name]
     size = lambda many: sum(math.prod(shape) for shape in many)
     a, T, D, W = DTYPES[config.dtype].itemsize, tokens, config.n_embd, config.n_head * config.head_dim
-    E, R, routed, V = config.num_experts, T * config.top_k, config.routed_layers, config.padded_vocab_size
+    E, R, routed, V = config.num_experts, T * config.top_k, config.num_moe_layers, config.padded_vocab_size
     hidden = T * config.top_k * config.hidden_size
-    windows = [window for window, letter in zip(config.tiled("window"), config.tiled("attention")) if letter != "-"]
+    windows = [window for window, letter in zip(config.per_layer("window"), config.per_layer("attention")) if letter != "-"]
     attending, keys = len(windows), [mean_keys(config, window, seq_len) for window in windows]
 
     def matmuls(name: str, weights: list[tuple], rows: float, calls: float = 1, near: float = 0, exps: float = 0, extra: str = "") -> Part:

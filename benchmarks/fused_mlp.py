@@ -7,7 +7,7 @@ gives relu(h) back as sqrt(a). modded-nanogpt's record 59 does this for its dens
 
     bash benchmarks/gpu.sh bench --rows moe_fused dense_fused    # whole steps beside those without; the parts: --only parts
 
-If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/test_kernels.py checks it in Triton's
+If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/core/test_kernels.py checks it in Triton's
 interpreter and compiles it to machine code. Letters as in model.py; K and N are a matmul's inner and outer width."""
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 from kernels import triton  # noqa: E402
-from model import DenseMLP, MLPExperts, grouped_mm_op, grouped_outer  # noqa: E402
+from model import DenseMLP, MLPExperts  # noqa: E402
+from ops import TRITON_IS_INSTALLED, grouped_mm_op, grouped_outer  # noqa: E402
 
-if model_file.TRITON_IS_THERE:
+if TRITON_IS_INSTALLED:
     import triton.language as tl
 
 
@@ -151,7 +152,7 @@ class FusedMLPExperts(MLPExperts):
 
 
 class FusedDenseMLP(DenseMLP):
-    """The dense twin must have it too: what is not about experts is no advantage of theirs."""
+    """The same for the dense twin, so that it is no advantage of the experts."""
 
     def forward(self, x_BTD: Tensor, ctx) -> tuple[Tensor, list]:
         x_TD = x_BTD.flatten(0, 1)
@@ -163,7 +164,7 @@ class FusedDenseMLP(DenseMLP):
 @contextlib.contextmanager
 def in_models_built_here():
     """Models built inside have it, and keep it."""
-    tables = (model_file.EXPERTS, "mlp", FusedMLPExperts), (model_file.FEED_FORWARDS, "D", FusedDenseMLP)
+    tables = (model.EXPERTS, "mlp", FusedMLPExperts), (model.FEED_FORWARDS, "D", FusedDenseMLP)
     kept = [table[key] for table, key, _ in tables]
     for table, key, fused in tables:
         table[key] = fused

@@ -7,7 +7,7 @@
 Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first step is not counted.
 Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is train_muon.train_step with Muon, compiled.
 
-  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (train_muon.PEAK_FLOPS), FP8 matmuls counted like all others.
+  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (facts.PEAK_FLOPS), FP8 matmuls counted like all others.
            Attention counts every key inside the window: random tokens have no documents that would hide some
   x floor  the step / the least time that floor.py computes for it at the matmul and copy rates measured here
   memory   largest allocation while the variant steps, less what was there before it was built
@@ -31,15 +31,17 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import UserError  # noqa: E402
 import data  # noqa: E402
-import model as model_file  # noqa: E402
+import facts  # noqa: E402
+import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
-from benchmarks import fused_mlp# noqa: E402
-from benchmarks.floor import dense_twin, measure_rates, step_floor# noqa: E402
-from guards import World# noqa: E402
-from logger import PhaseTimer# noqa: E402
-from model import GPT, PRESETS, ROUTERS, Config, Parser, Route, flops_per_token, positive# noqa: E402
+from benchmarks import fused_mlp  # noqa: E402
+from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from distributed import World  # noqa: E402
+from logger import PhaseTimer  # noqa: E402
+from model import GPT, PRESETS, ROUTERS, Config, Route, flops_per_token  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,10 +72,10 @@ def uniform(config: Config) -> Config:
 def plain_versions():
     """The functions that have kernels without them; those of the head compiled, which makes them faster."""
     kept = {}
-    for module, name in ((model_file, "softcap_nll"), (model_file, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
+    for module, name in ((ops, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
         kept[module, name] = getattr(module, name)
         plain = kept[module, name].__wrapped__
-        setattr(module, name, torch.compile(plain, dynamic=False) if module is model_file else plain)
+        setattr(module, name, plain if module is train_muon else torch.compile(plain, dynamic=False))
     try:
         yield
     finally:
@@ -123,7 +125,7 @@ class Stepper:
         with self.versions():
             self.model = drawn_on_the_device(config).train()
             self.exchange = train_muon.Exchange(self.model, World(0, 1, DEVICE))
-            self.exchange.equip(train_muon.MUON, hp)
+            self.exchange.attach_optimizers(train_muon.MUON, hp)
             train_muon.compile_model(self.model, hp, DEVICE)
             self.batches = batches(config, hp, rows, args.data)
             torch.cuda.reset_peak_memory_stats()
@@ -136,8 +138,8 @@ class Stepper:
 
     def step(self):
         batch = self.batches[self.number % len(self.batches)]
-        self.row, _ = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, lambda: batch, self.number, self.hp,
-                                            train_muon.MUON, self.timer)  # fmt: skip
+        session = train_muon.Session(train_muon.MUON, self.hp, self.model, self.exchange, self.timer)
+        self.row, _ = train_muon.train_step(session, lambda: batch, self.number)
         self.number += 1
 
     def turn(self, steps: int) -> list[float]:
@@ -154,18 +156,15 @@ class Stepper:
 def drawn_on_the_device(config: Config) -> GPT:
     """A model whose initial values the GPU draws: other numbers than the CPU's, which takes seconds for them."""
     with torch.device("meta"):
-        model = GPT(config)
-    model, generator = model.to_empty(device=DEVICE), torch.Generator(DEVICE).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        model_file.parameter_rule(name).init(parameter.detach(), generator)
-    model.load_WLE.fill_(1 / config.num_experts)
-    model.bias_LE.zero_()
-    model.counted_LE.zero_()
-    model.eta_E.fill_(1)
-    model.balanced_E.fill_(1)
-    filled = {"load_WLE", "bias_LE", "counted_LE", "eta_E", "balanced_E", "clock"}  # set_step fills the clock
-    assert {name for name, _ in model.named_buffers()} == filled, "a buffer without a value"
-    return model
+        net = model.build(config)
+    net, generator = net.to_empty(device=DEVICE), torch.Generator(DEVICE).manual_seed(0)
+    for name, parameter in net.named_parameters():
+        model.parameter_rule(name).init(parameter.detach(), generator)
+    net.load_WLE.fill_(1 / config.num_experts)
+    net.bias_LE.zero_()
+    filled = {"load_WLE", "bias_LE", "clock"}  # set_step fills the clock
+    assert {name for name, _ in net.named_buffers()} == filled, "a buffer without a value"
+    return net
 
 
 def loader_of(folder: Path, config: Config, seq_len: int, tokens: int, rows: int) -> data.Loader:
@@ -188,7 +187,7 @@ def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) 
 def measured(name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str) -> dict:
     """A row of the table: milliseconds, ratio to what it is compared with, MFU, memory."""
     ms, config = statistics.median(sum(mine, [])), stepper.config
-    peak = train_muon.matmul_rate(DEVICE, config.dtype)
+    peak = facts.matmul_rate(DEVICE, config.dtype)
     load, loss = stepper.row.get("moe/load_max_over_mean"), stepper.row["train/loss"].item()
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
@@ -301,12 +300,12 @@ def attention_parts(args):
     doc_BT, position = (ids == c.eot_token).long().cumsum(1), torch.arange(T, device=DEVICE)
     qkv = [grad(1, T, c.n_head, c.head_dim) for _ in range(3)]
     for letter in dict.fromkeys(c.window):
-        window = torch.tensor(c.window_size // model_file.WINDOWS[letter], device=DEVICE)
-        mask = model_file.mask_kind(DEVICE.type, T)(position, position, doc_BT, doc_BT, window)
+        window = torch.tensor(c.window_size // model.WINDOWS[letter], device=DEVICE)
+        mask = model.fastest_mask(DEVICE.type, T)(position, position, doc_BT, doc_BT, window)
         attend = lambda *qkv: mask.attend(*(z.transpose(1, 2) for z in qkv), c.attn_scale)
-        yield f"attention scores, window {window.item()}", forward_backward(attend, *qkv), 12 * model_file.mean_keys(c, letter, T) * W * T
-    kind, long = model_file.mask_kind(DEVICE.type, T), torch.tensor(c.window_size, device=DEVICE)
-    windows = model_file.windows_in_use(c.window, long).values()
+        yield f"attention scores, window {window.item()}", forward_backward(attend, *qkv), 12 * model.mean_keys(c, letter, T) * W * T
+    kind, long = model.fastest_mask(DEVICE.type, T), torch.tensor(c.window_size, device=DEVICE)
+    windows = model.window_sizes(c.window, long).values()
     yield "masks of all windows", lambda: [kind(position, position, doc_BT, doc_BT, window) for window in windows], 0
     x = grad(T, D)
     yield "attention, merged q, k, v", forward_backward(linear, x, grad(3 * W, D)), 18 * T * W * D
@@ -323,33 +322,33 @@ def feed_forward_parts(args):
     score_TE = torch.rand(T, E, device=DEVICE)
     expert_TK = score_TE.topk(K).indices
     offs_E = expert_TK.flatten().bincount(minlength=E).cumsum(0).int()
-    grouped = lambda rows, weights: model_file.grouped_mm(rows, weights, offs_E)
+    grouped = lambda rows, weights: ops.grouped_mm(rows, weights, offs_E)
     yield "grouped up", forward_backward(grouped, grad(T * K, D), grad(E, H, D)), flops
     yield "grouped down", forward_backward(grouped, grad(T * K, H), grad(E, D, H)), flops
-    yield "top-k of the scores", lambda: model_file.sorted_out(score_TE, K), 0
-    largest = torch.compile(model_file.largest)
-    yield "the same by argmax, compiled", lambda: largest(score_TE, K), 0
+    yield "top-k of the scores", lambda: ops.topk_sort(score_TE, K), 0
+    topk_argmax = torch.compile(ops.topk_argmax)
+    yield "the same by argmax, compiled", lambda: topk_argmax(score_TE, K), 0
     yield "sort by expert", lambda: expert_TK.flatten().to(torch.int16).sort(stable=True), 0
-    choice_R = expert_TK.flatten().argsort(stable=True)
-    row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, torch.arange(T * K, device=DEVICE)).view(T, K)
-    gather = torch.compile(lambda x: model_file.Gather.apply(x, choice_R // K, row_TK))
-    combine = torch.compile(lambda rows, weight_TK: model_file.Combine.apply(rows, weight_TK, choice_R, row_TK))
+    slot_R = expert_TK.flatten().argsort(stable=True)
+    row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(T * K, device=DEVICE)).view(T, K)
+    gather = torch.compile(lambda x: ops.gather(x, slot_R, row_TK))
+    combine = torch.compile(lambda rows, weight_TK: ops.combine(rows, weight_TK, slot_R, row_TK))
     yield "gather rows", forward_backward(gather, x), 0
     yield "combine rows, with gates", forward_backward(combine, grad(T * K, D), grad(T, K)), 0
-    router, zero = model_file.LinearRouter(c).to(DEVICE).train(), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    router, zero = model.LinearRouter(c).to(DEVICE).train(), torch.zeros((), dtype=torch.int64, device=DEVICE)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     noise_key = (zero, zero, zero, torch.arange(T, device=DEVICE))
-    ctx = model_file.Context(None, None, None, None, None, None, noise_key, torch.zeros(E, device=DEVICE), None)
+    ctx = model.Context(None, None, None, None, None, None, noise_key, torch.zeros(E, device=DEVICE), None)
 
     @torch.compile
     def routed(x):
         route = router(x[None], ctx)
-        return route.weight_TK.square().sum() + model_file.route_stats(route, offs_E).z_loss
+        return route.weight_TK.square().sum() + model.route_stats(route, offs_E).z_loss
 
     yield "router and its losses", forward_backward(routed, x), 0
     route = Route(expert_TK, torch.rand(T, K, device=DEVICE), score_TE)
-    moved = torch.compile(lambda x: model_file.dispatch(x, route, lambda rows, offs: rows + 1)[0])
+    moved = torch.compile(lambda x: model.dispatch(x, route, lambda rows, offs: rows + 1)[0])
     yield "dispatch: sort, gather, combine", forward_backward(moved, x), 0
 
 
@@ -359,14 +358,14 @@ def head_parts(args):
     V, D = c.padded_vocab_size, c.n_embd
     x, w = grad(T, D), (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
     target, z = torch.randint(c.vocab_size, (T,), device=DEVICE), torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16)
-    nll = lambda z, target: model_file.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
-    loss = lambda head: lambda x, w: model_file.chunked_loss(x, w, target, model_file.HEADS[head], nll)
+    nll = lambda z, target: ops.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
+    loss = lambda head: lambda x, w: ops.chunked_loss(x, w, target, ops.HEADS[head], nll)
     for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions compiled")):
         with versions():
-            for head in model_file.HEADS:
+            for head in ops.HEADS:
                 yield f"head + loss, {head}{said}", forward_backward(loss(head), x, w), 6 * T * D * V
             yield f"loss of {len(z):,} tokens{said}", lambda: nll(z, target[: len(z)]), 0
-            yield f"its gradient to FP8 and transposed{said}", lambda: model_file.quantise(z, 1 / 448, torch.float8_e5m2), 0
+            yield f"its gradient to FP8 and transposed{said}", lambda: ops.quantise(z, 1 / 448, torch.float8_e5m2), 0
 
 
 def optimizer_parts(args):
@@ -389,7 +388,7 @@ def optimizer_parts(args):
 def mlp_parts(args):
     """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones alone, by tile.
     The dense twin's is one expert of top_k times the width, over fewer rows. Last, as a new kernel may fail."""
-    c, product, activation = args.config, model_file.grouped_mm, model_file.relu_squared
+    c, product, activation = args.config, ops.grouped_mm, ops.relu_squared
     for load, E, R, H in (("dense", 1, args.micro, c.top_k * c.hidden_size), ("experts", c.num_experts, args.micro * c.top_k, c.hidden_size)):
         rows, up, down, flops = grad(R, c.n_embd), grad(E, H, c.n_embd), grad(E, c.n_embd, H), 12 * R * H * c.n_embd
         offs_E = torch.linspace(R / E, R, E, device=DEVICE).int()
@@ -486,7 +485,7 @@ def main():
         print(text(results))
         if wrong:
             raise RuntimeError("; ".join(wrong))
-    except (UserError, UserError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         sys.exit(f"gpu.py: error: {error}")
 
 

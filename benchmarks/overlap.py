@@ -20,11 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist  # noqa: E402
 
+import distributed  # noqa: E402
 import guards  # noqa: E402
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 import train_muon  # noqa: E402
+from cli import Parser, positive  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
-from model import GPT  # noqa: E402
 
 
 class Delayed:
@@ -44,18 +45,19 @@ def delayed(collective, seconds: list[float]):
 
 def measure(args) -> dict[str, dict[str, list[float]]]:
     """variant -> seconds of whole steps and of waiting in them, the slowest rank's of each step."""
-    config, hp = model_file.PRESETS[args.preset], train_muon.PRESETS[args.preset]
-    world = guards.init_distributed(hp.device, train_muon.collectives_timeout(hp))
+    config, hp = model.PRESETS[args.preset], train_muon.PRESETS[args.preset]
+    world = distributed.init_distributed(hp.device, hp.collectives_timeout)
     rows = hp.batch_tokens // hp.seq_len
     micro_rows = train_muon.micro_batch_rows(rows, hp, world)
     next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
-    model, timer, delay = GPT(config).to(world.device), PhaseTimer(world.device.type), [0.0]
+    net, timer, delay = model.build(config).to(world.device), PhaseTimer(world.device.type), [0.0]
     train_muon.reduce_scatter = delayed(train_muon.reduce_scatter, delay)
     train_muon.all_gather = delayed(train_muon.all_gather, delay)
-    exchanges = {}
+    sessions = {}
     for overlap in (False, True):
-        exchanges[overlap] = train_muon.Exchange(model, world, hp.bucket_mb, overlap)
-        exchanges[overlap].equip(train_muon.MUON, hp)
+        exchange = train_muon.Exchange(net, world, hp.bucket_mb, overlap)
+        exchange.attach_optimizers(train_muon.MUON, hp)
+        sessions[overlap] = train_muon.Session(train_muon.MUON, hp, net, exchange, timer)
     variants = {f"{'overlapped' if overlap else 'synchronous'}, delay {ms:g} ms": (overlap, ms / 1000)
                 for ms in (0.0, args.delay_ms) for overlap in (False, True)}  # fmt: skip
     seconds = {name: {"step": [], "wait": []} for name in variants}
@@ -63,13 +65,13 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
         for name, (overlap, delay[0]) in variants.items():
             dist.barrier()
             began = time.perf_counter()
-            train_muon.train_step(model, exchanges[overlap], exchanges[overlap].optimizers, next_step, 0, hp, train_muon.MUON, timer)
+            train_muon.train_step(sessions[overlap], next_step, 0)
             own = time.perf_counter() - began, timer.row()["time/communication"]
             slowest = [max(values) for values in zip(*guards.gather_objects(own, world))]
             if round_ >= 2:
                 seconds[name]["step"].append(slowest[0])
                 seconds[name]["wait"].append(slowest[1])
-    buckets = len(exchanges[True].transfers)
+    buckets = len(sessions[True].exchange.transfers)
     dist.destroy_process_group()
     return {"buckets": buckets, "ranks": world.size, "seconds": seconds}
 
@@ -85,11 +87,11 @@ def table(result: dict) -> str:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = model_file.Parser(prog="overlap.py", description="Exposed wait per step, with and without overlap and an injected delay.")
-    parser.add_argument("--ranks", type=model_file.positive, default=2)
+    parser = Parser(prog="overlap.py", description="Exposed wait per step, with and without overlap and an injected delay.")
+    parser.add_argument("--ranks", type=positive, default=2)
     parser.add_argument("--preset", choices=list(train_muon.PRESETS), default="cpu")
     parser.add_argument("--delay_ms", "--delay-ms", type=float, default=20.0, help="least duration of each collective in the delayed variants")
-    parser.add_argument("--steps", type=model_file.positive, default=15, help="measured steps of each variant")
+    parser.add_argument("--steps", type=positive, default=15, help="measured steps of each variant")
     parser.add_argument("--json", type=Path, help="write every measured second there")
     return parser.parse_args(argv)
 

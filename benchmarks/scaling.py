@@ -3,8 +3,8 @@
     python benchmarks/scaling.py                                                   # table, where each scheme stops, scaling.png
     python benchmarks/scaling.py --gpu H200 --models 30x3584-e128k4 --scaling weak --json rows.json
 
-Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of train_muon.plan, parameters those of
-model.count_parameters, activations those of model.activation_bytes; this file adds seconds. Every number that it divides by is a flag
+Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of cost.plan, parameters those of
+model.count_parameters, activations those of cost.activation_bytes; this file adds seconds. Every number that it divides by is a flag
 whose help names its source.
 
 Three schemes, as many as --expert_parallel can express:
@@ -26,7 +26,7 @@ ring has in a node: each of them leads another ring out through its own adapter.
 
 Memory of a rank: fp32 weights, the buckets' buffers (Transfer.parts and .mine), the optimizer state of the busiest owner, --reserve, and the
 larger of two moments: backward (all gradients and the activations of a micro-batch, the largest that fits up to --micro_batch_tokens: an
-upper bound, as gradients come while activations go) and update (the temporaries of Muon.step, which takes up to MOST_TOGETHER elements of a
+upper bound, as gradients come while activations go) and update (the temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a
 bucket's matrices of one shape at once, and the gradients that do not travel).
 
 Not modelled: stragglers, congestion and rail mismatch in the network, collectives slowing the kernels beside them, trees and NVLink SHARP,
@@ -54,20 +54,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import UserError  # noqa: E402
+import facts  # noqa: E402
 import train_muon  # noqa: E402
-from distributed import Bucket, Slab, World# noqa: E402
-from logger import UserError# noqa: E402
-from model import DTYPES, GPT, Config, Parser, activation_bytes, count_parameters, flops_per_token, positive# noqa: E402
-from tools.plots import COLOURS, THEME# noqa: E402
-from train_muon import MUON, MuonConfig# noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from distributed import Bucket, Slab, World, backward_order  # noqa: E402
+from model import DTYPES, Config, build, count_parameters, flops_per_token  # noqa: E402
+from tools import cost  # noqa: E402
+from tools.cost import activation_bytes  # noqa: E402
+from tools.plots import COLOURS, THEME  # noqa: E402
+from train_muon import MUON, MuonConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # The machine: every field is a flag
 
 GPUS = {  # NVIDIA's data sheets of the SXM boards: HBM in bytes and bytes/s, NVLink per GPU and direction (half of "900 GB/s")
-    "H100": dict(peak=train_muon.PEAK_FLOPS["H100"], memory=80e9, hbm=3.35e12, nvlink=450e9),
-    "H200": dict(peak=train_muon.PEAK_FLOPS["H200"], memory=141e9, hbm=4.8e12, nvlink=450e9),
+    "H100": dict(peak=facts.PEAK_FLOPS["H100"], memory=80e9, hbm=3.35e12, nvlink=450e9),
+    "H200": dict(peak=facts.PEAK_FLOPS["H200"], memory=141e9, hbm=4.8e12, nvlink=450e9),
 }
 
 
@@ -155,7 +157,7 @@ counts_of, flops_of = functools.cache(count_parameters), functools.cache(flops_p
 def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Parameter name -> the shape of its matrices."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = build(config)
     return {name: tuple(p.shape[-2:]) for name, p in model.named_parameters()}
 
 
@@ -165,10 +167,10 @@ def parameter_of(slab: Slab) -> str:
 
 @functools.cache
 def planned(config: Config, world_size: int, parts: int, seq_len: int, bucket_mb: float) -> dict:
-    """train_muon.plan of one row per rank (what depends on tokens grows with them, the rest does not), the rank that sends most, and
+    """cost.plan of one row per rank (what depends on tokens grows with them, the rest does not), the rank that sends most, and
     what its buckets take there besides weights and state."""
-    hp = Hyperparameters(batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb)
-    p = train_muon.plan(config, hp, MUON, world_size)
+    hp = MuonConfig(batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb)
+    p = cost.plan(config, hp, MUON, world_size)
     busiest = busiest_rank(p["buckets"])
     own = [bucket for bucket in p["buckets"] if busiest in bucket.ranks]
     staying = sum(slab.numel for bucket in own if len(bucket.ranks) == 1 for slab in bucket.slabs)
@@ -187,17 +189,17 @@ def busiest_rank(buckets: list[Bucket]) -> int:
 
 
 def buffer_bytes(bucket: Bucket) -> int:
-    """Of Transfer.parts and Transfer.mine on each of its ranks."""
+    """Of Transfer.send_buf and Transfer.recv_buf on each of its ranks."""
     return 4 * bucket.part * (len(bucket.ranks) + 1) if len(bucket.ranks) > 1 else 0
 
 
 def largest_update(bucket: Bucket, shapes: dict[str, tuple[int, int]]) -> int:
-    """Elements that one owner hands to Newton-Schulz at once: all of a shape, up to MOST_TOGETHER."""
+    """Elements that one owner hands to Newton-Schulz at once: all of a shape, up to MAX_BATCH_NUMEL."""
     together, matrices = Counter(), [slab for slab in bucket.slabs if slab.is_matrix]
     for slab, owner in zip(bucket.slabs, bucket.owners):
         if slab.is_matrix:
             together[owner, shapes[parameter_of(slab)]] += slab.numel
-    most = max(train_muon.MOST_TOGETHER, max((slab.numel for slab in matrices), default=0))
+    most = max(train_muon.MAX_BATCH_NUMEL, max((slab.numel for slab in matrices), default=0))
     return min(most, max(together.values(), default=0))
 
 
@@ -221,7 +223,7 @@ def memory(config: Config, p: dict, parts: int, tokens: int, machine: Machine) -
     fixed, per_token = kept_activations(config)
     itemsize = DTYPES[config.dtype].itemsize
     elsewhere = itemsize * counts_of(config)["expert"] * (1 - 1 / parts)  # copies of experts that other ranks hold
-    rows = itemsize * config.routed_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)  # what experts keep of a token
+    rows = itemsize * config.num_moe_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)  # what experts keep of a token
     uneven = (machine.imbalance - 1) * rows if parts > 1 else 0.0
     always = {"weights": 4 * p["held"], "buffers": p["buffer_bytes"], "optimizer": p["optimizer_bytes"], "reserve": machine.reserve}
     backward = {"gradients": 4 * p["held"], "activations": fixed - elsewhere + tokens * (per_token + uneven), "temporaries": 0}
@@ -270,7 +272,7 @@ def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_
 
     work = Counter()  # of backward, by the moment at which gradients come
     for slab in itertools.chain.from_iterable(bucket.slabs for bucket in buckets):
-        work[train_muon.backward_order(slab)] += slab.numel * active.get(slab.kind, 0)
+        work[backward_order(slab)] += slab.numel * active.get(slab.kind, 0)
     moments = sorted(work)
     reached = dict(zip(moments, itertools.accumulate(work[moment] for moment in moments)))
 
@@ -286,7 +288,7 @@ def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_
             slowest, travels = float(busy[:, bucket.ranks].sum(0).max()), len(bucket.ranks) > 1
             copy = COPY * travels / hbm
             held = sum(slab.numel for slab in bucket.slabs)
-            ready = max(reached[train_muon.backward_order(slab)] for slab in bucket.slabs) / reached[moments[-1]]
+            ready = max(reached[backward_order(slab)] for slab in bucket.slabs) / reached[moments[-1]]
             legs.append(Leg(ready, ring_seconds(bucket.ranks, bucket.part, machine), copy * held, copy * own, copy * (held - own),
                             max(0.0, slowest - done)))  # fmt: skip
             done = max(done, slowest)
@@ -322,7 +324,7 @@ def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micr
     legs, newton_schulz, passes = make_legs(config, world_size, parts, seq_len, bucket_mb, machine)
     in_experts = 6 * counts_of(config)["expert"] * config.top_k / config.num_experts / flops_of(config, seq_len)  # share of the FLOPs
     uneven = (machine.imbalance - 1) * in_experts if parts > 1 else 0.0
-    rate = machine.peak * (machine.moe_efficiency if config.routed_layers else machine.efficiency)
+    rate = machine.peak * (machine.moe_efficiency if config.num_moe_layers else machine.efficiency)
     compute = p["model_flops"] * rows / rate * (1 + uneven)
     backward = 2 / 3 * compute / micro_batches  # of the last micro-batch: gradients leave then, not before
     tail = two_clocks(legs, backward)
@@ -331,7 +333,7 @@ def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micr
         "compute": compute,
         "newton_schulz": newton_schulz,
         "memory": p["held"] * (CAST * micro_batches + ACCUMULATE * (micro_batches - 1)) / hbm + copies + passes,
-        "rows": rows_seconds(p["rows_bytes"] * rows, 5 * config.routed_layers * micro_batches, parts, machine),
+        "rows": rows_seconds(p["rows_bytes"] * rows, 5 * config.num_moe_layers * micro_batches, parts, machine),
         "waiting": max(0.0, tail - backward - copies - sum(leg.update for leg in legs)),
     }
 
@@ -350,7 +352,7 @@ def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args
     p = planned(config, world_size, parts, args.seq_len, args.bucket_mb)
     world, room = World(0, world_size, torch.device("cpu")), args.micro_batch_tokens
     while True:  # the largest micro-batch that fits, as a user would look for it
-        hp = Hyperparameters(batch_tokens=batch_tokens, seq_len=args.seq_len, micro_batch_tokens=room, val_tokens=0)
+        hp = MuonConfig(batch_tokens=batch_tokens, seq_len=args.seq_len, micro_batch_tokens=room, val_tokens=0)
         micro_rows = train_muon.micro_batch_rows(batch_tokens // args.seq_len, hp, world)
         held = memory(config, p, parts, micro_rows * args.seq_len, machine)
         if sum(held.values()) <= machine.memory or micro_rows == 1:

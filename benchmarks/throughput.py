@@ -5,7 +5,7 @@
     python benchmarks/throughput.py --shape bytes --contenders moe_adamw nanogpt_bf16 --rounds 2 --steps 1
 
 Every contender lives in a process of its own and waits at a pipe. The parent has one after another run some steps, round after round, every
-second round in reverse order, so the machine's drift hits all alike; the bf16 matmul rate (train_muon.matmul_rate, the one that MFU is a
+second round in reverse order, so the machine's drift hits all alike; the bf16 matmul rate (facts.matmul_rate, the one that MFU is a
 share of) is measured in the same rounds. A turn's first step is not counted: it finds the caches, and the memory that it freed last, in other hands.
 Figures are medians over rounds of a round's median step; ratios are taken round by round. A step is forward, loss, backward, optimizer step
 and clearing the gradients, eager, on random tokens made beforehand. Ours is train_muon.train_step.
@@ -34,11 +34,11 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import UserError  # noqa: E402
-import train_muon  # noqa: E402
-from benchmarks.contenders import CONTENDERS, CPU, Work# noqa: E402
-from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor# noqa: E402
-from model import DTYPES, Config, Parser, add_flags, positive# noqa: E402
+import facts  # noqa: E402
+from benchmarks.contenders import CONTENDERS, CPU, Work  # noqa: E402
+from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor  # noqa: E402
+from cli import Parser, UserError, add_flags, positive  # noqa: E402
+from model import DTYPES, Config  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # One process per contender
@@ -165,7 +165,7 @@ def race(names: list[str], work: Work, rounds: int, steps: int) -> tuple[Race, R
     seconds, matmul = {name: [] for name in runners}, []
     for i in range(rounds):
         rates = measure().or_better(rates)  # the floor's rates are the best seen: a busy moment must not raise a floor
-        matmul.append(train_muon.matmul_rate(CPU, work.config.dtype))
+        matmul.append(facts.matmul_rate(CPU, work.config.dtype))
         for name in list(runners)[:: (1, -1)[i % 2]]:
             seconds[name].append(statistics.median(runners[name].ask(steps)))
     floors = {name: step_floor(*step, rates) for name, step in floored.items()}

@@ -19,10 +19,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import UserError  # noqa: E402
 import data  # noqa: E402
-from model import Parser, positive# noqa: E402
-from tools import sources# noqa: E402
+from cli import (  # noqa: E402
+    Parser,
+    UserError,  # noqa: E402
+    positive,
+)
+from tools import sources  # noqa: E402
 
 
 def resident_bytes(pid: int) -> int:

@@ -4,19 +4,19 @@
     python benchmarks/toys.py route
     python benchmarks/toys.py recover
 
-`count`: each token carries a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; what goes on should be n. Only the halting
-head learns. Printed for each rule of model.HALTS: how far the answer is off, and after how many loops tokens leave under the hard rule of
-evaluation; then FLOPs and seconds of a batch of small, mixed and large numbers, whose tokens really leave. A soft mixture can give the
-right answer without anyone leaving, which is why depth is what is looked at.
+`count`: each token holds a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; the output should be n. Only
+the halting head is trained. Printed for each rule of zoo.halting.HALTS: the squared error, and the iterations of each n under the hard
+rule of evaluation; then FLOPs and seconds of batches of small, mixed and large numbers. A soft mixture can give the right answer
+without any token halting, so the table shows the depth.
 
-`route`: each token carries a value mod 11 and a program of 1 to 5 steps out of +1, x2, negate. The pool is these three, frozen, and one
-identity; in 5 steps the controller has to run the program. Printed for each controller: accuracy of the soft mixture and of one layer per
-step, the identities it uses beyond those that it needs, and the same where one layer was what training saw from the start. A controller
-that is neither told the step nor remembers it cannot do it: the negative control.
+`route`: each token holds a value mod 11 and a program of 1 to 5 steps out of +1, x2, negate. The pool is these three, frozen, and one
+identity; in 5 steps the controller has to run the program. Printed for each controller: accuracy of the soft mixture and of one layer
+per step, the identities used beyond those needed, and the same if training used one layer per step from the start. The memoryless
+controller cannot solve it: the negative control.
 
-`recover`: a small dense transformer of three layers is trained on chains of operations (data.py), then its layers are frozen and put into a pool
-with one identity. Does a controller that knows nothing find the order back? Printed: the loss of the transformer, of its layers in every
-order, and of each controller, with how often each step picks each layer."""
+`recover`: a small dense transformer of three layers is trained on chains of operations (tools/sources.py), then its layers are frozen
+and put into a pool with one identity. Does a controller find their order? Printed: the loss of the transformer, of its layers in
+every order, and of each controller, with the share of each layer in each step."""
 
 import dataclasses
 import itertools
@@ -32,12 +32,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model import CONTROLLERS, GPT, HALTS, ROUTE_TRAINING, Config, Parser, norm  # noqa: E402
+import zoo  # noqa: E402
+from cli import Parser  # noqa: E402
+from ops import norm  # noqa: E402
 from tools import sources  # noqa: E402
+from zoo import GPT, Config  # noqa: E402
+from zoo.gpt import TrunkOutput  # noqa: E402
+from zoo.halting import HALTS  # noqa: E402
+from zoo.layer_routing import CONTROLLERS, ROUTE_TRAINING  # noqa: E402
 
 
 def minimise(net: GPT, parameters, loss_of, steps: int, lr: float) -> GPT:
-    """Adam on loss_of(step); the net comes back in evaluation mode."""
+    """Adam on loss_of(step); returns the net in evaluation mode."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for step in range(steps):
         net.set_step(0, step)
@@ -48,6 +54,12 @@ def minimise(net: GPT, parameters, loss_of, steps: int, lr: float) -> GPT:
     return net.eval()
 
 
+def run_layers_alone(net: GPT, layers: list[nn.Module], x_BTD: Tensor) -> TrunkOutput:
+    """Output of the net's depth over these layers instead of its own; each row is one document."""
+    net.blocks, doc_BT = nn.ModuleList(layers), torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
+    return net.run_blocks(x_BTD, *net.contexts(None, doc_BT, doc_BT, None))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Count to n
 
@@ -55,7 +67,7 @@ MOST, LOOPS, WIDTH = 8, 11, 32  # numbers, loops at most, channels
 
 
 class Counter(nn.Module):
-    """A block that adds 1 to channel 0, in units in which MOST is sqrt(WIDTH), and does `work` matmuls besides, which change nothing."""
+    """A block that adds 1 to channel 0, in units in which MOST is sqrt(WIDTH), and has `work` pairs of matmuls without effect."""
 
     def __init__(self, work: int = 0):
         super().__init__()
@@ -73,33 +85,30 @@ class Counting(NamedTuple):
     net: GPT
     block: Counter
 
-    def run(self, n_BT: Tensor):
-        """model.Deep of these numbers."""
+    def run(self, n_BT: Tensor) -> TrunkOutput:
         share_BT = n_BT / MOST  # the rest of the vector's length is in a third channel, so that the norm changes nothing
         x_BTD = torch.zeros(*n_BT.shape, WIDTH)
         x_BTD[..., 1], x_BTD[..., 2] = share_BT, (1 - share_BT**2).sqrt()
-        doc_BT = torch.zeros_like(n_BT, dtype=torch.int64)
-        contexts, place = self.net.contexts(None, doc_BT, doc_BT, [torch.zeros(())], None)
-        return self.net.depth([self.block], norm(x_BTD), contexts, place)
+        return run_layers_alone(self.net, [self.block], norm(x_BTD))
 
-    def answers(self, deep) -> list[tuple[Tensor, Tensor | None]]:
-        """What each output says, in counts, and its weights."""
-        return [(x_BTD[..., 0] * (MOST / WIDTH**0.5), weight_BT) for x_BTD, weight_BT in deep.outputs]
+    def answers(self, trunk: TrunkOutput) -> list[tuple[Tensor, Tensor | None]]:
+        """The count in each of the output states, and its weights in the loss."""
+        return [(x_BTD[..., 0] * (MOST / WIDTH**0.5), weight_BT) for x_BTD, weight_BT in trunk.states]
 
 
 def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counting:
     """The halting head, trained by Adam on 256 random numbers per step."""
     config = Config(vocab_size=64, eot_token=0, n_layer=1, n_embd=WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D", depth="loop", loops=LOOPS,
                     halt=halt, ponder_coef=coef, dtype="fp32")  # fmt: skip
-    toy, generator = Counting(GPT(config), Counter()), torch.Generator().manual_seed(seed)
+    toy, generator = Counting(zoo.build(config), Counter()), torch.Generator().manual_seed(seed)
 
     def loss_of(step: int) -> Tensor:
         n_BT = torch.randint(1, MOST + 1, (4, 64), generator=generator)
-        deep = toy.run(n_BT)
-        errors = [((answer_BT - n_BT).square(), weight_BT) for answer_BT, weight_BT in toy.answers(deep)]
-        return deep.loss + sum((error_BT if weight_BT is None else error_BT * weight_BT).mean() for error_BT, weight_BT in errors)
+        trunk = toy.run(n_BT)
+        errors = [((answer_BT - n_BT).square(), weight_BT) for answer_BT, weight_BT in toy.answers(trunk)]
+        return trunk.loss + sum((error_BT if weight_BT is None else error_BT * weight_BT).mean() for error_BT, weight_BT in errors)
 
-    minimise(toy.net, toy.net.depth.halt.parameters(), loss_of, steps, 0.03)
+    minimise(toy.net, toy.net.halt.parameters(), loss_of, steps, 0.03)
     return toy
 
 
@@ -107,16 +116,16 @@ def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counti
 def depths(toy: Counting) -> tuple[list[int], float, float]:
     """Loops for n = 1 .. MOST in evaluation, their correlation with n, and the mean squared error of the answers."""
     n_BT = torch.arange(1, MOST + 1)[None]
-    deep = toy.run(n_BT)
-    loops = deep.loops_BT[0]
+    trunk = toy.run(n_BT)
+    loops = trunk.loops_BT[0]
     correlation = torch.corrcoef(torch.stack([n_BT[0].float(), loops.float()]))[0, 1].item() if loops.unique().numel() > 1 else 0.0
-    answer_BT, _ = toy.answers(deep)[-1]
+    answer_BT, _ = toy.answers(trunk)[-1]
     return loops.tolist(), correlation, (answer_BT - n_BT).square().mean().item()
 
 
 @torch.no_grad()
 def cost(toy: Counting, n_BT: Tensor, rounds: int = 5) -> tuple[int, float]:
-    """FLOPs, and the least seconds, of one pass with a block that has something to do."""
+    """FLOPs, and the least seconds, of one forward pass with a block of two pairs of matmuls."""
     busy = toy._replace(block=Counter(work=2))
     with FlopCounterMode(display=False) as counter:
         busy.run(n_BT)
@@ -184,11 +193,8 @@ class Running(NamedTuple):
     net: GPT
     blocks: list[Operation]
 
-    def run(self, x_BTD: Tensor):
-        """model.Deep of these programs."""
-        doc_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
-        contexts, place = self.net.contexts(None, doc_BT, doc_BT, [torch.zeros(())] * len(self.blocks), None)
-        return self.net.depth(self.blocks, x_BTD, contexts, place)
+    def run(self, x_BTD: Tensor) -> TrunkOutput:
+        return run_layers_alone(self.net, self.blocks, x_BTD)
 
 
 def running(controller: str, training: str = "soft", steps: int = 1500, seed: int = 0) -> Running:
@@ -196,27 +202,27 @@ def running(controller: str, training: str = "soft", steps: int = 1500, seed: in
     config = Config(vocab_size=64, eot_token=0, n_layer=len(OPERATIONS), n_embd=PROGRAM_WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D",
                     depth="routed", loops=LENGTH, identity_layers=1, controller=controller, route_training=training,
                     anneal_steps=steps, dtype="fp32")  # fmt: skip
-    toy, generator = Running(GPT(config), [Operation(operation) for operation in OPERATIONS.values()]), torch.Generator().manual_seed(seed)
-    toy.net.depth.packs = False  # these blocks know nothing of keys for all and queries for some
+    toy = Running(zoo.build(config), [Operation(operation) for operation in OPERATIONS.values()])
+    toy.net.packs, generator = False, torch.Generator().manual_seed(seed)  # these blocks have no queries and keys
 
     def loss_of(step: int) -> Tensor:
         x, target, _ = programs(256, generator)
-        ((y, _),) = toy.run(x).outputs
+        ((y, _),) = toy.run(x).states
         return nn.functional.nll_loss(y[0, :, :BASE].clamp(min=1e-6).log(), target)
 
-    minimise(toy.net, toy.net.depth.controller.parameters(), loss_of, steps, 0.01)
+    minimise(toy.net, toy.net.controller.parameters(), loss_of, steps, 0.01)
     return toy
 
 
 @torch.no_grad()
 def accuracies(toy: Running, count: int = 4096) -> tuple[float, float, float]:
-    """Of the soft mixture, of one layer per step, and the mean number of identities beyond LENGTH less the program's length."""
+    """Accuracy of the soft mixture and of one layer per step, and the mean excess of identities over LENGTH - program length."""
     x, target, length = programs(count, torch.Generator().manual_seed(1))
     found = []
-    for toy.net.depth.answers_hard in (False, True):
-        deep = toy.run(x)
-        found.append((deep.outputs[-1][0][0, :, :BASE].argmax(-1) == target).float().mean().item())
-    identities = (deep.choices_SBT[:, 0] == len(OPERATIONS)).sum(0)
+    for toy.net.hard_evaluation in (False, True):
+        trunk = toy.run(x)
+        found.append((trunk.states[-1][0][0, :, :BASE].argmax(-1) == target).float().mean().item())
+    identities = (trunk.choices_SBT[:, 0] == len(OPERATIONS)).sum(0)
     return *found, (identities - (LENGTH - length)).float().abs().mean().item()
 
 
@@ -261,31 +267,32 @@ def held_out(net: GPT, batches: int = 8) -> float:
 
 @torch.no_grad()
 def use(net: GPT) -> Tensor:
-    """(layers and identities, steps): how often each step picks each."""
-    seen = []
-    hook = net.depth.register_forward_hook(lambda module, args, deep: seen.append(deep.choices_SBT))
+    """(layers and identities, steps): share of the tokens that pick each layer in each step."""
+    trunks, run_blocks = [], net.run_blocks
+    net.run_blocks = lambda *inputs: trunks.append(run_blocks(*inputs)) or trunks[-1]
     net(*chains(10**6))
-    hook.remove()
-    choices = net.config.n_layer + net.config.identity_layers
-    return torch.stack([torch.bincount(picked.flatten(), minlength=choices) / picked.numel() for picked in seen[0]], 1)
+    del net.run_blocks
+    choices, choices_SBT = net.config.n_layer + net.config.identity_layers, trunks[0].choices_SBT
+    return torch.stack([torch.bincount(picked.flatten(), minlength=choices) / picked.numel() for picked in choices_SBT], 1)
 
 
 def in_order(net: GPT, order: tuple[int, ...]) -> GPT:
-    other = GPT(net.config).eval()
+    other = zoo.build(net.config).eval()
     other.load_state_dict(net.state_dict())
     other.blocks = nn.ModuleList(other.blocks[i] for i in order)
     return other
 
 
 def recovered(trained: GPT, controller: str, training: str, steps: int) -> GPT:
-    """The trained layers in a pool with an identity, and a controller that learns alone."""
-    net = GPT(dataclasses.replace(trained.config, controller=controller, route_training=training, identity_layers=1, anneal_steps=steps))
+    """The trained layers, frozen, in a pool with an identity; only the controller is trained."""
+    changes = dict(controller=controller, route_training=training, identity_layers=1, anneal_steps=steps)
+    net = zoo.build(dataclasses.replace(trained.config, **changes))
     net.load_state_dict(trained.state_dict(), strict=False)
-    return fit(net, net.depth.controller.parameters(), steps, 0.05)
+    return fit(net, net.controller.parameters(), steps, 0.05)
 
 
 def recover(args):
-    trained = GPT(IN_TURN)
+    trained = zoo.build(IN_TURN)
     fit(trained, trained.parameters(), args.steps, 3e-3)
     print(f"in the order of training: {held_out(trained):.4f} nats")
     for order in list(itertools.permutations(range(3)))[1:]:

@@ -34,17 +34,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import UserError  # noqa: E402
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as model_file  # noqa: E402
+import model  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
-from guards import World# noqa: E402
-from logger import UserError# noqa: E402
-from tools import plots, records, sources# noqa: E402
+from cli import Parser, UserError, positive  # noqa: E402
+from distributed import World  # noqa: E402
+from tools import plots, records, sources  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
-RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
+RECIPES = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir experiment_name seed resume
           enable_profiling plan objective""".split()  # flags that are the track's
 TIMED_STEPS = 20  # of a run that only measures, and as many before, in which experts still meet new row counts, and after
@@ -69,7 +69,7 @@ class Row:
         self.config, self.hp, _ = train_muon.parse(RECIPES[script], self.flags)
         if track["val_tokens"] % self.hp.seq_len:
             raise UserError(f"seq_len is {self.hp.seq_len}; it must divide the track's {track['val_tokens']} validation tokens")
-        source = hashlib.sha256(b"".join(path.read_bytes() for path in train_muon.SOURCES)).hexdigest()
+        source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()
         self.facts = {"script": script, "flags": flags, "source_sha256": source} | pinned_corpus(track, ROOT / folder)
         settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.hp)
         text = json.dumps({name: value for name, value in settings.items() if name not in OURS}, sort_keys=True)
@@ -263,18 +263,17 @@ class Stepper:
 
     def __init__(self, row: Row):
         config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
-        world, self.hp, self.recipe, self.number = World(0, 1, torch.device(row.track["device"])), hp, RECIPES[row.script], 2 * PAIRS
-        self.model, self.timer = model_file.GPT(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
-        self.exchange = train_muon.Exchange(self.model, world, hp.bucket_mb)
-        self.exchange.equip(self.recipe, hp)
-        rows = hp.batch_tokens // hp.seq_len
-        self.loader = data.Loader(hp.data, seq_len=hp.seq_len, batch_rows=rows, micro_rows=train_muon.micro_batch_rows(rows, hp, world), rank=0,
-                                  world_size=1, seed=0, vocab_size=config.vocab_size, device=world.device)  # fmt: skip
+        world, recipe, self.number = World(0, 1, torch.device(row.track["device"])), RECIPES[row.script], 2 * PAIRS
+        net, timer = model.build(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
+        exchange = train_muon.Exchange(net, world, hp.bucket_mb)
+        exchange.attach_optimizers(recipe, hp)
+        self.session = train_muon.Session(recipe, hp, net, exchange, timer)
+        micro_rows = train_muon.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+        self.loader = recipe.open_loader(config, hp, world, micro_rows)
 
     def milliseconds(self) -> float:
         began = time.perf_counter()
-        optimizers = self.exchange.optimizers
-        train_muon.train_step(self.model, self.exchange, optimizers, self.loader.next_step, self.number, self.hp, self.recipe, self.timer)
+        train_muon.train_step(self.session, self.loader.next_step, self.number)
         self.number += 1
         return 1000 * (time.perf_counter() - began)
 
@@ -422,7 +421,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
     """Milliseconds per step of this row and of row 1, with the present code: short runs in turns, every second round in the other order,
     so that a machine that slows down or speeds up does so for both. A field that is younger than row 1 has its default there."""
     script, recorded = config_1["track"]["script"], config_1["model"] | config_1["hyperparameters"]
-    fields = [field for cls in (model_file.Config, RECIPES[script].hyperparameters) for field in dataclasses.fields(cls) if field.name not in OURS]
+    fields = [field for cls in (model.Config, RECIPES[script].train_config) for field in dataclasses.fields(cls) if field.name not in OURS]
     settings = {field.name: recorded.get(field.name, field.default) for field in fields}
     rows, ms = {"row": row, "row_1": Row(track, [script, *as_flags(settings)], row.hp.data)}, {"row": [], "row_1": []}
     with tempfile.TemporaryDirectory() as out:
@@ -450,7 +449,7 @@ def at_least_two(text: str) -> int:
 def parse(argv: list[str]):
     """argv up to `--` as flags of ours; what follows, a script and its flags, as `command`."""
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = model_file.Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
+    parser = Parser(prog="track.py", description="Short runs, full records and paired comparisons of a track.")
     actions = parser.add_subparsers(dest="action", required=True)
     add = {function: actions.add_parser(function.__name__) for function in (short, full, compare, curve, ablate)}
     for function in (short, compare, curve):
@@ -460,13 +459,13 @@ def parse(argv: list[str]):
         add[function].add_argument("--data", type=Path, help="the folder of the track's shards (default: where track.json says)")
     add[short].add_argument("--name", required=True, help="of the line in tuning.jsonl")
     add[short].add_argument("--row", help="the row of the table whose tuning budget these runs use up")
-    add[short].add_argument("--steps", type=model_file.positive, help="instead of as many as fit")
+    add[short].add_argument("--steps", type=positive, help="instead of as many as fit")
     add[short].add_argument("--seconds", type=float, help="instead of the track's")
     for function in (short, ablate):
-        add[function].add_argument("--threads", type=model_file.positive, help="instead of the track's; with one each, runs fit side by side")
+        add[function].add_argument("--threads", type=positive, help="instead of the track's; with one each, runs fit side by side")
     add[ablate].add_argument("--plan", type=Path, required=True, help="a JSON file beside the track's track.json")
     add[full].add_argument("--folder", type=Path, required=True, help="records/<track>/YYYY-MM-DD_Name")
-    add[full].add_argument("--steps", type=model_file.positive, required=True)
+    add[full].add_argument("--steps", type=positive, required=True)
     add[full].add_argument("--rounds", type=at_least_two, default=6, help="in which row 1 and this row are timed in turns")
     for function in (compare, curve):
         add[function].add_argument("names", nargs=2)
@@ -481,7 +480,7 @@ def main():
     args = parse(sys.argv[1:])
     try:
         args.function(args)
-    except (UserError, UserError, UserError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"track.py: error: {error}")
 
 

@@ -187,7 +187,7 @@ def makers(build: dict) -> dict:
         usual = {field.name: field.default for field in dataclasses.fields(zoo.Config)}
         core = {field.name for field in dataclasses.fields(model.Config)}
         chosen = {field: value for field, value in fields.items() if field in core or value != usual[field]}
-        with contextlib.suppress(model.ConfigError):  # a value that only the zoo has
+        with contextlib.suppress(model.UserError):  # a value that only the zoo has
             core_names = fields.get("experts", "mlp") == "mlp" and not build.get("told")  # else other names or arguments
             if set(chosen) <= core and core_names:
                 config = model.Config(**chosen)

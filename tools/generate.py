@@ -34,35 +34,37 @@ def main(argv: list[str] | None = None):
 
 def parse(argv: list[str] | None = None) -> dict:
     """Flags -> their values; under `config`, the preset with the given fields changed. Raises UserError."""
-    parser = Parser(
-        prog="model.py", description="Print a preset's model card, or sample from a checkpoint, or share it."
-    )
-    parser.add_argument("--preset", choices=list(PRESETS), default="speedrun")
-    parser.add_argument(
-        "--seq_len", "--seq-len", type=positive, help="tokens per row on the card (default: the window)"
-    )
-    where = "sample from a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name"
-    parser.add_argument("--checkpoint", metavar="WHERE", help=where)
+    calls = ("python model.py --preset speedrun", "python model.py --checkpoint logs/muon/checkpoint --prompt 'The '",
+             "python model.py --checkpoint logs/muon/checkpoint --push_to_hub user/name")
+    about = ("Print a preset's model card, sample from a checkpoint, or share it. Flags of the model change the card.\n"
+             "--checkpoint takes only one of them, --top_k: sample from that many likeliest tokens.")
+    first = ("preset", "checkpoint", "prompt", "max_new_tokens", "temperature")
+    parser = Parser(prog="model.py", description=about, examples=calls, first=first)
+    parser.add_argument("--preset", choices=list(PRESETS), default="speedrun", metavar="NAME",
+                        help="the model of the card")
+    parser.add_argument("--seq_len", "--seq-len", type=positive,
+                        help="tokens per row on the card (default: the window)")
+    parser.add_argument("--checkpoint", metavar="WHERE",
+                        help="a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256)
-    parser.add_argument(
-        "--num_samples", "--num-samples", type=positive, default=1, help="continuations, sampled at once"
-    )
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256,
+                        help="length of the sample")
+    parser.add_argument("--num_samples", "--num-samples", type=positive, default=1,
+                        help="continuations, sampled at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    nucleus = "sample from the likeliest tokens with this total probability"
-    parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help=nucleus)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top_p", "--top-p", type=float, default=1.0,
+                        help="sample from the likeliest tokens with this total probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--ignore_eot", "--ignore-eot", action="store_true", help="continue after the end of a text")
-    folder = "write the checkpoint as a folder for the Hub"
-    parser.add_argument("--save_pretrained", "--save-pretrained", type=Path, metavar="DIR", help=folder)
-    upload = "upload it to the Hub (log in with `hf auth login`)"
-    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="USER/NAME", help=upload)
-    arrays = "write the routes of the tokens of --data's validation text, as .npz for logger.py"
-    parser.add_argument("--routes", type=Path, metavar="FILE", help=arrays)
+    parser.add_argument("--save_pretrained", "--save-pretrained", type=Path, metavar="DIR",
+                        help="write the checkpoint as a folder for the Hub")
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="USER/NAME",
+                        help="upload it to the Hub (log in with `hf auth login`)")
+    parser.add_argument("--routes", type=Path, metavar="FILE",
+                        help="write the routes of --data's validation tokens, as .npz for logger.py")
     parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
     parser.add_argument("--tokens", type=positive, default=2**15, help="tokens of --routes")
-    group = "the model of the card; beside --checkpoint only --top_k, which then keeps that many likeliest tokens"
-    add_flags(parser, Config, group)
+    add_flags(parser, Config, PRESETS["speedrun"])
     args = vars(parser.parse_args(argv))
     changes = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
     for flag in ("save_pretrained", "push_to_hub", "routes"):

@@ -66,6 +66,7 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
         settings = json.loads(Path(path("config.json")).read_text())
         net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
         state = safetensors.load_file(path("model.safetensors"))
+        state |= {"head": state["embed"]} if net.config.tie_embeddings else {}  # the file holds a shared tensor once
         net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
         net.encoding = settings["encoding"]
     except UserError:
@@ -120,7 +121,6 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
     try:
         with tempfile.TemporaryDirectory() as folder:
             save(net, folder, about_run, pictures, where=HUB + repo_id)
-            hub.ModelCard.load(Path(folder) / "README.md").validate()
             hub.create_repo(repo_id, exist_ok=True)
             return hub.upload_folder(repo_id=repo_id, folder_path=folder).commit_url
     except Exception as error:  # of the network or the Hub

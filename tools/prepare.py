@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from cli import UserError, file_sha256, write_atomically
+from cli import Parser, UserError, file_sha256, write_atomically
 from data import COMPRESSED_BYTES, as_data_error, get_encoding, load_meta, read_shard, write_shard
 from tools import sources
 
@@ -107,23 +107,28 @@ def parse(argv):
             return int(text)
         return number
 
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    calls = tuple(re.findall(r"^    (python .*)$", __doc__, re.M))
+    about = "Text to token shards: a folder of shards and a meta.json, or one such folder for each domain."
+    first = ("source", "path", "out", "encoding", "max_tokens")
+    parser = Parser(prog="data.py", description=about, examples=calls, first=first)
     add = parser.add_argument
-    add("--source", choices=list(SOURCES), default="fineweb")
-    add("--out", metavar="DIR", help="default data/<source>")
-    add("--encoding", help=f"{', '.join(data.ENCODINGS)} (default gpt2)")
-    add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
+    add("--source", choices=list(SOURCES), default="fineweb", metavar="NAME", help="origin of the text")
     add("--path", nargs="+", metavar="P", help="files: files and folders; domains: name=FILE, instead of the hub")
+    add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
+    add("--encoding", metavar="NAME", help=f"{', '.join(data.ENCODINGS)} (default gpt2)")
+    add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
+    add = parser.add_argument_group("domains").add_argument
     add("--domains", nargs="+", metavar="NAME",
-        help=f"domains: some of them (default {' '.join(sources.DOMAINS)}, or those of --path)")
-    add("--source_tag", action="store_true", default=None, help="domains: put the domain's name before each document")
-    add("--dataset", metavar="NAME", help="hf: name on the hub, or a local folder")
-    add("--subset", metavar="S", help="hf: its configuration")
-    add("--split_name", metavar="S", help="hf: its split to read (default train)")
-    field = parser.add_mutually_exclusive_group()
-    field.add_argument("--text_field", metavar="F", help="hf, jsonl, parquet: the field with the text (default text)")
-    field.add_argument("--tokens_field", metavar="F", help="hf, jsonl, parquet: a field with ids of --encoding instead")
+        help=f"some of them (default {' '.join(sources.DOMAINS)}, or those of --path)")
+    add("--source_tag", action="store_true", default=None, help="put the domain's name before each document")
+    hub = parser.add_argument_group("hf")
+    hub.add_argument("--dataset", metavar="NAME", help="name on the hub, or a local folder")
+    hub.add_argument("--subset", metavar="S", help="its configuration")
+    hub.add_argument("--split_name", metavar="S", help="its split to read (default train)")
+    field = parser.add_argument_group("hf, jsonl and parquet").add_mutually_exclusive_group()
+    field.add_argument("--text_field", metavar="F", help="the field with the text (default text)")
+    field.add_argument("--tokens_field", metavar="F", help="a field with ids of --encoding instead")
+    add = parser.add_argument_group("shards").add_argument
     add("--shards", type=at_least(1, 104), metavar="N", help="fineweb: training shards of 100M tokens (default 9)")
     add("--shard_tokens", type=at_least(2, 2**31), metavar="N", help="tokens per shard (default 100_000_000)")
     add("--num_proc", type=at_least(1, 1025), metavar="N", help="processes (default one per core)")

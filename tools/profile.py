@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity
 from distributed import World
 from facts import matmul_rate, peak_bytes, synchronize
 from model import Config, flops_per_token
+from terminal import say
 
 WAIT_STEPS, STEPS = 20, 3  # on a CPU each new number of rows of an expert costs a new primitive for a while
 
@@ -17,6 +18,7 @@ def profile(folder: Path, step_function, config: Config, hp, world: World):
     """Profile three steps: trace.json for Perfetto or chrome://tracing, and summary.txt with the top operators."""
     folder.mkdir(parents=True, exist_ok=True)
     cuda = world.device.type == "cuda"
+    say(f"profiling: {WAIT_STEPS} steps to settle, then {STEPS} under the profiler", world.rank == 0)
     for step in range(WAIT_STEPS):
         step_function(step)
     synchronize(world.device)
@@ -33,6 +35,7 @@ def profile(folder: Path, step_function, config: Config, hp, world: World):
 
     if world.rank > 0:
         return
+    say("writing the trace")
     profiler.export_chrome_trace(str(folder / "trace.json"))
     if cuda:
         torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))

@@ -22,33 +22,25 @@ class Config(model.Config):
     """model.Config and the zoo's fields. Raises UserError, which names the field and its legal values."""
 
     # experts
-    experts: str = (
-        "mlp"  # kinds, as in "mlp*12,identity,zero": one name for all num_experts, or a list with their numbers
-    )
+    experts: str = "mlp"  # one kind for all num_experts, or a list that sets them: mlp*12,identity,zero
     shared: str = "mlp"  # kind of the shared experts: a key of SHARED
     shared_kernel: int = 3  # tokens in the convolution of shared conv
-    routed_scale: float | str = (
-        1.0  # factor on the routed experts' sum; auto: estimated so that it is as large as the shared one
-    )
+    routed_scale: float | str = 1.0  # factor on the routed experts' sum; auto: estimated, as large as the shared one
     # routers
     router_score: str = "softmax"  # a key of SCORES: selection and gates from logits
     router_residual: float = 0.0  # weight of the previous MoE layer's logits, through a learned matrix (MoE++)
     router_kernel: int = 3  # tokens in the convolution of router conv
     router_dim: int = 64  # inner width of the routers mlp, recurrent and attention
     # balance
-    entropy_coef: float = 0.0  # weight of MoEUT's loss: minus the entropy of a row's mean choice, over all loops
+    entropy_coef: float = 0.0  # weight of MoEUT's loss: minus the entropy of a row's mean choice
     importance_coef: float = 0.0  # weight of Shazeer's loss on the sums of gates, per micro-batch
     load_coef: float = 0.0  # weight of his loss on the smooth numbers of tokens, which needs noise
     bias_update_threshold: int = 0  # tokens counted before the selection bias moves again; 0 = every optimizer step
-    free_eta: float = (
-        1.0  # balance weight of experts without matmuls; below 1 they may take more than their share (MoE++: 0.75)
-    )
+    free_eta: float = 1.0  # balance weight of experts without matmuls: below 1, more load (MoE++: 0.75)
     # depth
     residual: str = "add"  # residual update rule: a key of RESIDUALS
-    norms: str = "P"  # tiled over depth: P = before attention and feed-forward, R = after them too, U = MoEUT's
-    looped: str = (
-        "o"  # depths loop and routed; tiled over depth: o = a layer of the loop or pool, . = one before or after it
-    )
+    norms: str = "P"  # tiled over depth: P = before each sub-layer, R = after it too, U = MoEUT's
+    looped: str = "o"  # depths loop, routed: tiled over depth: o = in the loop or pool, . = outside it
     loops: int = 2  # iterations of the loop, or steps that pick a layer of the pool, at most
     eval_loops: int = 0  # the same in evaluation; 0 = as in training
     loop_keys: str = "latest"  # keys and values visible in later iterations: a key of LOOP_KEYS
@@ -61,14 +53,12 @@ class Config(model.Config):
     controller: str = "linear"  # depth routed: a key of CONTROLLERS
     controller_dim: int = 64  # inner width of the controllers mlp and lstm
     route_by: str = "token"  # token whose state the controller sees: a key of ROUTE_BY
-    route_training: str = "soft"  # training weights from the controller's probabilities: a key of ROUTE_TRAINING
+    route_training: str = "soft"  # training weights from the controller: a key of ROUTE_TRAINING
     anneal_steps: int = 1000  # optimizer steps in which route_training anneal goes from soft to one layer
     step_loss: str = "last"  # steps in the training loss: last or mean
     layer_balance_coef: float = 0.0  # weight of a balance loss over the pool's layers
     # attention
-    rotary: str = (
-        "H"  # tiled over depth: H = queries and keys, V = values and outputs, B = both, N = nothing, W = by the window
-    )
+    rotary: str = "H"  # tiled: H queries + keys, V values + outputs, B both, N none, W: H by window
     attn_softmax: str = "plain"  # plain or ssmax
     qk_norm: str = "rms"  # rms or none
     latent_dim: int = 64  # width of the latent vector where attention is L

@@ -41,11 +41,12 @@ validation_batches = mixture_validation_batches
 class MixtureConfig(TrainConfig):
     """Settings of a run on a mixture of domains, to be mixed into those of an optimizer."""
 
-    routes_tokens: int = 0  # validation tokens whose expert assignments each evaluation saves, for logger.py --routes
+    # routes
+    routes_tokens: int = 0  # validation tokens whose experts each evaluation saves, for logger.py --routes
     # domains, where the data folder is a mixture
     domain_weights: str = ""  # name=number,...; "" = the tokens that each domain has
     domain_temperature: float = 1.0  # shares are weights to the power of 1 / this
-    domain_epochs: str = ""  # passes over a domain at most: a number for all, or name=number,...; "" = no limit
+    domain_epochs: str = ""  # passes over a domain at most: a number, or name=number,...; "" = no limit
     round_robin_steps: int = 0  # first steps, whose batches have one domain each, in turn
     domain_coef: float = 0.0  # weight of the loss that routes each domain's tokens to its own expert ...
     domain_steps: int = 0  # ... for so many steps ...
@@ -54,9 +55,8 @@ class MixtureConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("routes_tokens", "round_robin_steps", "domain_steps", "domain_anneal_steps"):
-            require(self, field, getattr(self, field) >= 0, "at least 0")
-        require(self, "domain_coef", 0 <= self.domain_coef < math.inf, "at least 0")
+        for name in "routes_tokens round_robin_steps domain_steps domain_anneal_steps domain_coef".split():
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         require(self, "domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
 
 
@@ -69,8 +69,8 @@ checkpoint.MAY_CHANGE_ON_RESUME.add("routes_tokens")
 def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int) -> MixtureLoader:
     """The loader of a mixture. Raises UserError for settings that the data do not allow."""
     mix = Mix(hp.domain_weights, hp.domain_temperature, hp.domain_epochs, hp.round_robin_steps)
-    options = train_muon.loader_options(config, hp, world, micro_rows)
-    loader = MixtureLoader(hp.data, mix=mix, steps=hp.num_iterations, **options)
+    options = dict(kind=MixtureLoader, mix=mix, steps=hp.num_iterations)
+    loader = train_muon.open_loader(config, hp, world, micro_rows, **options)
     if hp.routes_tokens:
         routes_batches(config, hp, "cpu")  # raises
     domain_experts(config, hp, world.device)

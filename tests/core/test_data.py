@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from data import DataError, Loader, get_encoding, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
+from cli import UserError, file_sha256  # noqa: E402
+from data import Loader, get_encoding, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
 
 BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 
@@ -44,7 +45,7 @@ def test_shard_round_trip_and_layout(tmp_path):
 
 @pytest.mark.parametrize("tokens", [[-1, 2], [65536], [[1, 2]], [0.5], []])
 def test_write_shard_refuses(tmp_path, tokens):
-    with pytest.raises(DataError, match="x.bin"):
+    with pytest.raises(UserError, match="x.bin"):
         write_shard(tmp_path / "x.bin", tokens)
     assert not list(tmp_path.iterdir())
 
@@ -63,9 +64,9 @@ def test_bad_shards_are_refused_by_name(tmp_path, damage):
     path = tmp_path / "odd_val_000000.bin"
     write_shard(path, np.arange(10))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match="odd_val_000000.bin.*python data.py"):
+    with pytest.raises(UserError, match="odd_val_000000.bin.*python data.py"):
         read_shard(path)
-    with pytest.raises(DataError, match="odd_val_000000.bin"):
+    with pytest.raises(UserError, match="odd_val_000000.bin"):
         list(validation_batches(tmp_path, seq_len=2, rows=1))
 
 
@@ -73,7 +74,7 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
     """meta.json promises a sha256 for each shard; the ranks of a host share the looking."""
     make_shards(tmp_path, [500, 600, 700], vocab=257)
     make_shards(tmp_path, [500], split="val", vocab=257)
-    shards = [{"file": path.name, "tokens": len(read_shard(path)), "sha256": data.sha256_of(path)} for path in sorted(tmp_path.glob("*.bin"))]
+    shards = [{"file": path.name, "tokens": len(read_shard(path)), "sha256": file_sha256(path)} for path in sorted(tmp_path.glob("*.bin"))]
     (tmp_path / "meta.json").write_text(json.dumps(BYTES | {"shards": shards}))
     whole = data.fingerprint(tmp_path)
     assert len(whole) == 4 and all(digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]])
@@ -87,10 +88,10 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
     for rank in range(3):
         try:
             data.verify(tmp_path, rank, 3)
-        except DataError as error:
+        except UserError as error:
             complaints.append(str(error))
     assert len(complaints) == 1 and damaged.name in complaints[0] and "sha256" in complaints[0] and "python data.py" in complaints[0]
-    with pytest.raises(DataError, match=damaged.name):
+    with pytest.raises(UserError, match=damaged.name):
         data.verify(tmp_path)
 
 
@@ -103,7 +104,7 @@ def test_a_changed_meta_json_is_noticed(tmp_path):
     load_meta(tmp_path)
     for change in ({"vocab_size": 258}, {"token_bytes": [2] * 257}, {"shards": [{"file": "x"}], "sha256": None}, {"sha256": "0"}):
         path.write_text(json.dumps({key: value for key, value in (meta | change).items() if value is not None}))
-        with pytest.raises(DataError, match=r"meta.json is damaged .*python data.py"):
+        with pytest.raises(UserError, match=r"meta.json is damaged .*python data.py"):
             load_meta(tmp_path)
     del meta["sha256"]  # written by hand, or by an earlier version
     path.write_text(json.dumps(meta))
@@ -130,7 +131,7 @@ def test_failed_write_leaves_the_old_shard(tmp_path, monkeypatch, step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(DataError, match="a.bin.*No space left"):
+    with pytest.raises(UserError, match="a.bin.*No space left"):
         write_shard(path, np.arange(100))
     assert read_shard(path).tolist() == [1, 2, 3] and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
@@ -140,7 +141,7 @@ def test_a_shard_that_meta_json_does_not_list_is_refused(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(BYTES | {"shards": [{"file": "fineweb_train_000001.bin", "tokens": 50}]}))
     assert len(data.open_split(tmp_path, "train")) == 1
     write_shard(tmp_path / "more_train_000009.bin", np.arange(50))
-    with pytest.raises(DataError, match="more_train_000009.bin is a shard that meta.json does not list"):
+    with pytest.raises(UserError, match="more_train_000009.bin is a shard that meta.json does not list"):
         data.open_split(tmp_path, "train")
 
 
@@ -170,7 +171,7 @@ def test_gpt2_encoding(gpt2):
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "gpt-2", ""])
 def test_encodings_that_do_not_fit_name_those_that_do(name):
-    with pytest.raises(DataError, match="bytes, gpt2, r50k_base"):
+    with pytest.raises(UserError, match="bytes, gpt2, r50k_base"):
         get_encoding(name)
 
 
@@ -266,7 +267,7 @@ def test_position_is_restored_exactly(tmp_path):
         assert rows_of(loader.next_step()) == steps[at]
         resumed.close()
     for key in ("rows", "seed", "seq_len"):
-        with pytest.raises(DataError, match=f"{key}=9"):
+        with pytest.raises(UserError, match=f"{key}=9"):
             loader.load_state_dict(states[0] | {key: 9})
     loader.close()
 
@@ -283,27 +284,27 @@ def test_fineweb_shards_from_elsewhere(tmp_path):
 
 
 def test_loader_refuses_bad_input(tmp_path):
-    with pytest.raises(DataError, match="python data.py --source python --encoding bytes --out .*gone"):
+    with pytest.raises(UserError, match="python data.py --source python --encoding bytes --out .*gone"):
         Loader(tmp_path / "gone", seq_len=8, batch_rows=1, micro_rows=1)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no token shards"):
+    with pytest.raises(UserError, match="empty holds no token shards"):
         load_meta(tmp_path / "empty")
     make_shards(tmp_path / "d", [100], vocab=300)
-    with pytest.raises(DataError, match="no val shard"):
+    with pytest.raises(UserError, match="no val shard"):
         validation_batches(tmp_path / "d", seq_len=8, rows=1)
-    with pytest.raises(DataError, match="12 train rows of 8 tokens.*13"):
+    with pytest.raises(UserError, match="12 train rows of 8 tokens.*13"):
         Loader(tmp_path / "d", seq_len=8, batch_rows=13, micro_rows=13)
     for bad in ({"micro_rows": 5}, {"micro_rows": 2, "world_size": 4}, {"micro_rows": 0}):
-        with pytest.raises(DataError, match=r"batch_rows=12 .*world_size=\d .*micro_rows=\d"):
+        with pytest.raises(UserError, match=r"batch_rows=12 .*world_size=\d .*micro_rows=\d"):
             Loader(tmp_path / "d", seq_len=8, batch_rows=12, **bad)
     loader = Loader(tmp_path / "d", seq_len=8, batch_rows=12, micro_rows=12, vocab_size=200)
     largest = int(read_shard(tmp_path / "d" / "fineweb_train_000001.bin")[:97].max())
-    with pytest.raises(DataError, match=r"fineweb_train_000001.bin holds token id \d+") as error:
+    with pytest.raises(UserError, match=r"fineweb_train_000001.bin holds token id \d+") as error:
         loader.next_step()
     assert largest >= 200 and "199" in str(error.value)
     loader.close()
     (tmp_path / "d" / "meta.json").write_text('{"encoding": ')
-    with pytest.raises(DataError, match="meta.json is damaged"):
+    with pytest.raises(UserError, match="meta.json is damaged"):
         load_meta(tmp_path / "d")
 
 
@@ -333,7 +334,7 @@ def test_validation_max_tokens(tmp_path):
     everything = list(validation_batches(tmp_path, seq_len=8, rows=6))
     assert [batch.targets_BT.tolist() for batch in validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=10**9)] == \
         [batch.targets_BT.tolist() for batch in everything]
-    with pytest.raises(DataError, match="max_tokens=7"):
+    with pytest.raises(UserError, match="max_tokens=7"):
         validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=7)
-    with pytest.raises(DataError, match="holds token id"):
+    with pytest.raises(UserError, match="holds token id"):
         list(validation_batches(tmp_path, seq_len=8, rows=6, vocab_size=10))

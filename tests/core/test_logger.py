@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import logger  # noqa: E402
-from logger import PhaseTimer, Run, UserError, read_run  # noqa: E402
+from cli import UserError  # noqa: E402
+from logger import PhaseTimer, Run, read_run  # noqa: E402
 
 
 @pytest.fixture
@@ -117,18 +118,14 @@ def test_inactive_run_touches_nothing(open_run, tmp_path, capsys):
     assert not (tmp_path / "logs").exists() and capsys.readouterr().out == ""
 
 
-def test_print_writes_around_a_progress_bar(open_run, capsys, monkeypatch):
-    import tqdm
-
-    run, written = open_run(), []
+def test_print_erases_a_live_line_first(open_run, capsys, monkeypatch):
+    run = open_run()
     run.print("first")
-    assert capsys.readouterr().out == "first\n"
-    monkeypatch.setattr(tqdm.tqdm, "write", written.append)
+    assert capsys.readouterr() == ("first\n", "")
+    monkeypatch.setattr("terminal.is_terminal", lambda: True)
     run.print("second")
-    monkeypatch.delitem(sys.modules, "tqdm")  # not imported: there is no progress bar
-    run.print("third")
-    assert written == ["second"] and capsys.readouterr().out == "third\n"
-    assert (run.path / "run.log").read_text().endswith("=\nfirst\nsecond\nthird\n")
+    assert capsys.readouterr() == ("second\n", "\r\x1b[K")
+    assert (run.path / "run.log").read_text().endswith("=\nfirst\nsecond\n")
 
 
 # -----------------------------------------------------------------------------
@@ -453,7 +450,7 @@ def test_script_end_to_end(tmp_path):
     }
     Run(tmp_path, "empty", config={}, sources=[])
     result = subprocess.run([sys.executable, ROOT / "logger.py", "--out-dir", tmp_path], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
+    assert result.returncode == 0 and result.stderr == f"reading 4 runs below {tmp_path}\n"
     lines = result.stdout.splitlines()
     columns = "run steps val_loss best bits/byte seconds tokens/s MFU load_max/mean parameters active".split()
     assert lines[0].replace("val loss", "val_loss").replace("load max", "load_max").split() == columns
@@ -551,7 +548,7 @@ time.sleep(600)
     try:
         assert process.stdout.readline() == "ready\n"
         before = {path: path.read_bytes() for path in (tmp_path / "held").iterdir()}
-        with pytest.raises(logger.UserError, match=r"another process is writing .*held.*--experiment_name"):
+        with pytest.raises(UserError, match=r"another process is writing .*held.*--experiment_name"):
             Run(tmp_path, "held", config={}, sources=[], resume_step=0)
         assert {path: path.read_bytes() for path in (tmp_path / "held").iterdir()} == before
     finally:

@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 from test_data import make_shards  # noqa: E402
 
 import data  # noqa: E402
-from data import DataError, load_meta  # noqa: E402
+from cli import UserError  # noqa: E402
+from data import load_meta  # noqa: E402
 from tools import prepare, sources  # noqa: E402
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -127,7 +128,7 @@ def test_python_source_by_its_command(tmp_path):
     assert "is ready" in cli(*command).stdout and (out / "meta.json").stat().st_mtime_ns == before
     assert "remove it or choose another --out" in sentence(cli(*command[:-2], "--split_seed", 3, "--out", out, expect=1))
     (out / "python_train_000001.bin").unlink()
-    with pytest.raises(DataError, match="python_train_000001.bin"):
+    with pytest.raises(UserError, match="python_train_000001.bin"):
         data.open_split(out, "train")
 
 
@@ -344,7 +345,7 @@ class Bomb:
 def test_worker_errors_reach_the_user(gpt2):
     with pytest.raises(ValueError, match="word"):
         list(prepare.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
-    with pytest.raises(DataError, match="smaller --num_proc"):
+    with pytest.raises(UserError, match="smaller --num_proc"):
         list(prepare.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
 
 
@@ -474,7 +475,7 @@ def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
     def failing(source, encoding, args, folder):
         made.append(args.source)
         if args.source == "stars" and made.count("stars") == 1:
-            raise DataError("cut off")
+            raise UserError("cut off")
         return tokenise(source, encoding, args, folder)
 
     monkeypatch.setattr(prepare, "tokenise", failing)

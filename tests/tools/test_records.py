@@ -1,4 +1,4 @@
-"""records/: the README's table agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
+"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
 
 pytest tests/tools/test_records.py
 """
@@ -28,13 +28,12 @@ import arithmetic  # noqa: E402
 import domains  # noqa: E402
 from test_train import TINY_MODEL, WORDS, call, write_data  # noqa: E402
 
-import data  # noqa: E402
+import facts  # noqa: E402
 import logger  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import track  # noqa: E402
-from logger import RunError  # noqa: E402
-from model import Config  # noqa: E402
+from cli import UserError  # noqa: E402
 from tools import prepare, sources  # noqa: E402
 from tools.records import (  # noqa: E402
     ANY_TORCH,
@@ -46,6 +45,7 @@ from tools.records import (  # noqa: E402
     student_t_cdf,
     t_test_below,
 )
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Statistics
@@ -157,9 +157,12 @@ def printed(root: Path) -> str:
     return done.stdout.strip()
 
 
-def test_the_readmes_table_is_what_the_logs_say():
-    between = re.search(r"<!-- records -->\n(.*?)\n<!-- end of records -->", (ROOT / "README.md").read_text(), re.S)[1]
-    assert between == printed(ROOT), "put what `python logger.py --records` prints between the markers of README.md"
+def test_the_table_of_results_is_that_of_the_logs():
+    page = (ROOT / "docs/results.md").read_text()
+    between = re.search(r"<!-- records -->\n(.*?)\n<!-- end of records -->", page, re.S)[1]
+    between = between.replace("](../records/", "](records/")
+    message = "put the output of `python logger.py --records` between the markers of docs/results.md"
+    assert between == printed(ROOT), message + ", with ../ before its links"
     check_table(between, ROOT)
 
 
@@ -256,7 +259,7 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     assert set(lines[-1][:, 1]) == {1.435}
 
 
-@pytest.mark.parametrize("file, setting", (("README.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
+@pytest.mark.parametrize("file, setting", (("docs/results.md", "momentum 0.8, "), ("records/cpu/NEGATIVE.md", "")))
 def test_a_curve_s_table_is_that_of_the_runs(file, setting):
     """Means over the seeds that both rows have; the error is that of the mean of their differences."""
     table, runs = r"^\| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+)(?: ± ([\d.]+))? \| (\d+) \|$", {}
@@ -350,12 +353,12 @@ def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
     del track_rules["threads"]
     pins = {ANY_TORCH: track_rules["corpus_sha256"]["2.13.0"]}
     track_rules |= {"gpu": "NVIDIA H200", "corpus_sha256": pins}
-    with pytest.raises(RunError, match="gpu is none, in the track NVIDIA H200"):
+    with pytest.raises(UserError, match="gpu is none, in the track NVIDIA H200"):
         read_record(folder, track_rules)
     for log in folder.glob("seed*.log"):
         edit(log.name, "gpu       none", "gpu       NVIDIA H200")(folder)
     assert read_record(folder, track_rules)["p"] < 0.01
-    with pytest.raises(RunError, match="not the one pinned for torch 2.13.0"):
+    with pytest.raises(UserError, match="not the one pinned for torch 2.13.0"):
         read_record(folder, track_rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}})
 
 
@@ -363,14 +366,14 @@ def test_a_track_may_name_its_gpu_and_a_corpus_for_any_torch(planted):
 def test_a_broken_record_is_named(planted, what):
     damage, message = BROKEN[what]
     damage(planted / "records/cpu/2026-01-01_MoEMuon")
-    with pytest.raises(RunError, match=message) as stopped:
+    with pytest.raises(UserError, match=message) as stopped:
         [read_history(folder) for folder in find_tracks(planted / "records")]
     assert "2026-01-01_MoEMuon" in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_target_that_moved_and_an_unknown_track_are_errors(planted):
     edit("track.json", "1.435", "1.436")(planted / "records/cpu")
-    with pytest.raises(RunError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
+    with pytest.raises(UserError, match=r"target is 1\.436, row 1's mean \+ 0\.01 is 1\.435"):
         [read_history(folder) for folder in find_tracks(planted / "records")]
     done = subprocess.run(
         [sys.executable, ROOT / "logger.py", "--records", "--track", "gpu"], cwd=planted, capture_output=True, text=True
@@ -435,7 +438,7 @@ def tiny(tmp_path, corpus, monkeypatch):
         return status
 
     monkeypatch.setattr(track, "launch", launch)
-    monkeypatch.setattr(train_muon, "matmul_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(facts, "matmul_rate", lambda device, dtype: 1e11)
     return folder, launched
 
 
@@ -617,7 +620,7 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
     (folder / "track.json").write_text(json.dumps(rules | {"gpu": "NVIDIA H200"}))
     assert "this track's clock is that of one NVIDIA H200; the GPU here is none" in short(*tiny_command(corpus))
     (folder / "track.json").write_text(json.dumps(rules))
-    monkeypatch.setattr(data, "torch_version", lambda: "9.9.9")
+    monkeypatch.setattr(sources, "torch_version", lambda: "9.9.9")
     assert re.search(r"torch 9\.9\.9 is not pinned for this track .*pip install torch==", short(*tiny_command(corpus)))
     assert not launched and not list(folder.glob("*/"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
@@ -653,7 +656,7 @@ def test_a_corpus_of_files_is_pinned_by_its_shards(tmp_path, corpus):
     assert track.pinned_corpus(rules, folder)["corpus_sha256"] == pin
     meta["shards"][0]["sha256"] = "0" * 64
     assert track.shards_sha256(meta) != pin
-    with pytest.raises(RunError, match="run `python data.py --source files --path x.txt --out"):
+    with pytest.raises(UserError, match="run `python data.py --source files --path x.txt --out"):
         track.pinned_corpus(rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}}, folder)
 
 
@@ -672,8 +675,8 @@ def test_every_track_s_commands_are_those_of_its_files(name):
 
 
 def test_every_recipe_is_on_the_track():
-    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW}
-    settings = (*dataclasses.fields(train_muon.Common), *dataclasses.fields(Config))
+    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
+    settings = (*dataclasses.fields(ZOO_MUON.train_config), *dataclasses.fields(ZOO_MUON.model_config))
     fields = {field.name for field in settings} | {"resume", "enable_profiling", "plan", "experiment_name"}
     assert set(track.OURS) <= fields
 

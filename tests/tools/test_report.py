@@ -21,7 +21,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402
-from logger import Run, UserError  # noqa: E402
+from cli import UserError  # noqa: E402
+from logger import Run  # noqa: E402
 from tools import report  # noqa: E402
 
 LAYERS, EXPERTS = 3, 4

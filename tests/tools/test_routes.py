@@ -1,6 +1,7 @@
-"""Routes: the arithmetic source with its difficulties, statistics of known routes, and the two commands.
+"""Routes: the arithmetic source with its difficulties, statistics of known routes, collecting, and the two commands.
 
-CPU, no network: `pytest tests/tools/test_routes.py`."""
+CPU, no network: `pytest tests/tools/test_routes.py`.
+"""
 
 import json
 import subprocess
@@ -10,17 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_depth import picky
-from test_model import rng, tiny
+from helpers import core, random_controller, rng, tiny
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import logger  # noqa: E402
-import model  # noqa: E402
-<<<<<<< HEAD:tests/tools/test_routes.py
-from tools.routes import (  # noqa: E402
+import data
+from cli import UserError
+from tools import prepare, sources
+from tools.routes import (
     analyse,
+    collect_routes,
     correlation_matrix,
     joint_matrix,
     lift_matrix,
@@ -28,10 +26,10 @@ from tools.routes import (  # noqa: E402
     saturation,
     transition_matrix,
     use_by_step,
+    write_routes,
 )
-=======
-from tools import prepare, sources  # noqa: E402
->>>>>>> data:tests/test_routes.py
+
+ROOT = Path(__file__).parents[2]
 
 # -----------------------------------------------------------------------------
 # Arithmetic
@@ -44,7 +42,7 @@ def run_chain(text: str) -> str:
     return sources.DIGITS[value]
 
 
-def test_problems_are_right_and_as_hard_as_they_say():
+def test_problems_have_the_right_answer_and_difficulty():
     rng = np.random.default_rng(3)
     lengths, digits = set(), set()
     for _ in range(300):
@@ -59,41 +57,32 @@ def test_problems_are_right_and_as_hard_as_they_say():
 
 def test_difficulty_labels_the_answers_alone():
     text = b"\n7sdne=5\n58+967=1025\n3ee=3\nno problem\n"
-<<<<<<< HEAD:tests/tools/test_routes.py
-    chain, total = data.difficulty(text)["chain"], data.difficulty(text)["sum"]
-    assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, (
-        "the answer of 3ee is known already"
-    )
-=======
     chain, total = sources.difficulty(text)["chain"], sources.difficulty(text)["sum"]
-    assert {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)} == {b"5": 3} and chain.sum() == 3, "the answer of 3ee is known already"
->>>>>>> data:tests/test_routes.py
+    labelled = {text[i : i + 1]: chain[i] for i in np.flatnonzero(chain)}
+    assert labelled == {b"5": 3} and chain.sum() == 3, "the answer of 3ee is its first digit"
     assert total[text.index(b"1025") : text.index(b"1025") + 4].tolist() == [3] * 4 and total.sum() == 4 * 3
     assert chain.shape == total.shape == (len(text),)
 
 
-def test_arithmetic_needs_an_end_and_is_the_same_every_time(tmp_path, capsys):
+def prepare_arithmetic(folder: Path):
+    words = ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000"]
+    prepare.main([*words, "--out", str(folder)])
+
+
+def test_arithmetic_needs_a_limit_and_is_deterministic(tmp_path, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--out", str(tmp_path / "endless")])
     assert "say how much of it with --max_tokens" in capsys.readouterr().err
     for name in "ab":
-<<<<<<< HEAD:tests/tools/test_routes.py
-        data.main(
-            ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)]
-        )
-=======
-        prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / name)])
->>>>>>> data:tests/test_routes.py
+        prepare_arithmetic(tmp_path / name)
     train, again = (data.read_shard(tmp_path / name / "arithmetic_train_000001.bin") for name in "ab")
     val = data.read_shard(tmp_path / "a" / "arithmetic_val_000000.bin")
     problems = [set(bytes(np.where(tokens == 256, 10, tokens).astype(np.uint8)).split()) for tokens in (train, val)]
-    assert np.array_equal(train, again) and len(problems[1]) > 10 and not problems[0] & problems[1], (
-        "validation has problems of its own"
-    )
+    assert np.array_equal(train, again) and len(problems[1]) > 10 and not problems[0] & problems[1]
 
 
 # -----------------------------------------------------------------------------
-# Numbers on known routes
+# Statistics of known routes
 
 
 def test_matrices_of_known_routes():
@@ -107,9 +96,13 @@ def test_matrices_of_known_routes():
     met = np.array([[1, 1, 0, 1], [1, 1, 0, 0]])
     assert correlation_matrix(choice, 3)[0, 1] == pytest.approx(np.corrcoef(met)[0, 1])
     assert np.isnan(transition_matrix(choice, 4)[3]).all(), "no token was at member 3"
-    choice[1:, 1] = -1  # the second token left after one step
+    choice[1:, 1] = -1  # the second token halts after one step
     assert use_by_step(choice, 3).tolist() == [[0.75, 0.5, 0], [0, 0, 0.25], [0.25, 0.25, 0.5]]
     assert np.allclose(transition_matrix(choice, 3)[0], [2 / 4, 1 / 4, 1 / 4])
+
+
+# -----------------------------------------------------------------------------
+# Collecting
 
 
 def batches(rows: int, T: int, count: int) -> list[data.Batch]:
@@ -117,40 +110,61 @@ def batches(rows: int, T: int, count: int) -> list[data.Batch]:
     return [data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(ids)]
 
 
-def test_routes_hold_every_token_and_no_meta_tokens():
-    arrays = model.collect_routes(tiny(num_meta_tokens=3), batches(2, 18, 2))
+@pytest.mark.parametrize("net", (core(), tiny(num_meta_tokens=3)), ids=("core", "meta-tokens"))
+def test_routes_have_every_token_but_meta_tokens(net, tmp_path):
+    arrays = collect_routes(net, batches(2, 18, 2))
     assert arrays["token_N"].shape == (72,) and arrays["expert_LTK"].shape == (4, 72, 2)
+    write_routes(tmp_path / "folder" / "routes.npz", arrays)
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["routes.npz"]
+    again = read_routes(tmp_path / "folder" / "routes.npz")
+    assert again.keys() == arrays.keys() and all(np.array_equal(again[name], arrays[name]) for name in arrays)
 
 
-def test_routes_of_batches_that_halt_after_different_steps():
-    net = picky(halt="act", loops=4)
+def test_collected_experts_are_those_of_the_counts():
+    net, (batch,) = core().eval(), batches(2, 18, 1)
+    arrays = collect_routes(net, [batch])
+    counts = [np.bincount(expert_TK.flatten(), minlength=4) for expert_TK in arrays["expert_LTK"]]
+    assert np.array_equal(counts, net(batch.inputs_BT).stats["counts_LE"])
+    right_BT = net(batch.inputs_BT).logits.argmax(-1) == batch.targets_BT
+    assert np.array_equal(arrays["right_N"], right_BT.flatten())
+
+
+def test_batches_that_halt_after_different_steps_are_padded():
+    net = random_controller(halt="act", loops=4)
     with torch.no_grad():
-        net.depth.halt.weight.normal_(generator=rng(3))
-        net.depth.halt.bias.fill_(1.0)
-    steps, hook = set(), net.depth.register_forward_hook(lambda module, args, deep: steps.add(len(deep.choices_SBT)))
-    arrays = model.collect_routes(net, batches(1, 2, 30))
-    hook.remove()
-    assert (
-        len(steps) > 1
-        and arrays["layer_SN"].shape == (4, 60)
-        and ((arrays["layer_SN"] >= 0).sum(0) == arrays["loops_N"]).all()
-    )
+        net.halt.weight.normal_(generator=rng(3))
+        net.halt.bias.fill_(1.0)
+    steps, run_loops = set(), net.run_loops
+
+    def run_loops_recorded(*inputs):
+        found = run_loops(*inputs)
+        steps.add(len(found[-1]))
+        return found
+
+    net.run_loops = run_loops_recorded
+    arrays = collect_routes(net, batches(1, 2, 30))
+    assert len(steps) > 1 and arrays["layer_SN"].shape == (4, 60)
+    assert ((arrays["layer_SN"] >= 0).sum(0) == arrays["loops_N"]).all()
 
 
-def test_routes_are_collected_from_blocks_that_are_compiled_already():
+def test_routes_of_blocks_that_are_compiled_already():
     net, some = tiny().eval(), batches(1, 18, 1)
     for block in net.blocks:
         block.compile(backend="eager", fullgraph=True, dynamic=False)
     net(some[0].inputs_BT)
-    assert model.collect_routes(net, some)["expert_LTK"].shape == (4, 18, 2)
+    assert collect_routes(net, some)["expert_LTK"].shape == (4, 18, 2)
     torch._dynamo.reset()
 
 
-def test_a_batch_that_fails_leaves_no_hook_behind():
+def test_no_hook_remains_after_a_batch_that_fails():
     net = tiny().train()
     with pytest.raises(AttributeError):
-        model.collect_routes(net, [None])
-    assert net.training and not net.depth._forward_hooks and not any(module._forward_hooks for module in net.modules())
+        collect_routes(net, [None])
+    assert net.training and "run_blocks" not in vars(net) and not any(module._forward_hooks for module in net.modules())
+
+
+# -----------------------------------------------------------------------------
+# Analyses
 
 
 def test_independent_members_have_a_lift_of_one_and_no_correlation():
@@ -197,7 +211,7 @@ def test_a_damaged_routes_file_is_one_sentence(tmp_path):
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "empty.npz").touch()
     for name in ("array.npz", "empty.npz"):
-        with pytest.raises(logger.RunError, match=f"{name} cannot be read .*; remove it and make it again"):
+        with pytest.raises(UserError, match=f"{name} cannot be read .*; remove it and make it again"):
             read_routes(tmp_path / name)
 
 
@@ -210,62 +224,32 @@ def run(*words):
     return done.returncode, done.stdout, done.stderr
 
 
-SMALL = """--n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --batch_tokens 512 --num_iterations 2
-           --value_embeds 0""".split()
-
-
-@pytest.mark.parametrize("flags, pictures", (
-    (["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops", "difficulty"}),
-    (["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
-    ([], {"coactivation", "difficulty"})))  # fmt: skip
-<<<<<<< HEAD:tests/tools/test_routes.py
-def test_routes_of_a_run_are_drawn(flags, pictures, tmp_path):
-    data.main(
-        ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")]
-    )
-    status, out, err = run(
-        "train_muon.py",
-        "--preset",
-        "cpu",
-        "--data",
-        tmp_path / "shards",
-        "--out_dir",
-        tmp_path / "logs",
-        "--sample_tokens",
-        0,
-        "--val_tokens",
-        128,
-        "--device",
-        "cpu",
-        *SMALL,
-        *flags,
-    )
-=======
-def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
-    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
-    status, out, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
-                           "--val_tokens", 128, "--device", "cpu", *SMALL, *flags)  # fmt: skip
->>>>>>> data:tests/test_routes.py
+def run_well(*words):
+    status, _, err = run(*words)
     assert status == 0, err
-    folder = tmp_path / "logs" / "muon"
-    status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+
+
+SMALL = """--preset cpu --device cpu --n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128
+           --batch_tokens 512 --num_iterations 2 --value_embeds 0 --sample_tokens 0 --val_tokens 128""".split()
+
+
+@pytest.mark.parametrize("script, flags, pictures", (
+    ("train_zoo.py", ["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."],
+     {"layers", "loops", "difficulty"}),
+    ("train_zoo.py", ["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
+    ("train_muon.py", [], {"coactivation", "difficulty"})))  # fmt: skip
+def test_routes_of_a_run_are_drawn(script, flags, pictures, tmp_path):
+    shards, logs = tmp_path / "shards", tmp_path / "logs"
+    prepare_arithmetic(shards)
+    run_well(script, "--data", shards, "--out_dir", logs, "--experiment_name", "muon", *SMALL, *flags)
+    status, _, err = run("logger.py", "--routes", "--out_dir", logs)
     assert status != 0 and "python model.py --checkpoint" in err
-    status, out, err = run(
-        "model.py",
-        "--checkpoint",
-        folder / "checkpoint",
-        "--routes",
-        folder / "routes.npz",
-        "--data",
-        tmp_path / "shards",
-        "--tokens",
-        300,
-    )
-    assert status == 0, err
-    status, out, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
-    assert status == 0, err
-    found = json.loads((tmp_path / "logs" / "plots" / "muon_routes.json").read_text())
-    assert {path.stem for path in (tmp_path / "logs" / "plots").glob("*.png")} == {f"muon_{name}" for name in pictures}
+    folder = logs / "muon"
+    run_well("model.py", "--checkpoint", folder / "checkpoint", "--routes", folder / "routes.npz", "--data", shards,
+             "--tokens", 300)  # fmt: skip
+    run_well("logger.py", "--routes", "--out_dir", logs)
+    found = json.loads((logs / "plots" / "muon_routes.json").read_text())
+    assert {path.stem for path in (logs / "plots").glob("*.png")} == {f"muon_{name}" for name in pictures}
     if "layers" in pictures:
         assert np.allclose(np.sum(found["use_by_step"], 0), 1) and np.shape(found["use_by_step"]) == (3, 2)
         assert found["identities_by_difficulty"]["sum"]
@@ -275,48 +259,21 @@ def test_a_run_shows_where_its_tokens_went(flags, pictures, tmp_path):
         assert np.allclose(np.sum(found["load"], 1), 1) and len(found["load"]) == 4
 
 
-<<<<<<< HEAD:tests/tools/test_routes.py
 def test_evaluations_save_their_routes(tmp_path):
-    data.main(
-        ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")]
-    )
-    status, _, err = run(
-        "train_muon.py",
-        "--preset",
-        "cpu",
-        "--data",
-        tmp_path / "shards",
-        "--out_dir",
-        tmp_path / "logs",
-        "--sample_tokens",
-        0,
-        "--val_tokens",
-        128,
-        "--val_every",
-        1,
-        "--routes_tokens",
-        200,
-        "--device",
-        "cpu",
-        *SMALL,
-    )
-=======
-def test_a_run_keeps_the_routes_of_its_evaluations(tmp_path):
-    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "20000", "--out", str(tmp_path / "shards")])
-    status, _, err = run("train_muon.py", "--preset", "cpu", "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--sample_tokens", 0,
-                         "--val_tokens", 128, "--val_every", 1, "--routes_tokens", 200, "--device", "cpu", *SMALL)  # fmt: skip
->>>>>>> data:tests/test_routes.py
-    assert status == 0, err
-    status, _, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
-    assert status == 0, err
-    found = json.loads((tmp_path / "logs" / "plots" / "muon_routes.json").read_text())
+    shards, logs = tmp_path / "shards", tmp_path / "logs"
+    prepare_arithmetic(shards)
+    run_well("train_zoo.py", "--data", shards, "--out_dir", logs, "--experiment_name", "muon", "--val_every", 1,
+             "--routes_tokens", 200, *SMALL)  # fmt: skip
+    run_well("logger.py", "--routes", "--out_dir", logs)
+    found = json.loads((logs / "plots" / "muon_routes.json").read_text())
     assert list(found["saturation"]) == ["0", "1", "2"] and found["saturation"]["2"] == [1.0] * 4
-    assert (tmp_path / "logs" / "plots" / "muon_saturation.png").exists()
-    (tmp_path / "logs" / "muon" / "routes" / "step_000001.npz").write_bytes(b"half a file")
-    status, _, err = run("logger.py", "--routes", "--out_dir", tmp_path / "logs")
+    assert (logs / "plots" / "muon_saturation.png").exists()
+    (logs / "muon" / "routes" / "step_000001.npz").write_bytes(b"half a file")
+    status, _, err = run("logger.py", "--routes", "--out_dir", logs)
     assert status != 0 and err.count("\n") == 1 and "step_000001.npz cannot be read" in err
 
 
-def test_routes_without_data_is_one_sentence(tmp_path):
-    status, _, err = run("model.py", "--routes", tmp_path / "routes.npz")
-    assert status != 0 and err.count("\n") == 1 and "--checkpoint" in err and "--data" in err
+def test_routes_without_checkpoint_or_data_are_one_sentence(tmp_path):
+    for words, flag in (((), "--checkpoint"), (("--checkpoint", tmp_path), "--data")):
+        status, _, err = run("model.py", "--routes", tmp_path / "routes.npz", *words)
+        assert status != 0 and err.count("\n") == 1 and flag in err

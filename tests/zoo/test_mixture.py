@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from data import DataError  # noqa: E402
+from cli import UserError, file_sha256  # noqa: E402
 from tools import prepare  # noqa: E402
 from zoo import mixture as M  # noqa: E402
 from zoo.mixture import Mix, Mixture, MixtureLoader, mixture_validation_batches  # noqa: E402
@@ -73,12 +73,12 @@ def test_a_mixture_equals_one_drawn_row_by_row(rows, weights, epochs, steps):
         got = [mix.assign(np.arange(start, min(start + cut, length))) for start in reversed(range(0, length, cut))]
         assert [tuple(map(int, pair)) for domain_N, nth_N in reversed(got) for pair in zip(domain_N, nth_N)] == want
     if math.isfinite(sum(limits)):
-        with pytest.raises(DataError, match="allow more, prepare more text, or train for fewer steps"):
+        with pytest.raises(UserError, match="allow more, prepare more text, or train for fewer steps"):
             mix.assign(np.array([length]))
 
 
 def test_a_share_that_no_row_would_have_is_refused():
-    with pytest.raises(DataError, match="domain b is 1.0e-04 of the mixture.*--domain_weights"):
+    with pytest.raises(UserError, match="domain b is 1.0e-04 of the mixture.*--domain_weights"):
         mixture([10**6] * 2 + [0], weights="a=9999,b=1")
 
 
@@ -99,7 +99,7 @@ def test_temperature_flattens_shares(temperature, want):
     (dict(weights="d=1"), "no domain 'd'; choose among a, b, c"), (dict(weights="a=x"), "'a=x' is not a number"), (dict(weights="a=0"), "all are 0"),
     (dict(epochs="-1"), "not a number at least 0"), (dict(temperature=0.0), "above 0")])  # fmt: skip
 def test_a_mix_that_is_none_is_one_sentence(flags, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         mixture([10, 10, 10], **flags)
 
 
@@ -168,7 +168,7 @@ def test_round_robin_batches_have_one_domain_each_in_turn(three):
 def test_a_run_that_is_longer_than_its_epochs_is_refused_before_it_starts(three):
     make = lambda steps: MixtureLoader(three, seq_len=8, batch_rows=6, micro_rows=6, mix=Mix(epochs="1"), steps=steps)
     make(15).close()
-    with pytest.raises(DataError, match="all domains have reached their --domain_epochs after 90 rows"):
+    with pytest.raises(UserError, match="all domains have reached their --domain_epochs after 90 rows"):
         make(16)
 
 
@@ -176,7 +176,7 @@ def test_validation_goes_through_the_domains(three):
     batches = list(mixture_validation_batches(three, seq_len=8, rows=2, max_tokens=3 * 32))
     assert [int(batch.domain_B[0]) for batch in batches] == [0, 0, 1, 1, 2, 2] and [batch.first_row for batch in batches] == [0, 2] * 3
     assert all(80 * d <= i < 80 * (d + 1) for d, ids in rows_of(batches) for i in ids)
-    with pytest.raises(DataError, match="for each of 3 domains"):
+    with pytest.raises(UserError, match="for each of 3 domains"):
         mixture_validation_batches(three, seq_len=8, rows=2, max_tokens=20)
 
 
@@ -185,9 +185,9 @@ def test_a_mixture_is_checked_like_a_folder(three, tmp_path):
     meta = json.loads((three / "b" / "meta.json").read_text()) | {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}
     del meta["sha256"]
     prepare.write_meta(three / "b", meta)
-    with pytest.raises(DataError, match="domain b has encoding gpt2, a has bytes"):
+    with pytest.raises(UserError, match="domain b has encoding gpt2, a has bytes"):
         M.load_meta(three)
-    with pytest.raises(DataError, match="holds no token shards"):
+    with pytest.raises(UserError, match="holds no token shards"):
         M.load_meta(tmp_path / "nothing")
 
 
@@ -209,16 +209,16 @@ def test_a_plain_folder_is_a_mixture_of_one_domain(three):
 def test_the_core_refuses_a_mixture_in_one_sentence(three):
     for read in (data.load_meta, data.verify, data.fingerprint, lambda folder: data.validation_batches(folder, seq_len=8, rows=2),
                  lambda folder: data.Loader(folder, seq_len=8, batch_rows=2, micro_rows=2)):
-        with pytest.raises(DataError, match=rf"mixture of domains \(a, b, c\): train on it with `python train_zoo.py --data {three}`"):
+        with pytest.raises(UserError, match=rf"mixture of domains \(a, b, c\): train on it with `python train_zoo.py --data {three}`"):
             read(three)
 
 
 def test_verify_checks_each_domain(three):
     paths = sorted((three / "b").glob("*.bin"))
-    shards = [{"file": path.name, "tokens": len(data.read_shard(path)), "sha256": data.sha256_of(path)} for path in paths]
+    shards = [{"file": path.name, "tokens": len(data.read_shard(path)), "sha256": file_sha256(path)} for path in paths]
     prepare.write_meta(three / "b", data.read_meta_json(three / "b") | {"shards": shards})
     M.verify(three)
     path = three / "b" / shards[0]["file"]
     data.write_shard(path, np.asarray(data.read_shard(path)) ^ 1)
-    with pytest.raises(DataError, match=f"{path} does not match the sha256"):
+    with pytest.raises(UserError, match=f"{path} does not match the sha256"):
         M.verify(three)

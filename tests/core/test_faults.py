@@ -1,6 +1,6 @@
 """What faults.py injects, at fewer moments: runs that are killed, stopped, poisoned and left without room, and files that are damaged.
 
-CPU, about two minutes: `pytest tests/test_faults.py`. All of it, with a table: `python tests/faults.py`."""
+CPU, about two minutes: `pytest tests/core/test_faults.py`. All of it, with a table: `python tests/core/faults.py`."""
 
 import sys
 from pathlib import Path

@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import distributed  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
 from benchmarks import scaling  # noqa: E402
 from benchmarks.scaling import Leg, predict, ring_seconds, rows_seconds, two_clocks  # noqa: E402
-from guards import World  # noqa: E402
-from model import GPT, Config, activation_bytes  # noqa: E402
-from train_muon import MUON, Exchange, Hyperparameters  # noqa: E402
+from distributed import World  # noqa: E402
+from model import GPT, Config  # noqa: E402
+from tools.cost import activation_bytes  # noqa: E402
+from train_muon import MUON, Exchange, MuonConfig  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, window_size=64)
@@ -81,7 +83,7 @@ def test_a_step_of_two_ranks_by_hand():
                  peak=1e12, efficiency=0.5, ns_efficiency=0.25, hbm=1e30, nvlink=1e9, link_fraction=0.5, base_latency=1e-3, nvlink_hop=1e-4,
                  reserve=1000)  # fmt: skip
     row = predict(DENSE, 2, 1, args.batch_tokens, args)
-    (bucket,) = train_muon.make_buckets(DENSE, 2, 1, 1000)  # one: it is ready when backward ends, so nothing hides
+    (bucket,) = distributed.make_buckets(DENSE, 2, 1, 1000)  # one: it is ready when backward ends, so nothing hides
     work, state = [0, 0], [0, 0]
     for slab, owner in zip(bucket.slabs, bucket.owners):
         rows_by_columns = slab.kind == "matrix"
@@ -107,7 +109,7 @@ def test_a_step_of_two_ranks_by_hand():
 def test_a_bucket_is_updated_when_its_slowest_owner_is_done():
     slow = machine(hbm=1e30, peak=1e12, efficiency=1.0, ns_efficiency=1.0)
     work, done = [0] * 5, []
-    for bucket in train_muon.make_buckets(SPARSE, 5, 1, 0):
+    for bucket in distributed.make_buckets(SPARSE, 5, 1, 0):
         for slab, owner in zip(bucket.slabs, bucket.owners):
             work[owner] += slab.cost * (slab.kind in ("matrix", "expert")) / (1e12 * 32 / 768)
         done.append(max(work))
@@ -125,15 +127,15 @@ def test_gradients_are_ready_in_the_order_and_at_the_pace_of_backward():
 
 
 def test_the_rank_that_sends_most_is_found():
-    slab = train_muon.Slab("x", "matrix", 10, 1)
-    bucket = lambda *ranks: train_muon.Bucket(ranks, (slab,), ranks[:1])
+    slab = distributed.Slab("x", "matrix", 10, 1)
+    bucket = lambda *ranks: distributed.Bucket(ranks, (slab,), ranks[:1])
     assert scaling.busiest_rank([bucket(0, 1), bucket(1, 2), bucket(3)]) == 1
     assert scaling.busiest_rank([bucket(0, 1), bucket(2, 3)]) == 0
 
 
 def test_memory_passes_by_hand():
     slow, micro_batches = machine(hbm=1e6, hbm_fraction=0.5), 3
-    (bucket,) = train_muon.make_buckets(DENSE, 2, 1, 1000)
+    (bucket,) = distributed.make_buckets(DENSE, 2, 1, 1000)
     numel, busiest = sum(slab.numel for slab in bucket.slabs), [0, 0]
     for slab, owner in zip(bucket.slabs, bucket.owners):
         adamw = 4 * (4 + 3)  # reads weight, gradient and two moments; writes the weight and the moments
@@ -249,10 +251,10 @@ def test_memory_is_that_of_the_tensors_of_an_exchange(ranks, parts, bucket_mb):
         exchange = Exchange(net, world, bucket_mb)
         weights.append(nbytes(net.parameters()))
         buffers.append(nbytes(t for transfer in exchange.transfers for t in (transfer.parts, transfer.mine)))
-        staying.append(sum(piece.value.numel() for transfer in exchange.transfers if not transfer.travels for piece in transfer.pieces))
+        staying.append(sum(local.value.numel() for transfer in exchange.transfers if not transfer.travels for local in transfer.pieces))
         state = 0
         for transfer in exchange.transfers:
-            for optimizer in MUON.make_optimizers(transfer.owned_by_kind(), Hyperparameters()):
+            for optimizer in MUON.make_optimizers(transfer.owned_by_kind(), MuonConfig()):
                 for group in optimizer.param_groups:
                     for value in group["params"]:
                         value.grad = torch.zeros_like(value)

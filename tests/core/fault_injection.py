@@ -1,4 +1,4 @@
-"""Oddities that a test plants into a run, as functions of the token's number in the global batch: the same on any layout of ranks.
+"""Faults that a test injects into a run, as functions of the token's number in the global batch: the same on any layout of ranks.
 
 Each takes a pytest.MonkeyPatch (or anything with its setattr) and the first token of the second half of the batch."""
 
@@ -55,4 +55,4 @@ ODD = {
     "no gradient in one half": lambda patch, half: no_gradient(patch, half, ("blocks.1.attention.out", "blocks.0.ffn.router.gate", "embed")),
 }
 
-PLANTS = ODD | {"traced": traced}
+INJECTIONS = ODD | {"traced": traced}

@@ -1,8 +1,8 @@
 """Faults, injected into real runs of a tiny model, and a table of what came of them.
 
-    python tests/faults.py                                   # everything: about twelve minutes on two cores
-    python tests/faults.py --kills 100 --seed 7              # more kills, at other moments
-    python tests/faults.py --only dead_rank_1 full_disk      # these rows alone
+    python tests/core/faults.py                                   # everything: about twelve minutes on two cores
+    python tests/core/faults.py --kills 100 --seed 7              # more kills, at other moments
+    python tests/core/faults.py --only dead_rank_1 full_disk      # these rows alone
 
 A run is a process of its own: this file, whose function `worker` first arranges the fault and then trains. What a fault may cost is
 time. A run that goes on must end as the uninterrupted one ends, bit for bit; one that cannot go on must say why in one sentence and
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 FAULT = json.loads(os.environ.get("FAULTS", "{}"))  # what a worker is to suffer, on which rank
 STRUCK = FAULT.get("rank", int(os.environ.get("RANK", 0))) == int(os.environ.get("RANK", 0))
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 ROOT = Path(FAULT["code"]) if STRUCK and "code" in FAULT else HERE
 sys.path.insert(0, str(ROOT))
 
@@ -40,8 +40,10 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import facts  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
+from cli import UserError  # noqa: E402
 from tools import prepare  # noqa: E402
 
 STEPS, EVERY = 60, 4  # of a run, and between its checkpoints
@@ -58,7 +60,7 @@ PATIENCE = 150  # seconds after which whatever should have happened did not
 def worker():
     """Write down the process id, arrange the fault, train."""
     (Path(os.environ["FAULTS_PIDS"]) / f"{os.environ.get('RANK', 0)}.{os.getpid()}").touch()
-    train_muon.matmul_rate = lambda device, dtype: 1e11  # measuring it takes as long as the run
+    facts.matmul_rate = lambda device, dtype: 1e11  # measuring it takes as long as the run
     if STRUCK:
         sys.argv += FAULT.get("words", [])
         if "kind" in FAULT:
@@ -395,12 +397,12 @@ class Lab:
 
     def here(self, out: Path, fault: dict | None = None, **values) -> tuple[int, str]:
         """The exit status and output of a run in this process, for faults that do not kill; an import of torch takes longer than they."""
-        said, argv, rate = io.StringIO(), sys.argv, train_muon.matmul_rate
+        said, argv, rate = io.StringIO(), sys.argv, facts.matmul_rate
         whole = data.Loader.next_step, model.GPT.__init__
         if fault:
             SABOTAGE[fault["kind"]](fault["at"])
         sys.argv = ["train_muon.py", *command_line(**TINY | {"data": self.data, "out_dir": out} | values)]
-        train_muon.matmul_rate = lambda device, dtype: 1e11
+        facts.matmul_rate = lambda device, dtype: 1e11
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 train_muon.main(train_muon.MUON)
@@ -414,7 +416,7 @@ class Lab:
             frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
             raise Wrong(f"{type(error).__name__}: {error} (in {' > '.join(frames[-4:])})\n{said.getvalue()}") from None
         finally:
-            sys.argv, train_muon.matmul_rate = argv, rate
+            sys.argv, facts.matmul_rate = argv, rate
             data.Loader.next_step, model.GPT.__init__ = whole
         return status, said.getvalue()
 
@@ -847,7 +849,7 @@ def damaged_headers(lab: Lab, count: int) -> str:
         path.write_bytes(changed)
         try:
             found = data.read_shard(path)
-        except data.DataError as error:
+        except UserError as error:
             check("\n" not in str(error) and str(path) in str(error), f"not a sentence about {path}: {error}")
             refused += 1
         else:

@@ -1,5 +1,9 @@
-"""benchmarks/floor.py and throughput.py: FLOPs against the model card and torch's counter, byte counts by hand, what must hold of any floor,
-verdicts on made-up races, and both scripts at a tiny shape. CPU, no network; Mixtral only where transformers is installed."""
+"""benchmarks/floor.py, throughput.py, contenders.py, gpu.py, arithmetic.py, domains.py.
+
+FLOPs against the model card and torch's counter, byte counts by hand, properties of every floor, verdicts on given
+races, and the scripts at a tiny shape. CPU, no network; Mixtral only if transformers is installed:
+`pytest tests/tools/test_benchmarks.py`.
+"""
 
 import dataclasses
 import importlib.util
@@ -14,23 +18,29 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import facts  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
+import zoo  # noqa: E402
 from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
-from model import GPT, Config  # noqa: E402
-from tools import prepare  # noqa: E402
+from model import Config, build  # noqa: E402
+from tools import cost, prepare  # noqa: E402
 
-TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2, value_embeds=0, window_size=64)
+TINY = dict(vocab_size=192, eot_token=191, n_layer=2, n_embd=64, n_head=2, head_dim=32, num_experts=4, top_k=2,
+            value_embeds=0, window_size=64)  # fmt: skip
 SHAPES = {
     "experts": Config(**TINY),
     "dense": dense_twin(Config(**TINY)),
-    "mixed": Config(**TINY | dict(pattern="DM", n_layer=4, attention="AA-A", window="LS", window_size=40, value_embeds=1)),
-    "hash": Config(**TINY | dict(router="hash", num_experts=8, top_k=1, dtype="fp32")),
+    "mixed": Config(
+        **TINY | dict(pattern="DM", n_layer=4, attention="AA-A", window="LS", window_size=40, value_embeds=1)
+    ),
+    "hash": zoo.Config(**TINY | dict(router="hash", num_experts=8, top_k=1, dtype="fp32")),
 }
 RATES = Rates(matmul=1e12, memory=1e10, cache=1e11, exp=1e9)
 TOKENS, SEQ_LEN = 256, 64
@@ -47,7 +57,7 @@ def flops(config: Config, *names: str) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_flops_are_the_model_cards(shape):
+def test_flops_equal_those_of_the_model_card(shape):
     assert flops(SHAPES[shape]) == pytest.approx(TOKENS * model.flops_per_token(SHAPES[shape], SEQ_LEN), rel=1e-12)
 
 
@@ -57,30 +67,32 @@ def grouped_flops(a, b, *rest, out_shape=None, **others) -> int:
 
 
 def counted(run) -> dict[str, int]:
-    known = [getattr(torch.ops.nanomoe, name) for name in ("grouped_mm", "grouped_outer") if hasattr(torch.ops.nanomoe, name)]
+    known = [
+        getattr(torch.ops.nanomoe, name) for name in ("grouped_mm", "grouped_outer") if hasattr(torch.ops.nanomoe, name)
+    ]
     with FlopCounterMode(display=False, custom_mapping={op: grouped_flops for op in known}) as counter:
         run()
     return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
 
 
 @pytest.mark.parametrize("shape", ["experts", "dense"])
-def test_flops_are_those_that_torch_counts(shape):
+def test_flops_equal_those_counted_by_torch(shape):
     config = SHAPES[shape]
-    net, ids = GPT(config).train(), torch.randint(config.eot_token, (TOKENS // SEQ_LEN, SEQ_LEN))
+    net, ids = build(config).train(), torch.randint(config.eot_token, (TOKENS // SEQ_LEN, SEQ_LEN))
     seen = sum(counted(lambda: net(ids, ids).loss.backward()).values())
     scores = flops(config, "attention scores")  # the counter sees the upper triangle too, which holds no keys
     assert seen == pytest.approx(flops(config) - scores + scores * 2 * SEQ_LEN / (SEQ_LEN + 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("rows, cols", [(8, 24), (16, 16)])
-def test_newton_schulz_flops_are_those_that_torch_counts(rows, cols):
+def test_newton_schulz_flops_equal_those_counted_by_torch(rows, cols):
     seen = sum(counted(lambda: train_muon.newton_schulz(torch.randn(3, rows, cols))).values())
     assert seen == sum(gemm.flops for gemm in floor.newton_schulz(rows, cols, 3))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_newton_schulz_flops_are_the_plans(shape):
-    plan = train_muon.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
+def test_newton_schulz_flops_equal_those_of_the_plan(shape):
+    plan = cost.plan(SHAPES[shape], train_muon.PRESETS["cpu"], train_muon.MUON, 1)
     assert flops(SHAPES[shape], "Newton-Schulz + Muon") == plan["newton_schulz_total"]
 
 
@@ -91,16 +103,25 @@ def test_newton_schulz_flops_are_the_plans(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_parameter_is_updated_once(shape):
     counts = model.count_parameters(SHAPES[shape])
-    memory = {optimizer: {part.name: part.memory for part in parts_of(SHAPES[shape], TOKENS, SEQ_LEN, optimizer)} for optimizer in floor.OPTIMIZERS}
+    memory = {
+        optimizer: {part.name: part.memory for part in parts_of(SHAPES[shape], TOKENS, SEQ_LEN, optimizer)}
+        for optimizer in floor.OPTIMIZERS
+    }
     matrices = counts["matrix"] + counts["expert"]
     assert memory["adamw"]["AdamW"] == 28 * counts["total"]
-    assert (memory["muon"]["AdamW"], memory["muon"]["Newton-Schulz + Muon"]) == (28 * (counts["total"] - matrices), 20 * matrices)
+    assert (memory["muon"]["AdamW"], memory["muon"]["Newton-Schulz + Muon"]) == (
+        28 * (counts["total"] - matrices),
+        20 * matrices,
+    )
 
 
 def test_bytes_by_hand():
     part = {part.name: part for part in parts_of(SHAPES["experts"], TOKENS, SEQ_LEN, "adamw")}
     assert part["embedding"].memory == 4 * 192 * 64 + 12 * 192 * 64  # fewer ids than tokens: each row at most once
-    assert (part["dispatch"].memory, part["dispatch"].cache) == (2 * 64 * 2 * 512 * 2, 2 * 64 * (4 * 256 + 3 * 512) * 2)  # bf16, rows, layers
+    assert (part["dispatch"].memory, part["dispatch"].cache) == (
+        2 * 64 * 2 * 512 * 2,
+        2 * 64 * (4 * 256 + 3 * 512) * 2,
+    )  # bf16, rows, layers
     weights = 2 * 4 * 2 * 128 * 64  # layers, experts, up and down
     assert part["expert MLPs"].memory == 8 * weights + 2 * 512 * (64 + 128) * 2
     assert part["expert MLPs"].cache == 2 * 512 * 2 * (64 + 128 + 128 + 64) * 2
@@ -109,7 +130,9 @@ def test_bytes_by_hand():
     assert part["element-wise"].memory == 2 * 2 * 256 * 2 * (2 * 64 + 2 * 64 + 256)
     assert part["casts"].memory == 2 * (weights + 2 * 4 * 64 * 64 + 192 * 64)
     assert "dense MLP" not in part and "router" in part
-    assert not {"router", "dispatch", "expert MLPs"} & {part.name for part in parts_of(SHAPES["dense"], TOKENS, SEQ_LEN, "adamw")}
+    assert not {"router", "dispatch", "expert MLPs"} & {
+        part.name for part in parts_of(SHAPES["dense"], TOKENS, SEQ_LEN, "adamw")
+    }
 
 
 def test_a_part_takes_the_longer_of_computing_and_moving():
@@ -121,15 +144,20 @@ def test_a_part_takes_the_longer_of_computing_and_moving():
 
 
 @pytest.mark.parametrize("optimizer", floor.OPTIMIZERS)
-@pytest.mark.parametrize("more", [dict(n_layer=3), dict(n_embd=128), dict(num_experts=8), dict(top_k=1, num_experts=8, mlp_ratio=8.0),
+@pytest.mark.parametrize("more", [dict(n_layer=3), dict(n_embd=128), dict(num_experts=8),
+                                  dict(top_k=1, num_experts=8, mlp_ratio=8.0),
                                   dict(vocab_size=1024), dict(n_head=4), dict(value_embeds=1)], ids=str)  # fmt: skip
 def test_more_work_takes_longer(optimizer, more):
     bigger = dataclasses.replace(SHAPES["experts"], **more)
-    assert step_floor(bigger, TOKENS, SEQ_LEN, optimizer, RATES) > step_floor(SHAPES["experts"], TOKENS, SEQ_LEN, optimizer, RATES)
+    assert step_floor(bigger, TOKENS, SEQ_LEN, optimizer, RATES) > step_floor(
+        SHAPES["experts"], TOKENS, SEQ_LEN, optimizer, RATES
+    )
 
 
 def test_more_tokens_take_longer_and_faster_machines_less():
-    step = lambda tokens=TOKENS, **rates: step_floor(SHAPES["mixed"], tokens, SEQ_LEN, "muon", dataclasses.replace(RATES, **rates))
+    step = lambda tokens=TOKENS, **rates: step_floor(
+        SHAPES["mixed"], tokens, SEQ_LEN, "muon", dataclasses.replace(RATES, **rates)
+    )
     assert step() < step(2 * TOKENS) < 2 * step()
     for rate in ("matmul", "memory", "cache", "exp"):
         assert step(**{rate: 2 * getattr(RATES, rate)}) <= step() < step(**{rate: getattr(RATES, rate) / 1000})
@@ -144,12 +172,17 @@ def test_a_moe_takes_longer_than_its_twin(optimizer):
 def test_rates_are_measured_at_every_shape():
     gemms = [Gemm(8, 16, 24, "nt", count=7), Gemm(8, 16, 24, "tn", batch=3), Gemm(8, 16.4, 24)]
     rates = floor.measure_rates(torch.float32, gemms, copied=2**16)
-    assert {gemm._replace(count=1) for gemm in gemms} <= set(rates.shapes) and min(rates.memory, rates.cache, rates.exp, *rates.shapes.values()) > 0
+    assert {gemm._replace(count=1) for gemm in gemms} <= set(rates.shapes) and min(
+        rates.memory, rates.cache, rates.exp, *rates.shapes.values()
+    ) > 0
     assert rates.matmul == max(rates.shapes.values()) and rates.own(gemms[0]) == rates.shapes[Gemm(8, 16, 24, "nt")]
 
 
 def test_the_better_of_two_measurements():
-    one, other = Rates(1.0, 8.0, 3.0, 4.0, {Gemm(1, 1, 1): 1.0}), Rates(5.0, 6.0, 7.0, 2.0, {Gemm(1, 1, 1): 5.0, Gemm(2, 2, 2): 9.0})
+    one, other = (
+        Rates(1.0, 8.0, 3.0, 4.0, {Gemm(1, 1, 1): 1.0}),
+        Rates(5.0, 6.0, 7.0, 2.0, {Gemm(1, 1, 1): 5.0, Gemm(2, 2, 2): 9.0}),
+    )
     assert one.or_better(other) == Rates(5.0, 8.0, 7.0, 4.0, {Gemm(1, 1, 1): 5.0})
 
 
@@ -158,14 +191,23 @@ def test_the_better_of_two_measurements():
 
 
 def made_up() -> Race:
-    seconds = {"moe_adamw": [1.0, 2.0, 4.0], "dense_adamw": [1.0, 1.0, 2.0], "mixtral_eager": [9.0] * 3, "mixtral_grouped_mm": [3.0] * 3}
+    seconds = {
+        "moe_adamw": [1.0, 2.0, 4.0],
+        "dense_adamw": [1.0, 1.0, 2.0],
+        "mixtral_eager": [9.0] * 3,
+        "mixtral_grouped_mm": [3.0] * 3,
+    }
     memory, floors = {"moe_adamw": 30, "mixtral_grouped_mm": 60}, {"moe_adamw": 0.5, "dense_adamw": 0.5}
     return Race(10, [100.0, 100.0, 50.0], seconds, {"moe_adamw": 8.0}, memory, floors, [], 0.5)
 
 
-def test_a_race_speaks_in_medians_of_rounds():
+def test_a_race_compares_medians_of_rounds():
     race = made_up()
-    assert (race.step("moe_adamw"), race.ratio("moe_adamw", "dense_adamw"), race.fastest("mixtral_")) == (2.0, 2.0, "mixtral_grouped_mm")
+    assert (race.step("moe_adamw"), race.ratio("moe_adamw", "dense_adamw"), race.fastest("mixtral_")) == (
+        2.0,
+        2.0,
+        "mixtral_grouped_mm",
+    )
     assert race.share("moe_adamw") == 0.4  # of 80/100, 40/100, 20/50
 
 
@@ -189,7 +231,7 @@ def test_suites_name_contenders_and_shapes_that_exist():
 
 
 # -----------------------------------------------------------------------------
-# Rivals
+# Contenders
 
 
 def work(config: Config) -> contenders.Work:
@@ -203,12 +245,12 @@ def test_tokens_are_random_and_end_no_document():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_nanogpt_trains_and_its_flops_are_those_that_torch_counts(dtype):
+def test_nanogpt_trains_and_its_flops_equal_those_counted_by_torch(dtype):
     step, per_token = contenders.nanogpt(dtype)(work(SHAPES["dense"]))
     step(0)
     seen = counted(lambda: step(1))
     mine = flops(SHAPES["dense"], "attention projections", "dense MLP", "head + loss")
-    assert seen["aten.mm"] == mine  # a tied head costs what an untied one does
+    assert seen["aten.mm"] == mine  # a tied head has the FLOPs of an untied one
     assert TOKENS * per_token == pytest.approx(flops(SHAPES["dense"]), rel=1e-12)
 
 
@@ -218,7 +260,9 @@ def test_mixtral_trains_and_its_flops_are_ours_with_three_matrices(experts):
     step, per_token = contenders.mixtral(experts)(work(SHAPES["experts"]))
     step(0)
     router = 6 * 2 * 4 * 64  # two layers; ours has a second matrix for noise
-    assert TOKENS * (per_token + router) == pytest.approx(flops(SHAPES["experts"]) + flops(SHAPES["experts"], "expert MLPs") / 2, rel=1e-12)
+    assert TOKENS * (per_token + router) == pytest.approx(
+        flops(SHAPES["experts"]) + flops(SHAPES["experts"], "expert MLPs") / 2, rel=1e-12
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -234,7 +278,11 @@ def script(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(floor, "measure_rates", lambda *_: RATES)
-    monkeypatch.setattr(sys, "argv", ["floor.py", *f"--shape bytes {SMALL} --tokens 128 --optimizer muon --json {tmp_path / 'floor.json'}".split()])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["floor.py", *f"--shape bytes {SMALL} --tokens 128 --optimizer muon --json {tmp_path / 'floor.json'}".split()],
+    )
     floor.main()
     out, written = capsys.readouterr().out, json.loads((tmp_path / "floor.json").read_text())
     for part in written["parts"]:
@@ -245,18 +293,36 @@ def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
 
 def test_throughput_from_end_to_end(tmp_path):
     names = "moe_adamw dense_muon nanogpt_bf16"
-    done = script("throughput.py", f"--shape bytes {SMALL} --rows 2 --rounds 2 --steps 1 --contenders {names} --json rows.json", tmp_path)
+    done = script(
+        "throughput.py",
+        f"--shape bytes {SMALL} --rows 2 --rounds 2 --steps 1 --contenders {names} --json rows.json",
+        tmp_path,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (written,) = json.loads((tmp_path / "rows.json").read_text())
     race = Race(**written["race"])
     for name in ("moe_adamw", "dense_muon"):
         assert f"{128 / race.step(name):,.0f}" in done.stdout and f"{race.share(name):.1%}" in done.stdout
         assert race.step(name) > race.floors[name] > 0 and race.memory[name] > 2**20 and len(race.seconds[name]) == 2
-    assert race.flops["moe_adamw"] > race.flops["dense_muon"] == model.flops_per_token(dense_twin(Config(**written["config"])), 64)
-    assert len(race.failed) == 1 and race.failed[0] in done.stdout and "nanogpt_bf16 does not run: " in race.failed[0]  # 3 heads do not divide 64
+    assert (
+        race.flops["moe_adamw"]
+        > race.flops["dense_muon"]
+        == model.flops_per_token(dense_twin(Config(**written["config"])), 64)
+    )
+    assert (
+        len(race.failed) == 1 and race.failed[0] in done.stdout and "nanogpt_bf16 does not run: " in race.failed[0]
+    )  # 3 heads do not divide 64
 
 
-WRONG = ["--suite mixtrals", "--shape gpt3", "--rounds 0", "--contenders moe_adam", "--json nowhere/at/all.json", "--top_k two", "--speed 3"]
+WRONG = [
+    "--suite mixtrals",
+    "--shape gpt3",
+    "--rounds 0",
+    "--contenders moe_adam",
+    "--json nowhere/at/all.json",
+    "--top_k two",
+    "--speed 3",
+]
 
 
 @pytest.mark.parametrize("words", WRONG)
@@ -298,7 +364,7 @@ class Clock:
 
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path):
-    """gpu.py at a tiny shape on the CPU: everything but CUDA itself; returns its arguments and a list of what it saves."""
+    """gpu.py at a tiny shape on the CPU, without CUDA; returns its arguments and a list of the rows that it saves."""
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
@@ -309,58 +375,78 @@ def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PhaseTimer", lambda kind: logger.PhaseTimer("cpu"))
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
     monkeypatch.setattr(train_muon, "compile_model", lambda *_: "eager")
-    monkeypatch.setattr(train_muon, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(facts, "matmul_rate", lambda *_: 1e12)
     args = gpu.parse(["--tokens", "512", "--seq_len", "128", "--micro", "256", "--rounds", "2", "--steps", "1"])
     args.config, args.ends = Config(**TINY | dict(vocab_size=300, eot_token=299, window="LS", window_size=64)), math.inf
     return args, []
 
 
-def test_every_row_of_the_gpu_s_table_is_measured_beside_its_reference(on_cpu):
+def test_every_row_of_the_gpu_table_is_measured_beside_its_reference(on_cpu):
     args, saved = on_cpu
     assert gpu.step_rows(args, RATES, saved.append) == []
     assert [row["row"] for row in saved] == list(gpu.ROWS)
     for row in saved:
-        assert row["ms"] > 0 and len(row["ratios"]) == 2 and row["against"] == gpu.ROWS[row["row"]].against and math.isfinite(row["loss"])
+        assert (
+            row["ms"] > 0
+            and len(row["ratios"]) == 2
+            and row["against"] == gpu.ROWS[row["row"]].against
+            and math.isfinite(row["loss"])
+        )
         config = gpu.ROWS[row["row"]].shape(args.config)
         assert row["mfu"] == pytest.approx(512 / row["ms"] * 1000 * model.flops_per_token(config, 128) / 1e12)
-        assert (row["load_max_over_mean"] is None) == (config.routed_layers == 0)
+        assert (row["load_max_over_mean"] is None) == (config.num_moe_layers == 0)
     by_name = {row["row"]: row for row in saved}
     assert by_name["dense"]["ratio"] == 1 and by_name["moe_uniform"]["load_max_over_mean"] == pytest.approx(1)
-    assert model.EXPERTS["mlp"] is model.MLPExperts and model.FEED_FORWARDS["D"] is model.DenseMLP  # and after the fused ones
-    assert gpu.model_file.softcap_nll.__wrapped__ and gpu.train_muon.gram.__wrapped__  # put back after the plain row
+    assert (
+        model.EXPERTS["mlp"] is model.MLPExperts and model.FEED_FORWARDS["D"] is model.DenseMLP
+    )  # and after the fused ones
+    assert (
+        ops.softcap_nll.__wrapped__ and ops.quantise.__wrapped__ and train_muon.gram.__wrapped__
+    )  # as before the plain row
 
 
-def test_a_row_that_goes_wrong_is_named_and_costs_no_other(on_cpu, monkeypatch):
-    """A loss that is not finite has no time, and a model that cannot be built none either."""
+def test_a_row_that_fails_is_named_and_affects_no_other(on_cpu, monkeypatch):
+    """Failures are a loss that is not finite and a model that cannot be built."""
     args, saved = on_cpu
     args.rows = ["dense", "moe_16", "moe"]
     monkeypatch.setitem(gpu.ROWS, "moe_16", gpu.ROWS["moe_16"]._replace(shape=lambda config: 1 / 0))
-    assert gpu.step_rows(args, RATES, saved.append) == ["row moe_16: division by zero"] and [row["row"] for row in saved] == ["dense", "moe"]
-    monkeypatch.setattr(model, "softcap_nll", lambda z, target, **options: torch.full((len(z),), math.nan))
+    assert gpu.step_rows(args, RATES, saved.append) == ["row moe_16: division by zero"] and [
+        row["row"] for row in saved
+    ] == ["dense", "moe"]
+    monkeypatch.setattr(ops, "softcap_nll", lambda z, target, **options: torch.full((len(z),), math.nan))
     saved.clear()
     (dense, *_) = gpu.step_rows(args, RATES, saved.append)
     assert dense.startswith("row dense: the loss is nan") and not saved
 
 
-def test_the_gpu_s_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypatch):
+def test_gpu_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypatch):
     args, saved = on_cpu
     monkeypatch.setattr(gpu, "milliseconds", lambda call: (call(), 0.5)[1])
     gpu.part_rows(args, saved.append)
     names = [row["part"] for row in saved]
     assert len(set(names)) == len(names)
-    wanted = {"grouped up", "dense up", "MLP, experts, fused", "data, 512 tokens", "gather rows", "combine rows, with gates", "router and its losses",
+    wanted = {"grouped up", "dense up", "MLP, experts, fused", "data, 512 tokens", "gather rows",
+              "combine rows, with gates", "router and its losses",
               "head + loss, fp8", "AdamW on one table"}  # fmt: skip
     assert wanted <= set(names)
     assert {name for name in names if "plain" in name} and all(row["ms"] == 0.5 for row in saved)
     up = next(row for row in saved if row["part"] == "dense up")
     assert up["tflops"] == pytest.approx(6 * 256 * 4 * 64 * 64 / 0.5e-3 / 1e12)
-    results = {"gpu": "a GPU", "torch": "2", "rates": {"matmul": 1e12, "memory": 1e12}, "tokens": 512, "micro": 256, "parts": saved, "steps": []}
+    results = {
+        "gpu": "a GPU",
+        "torch": "2",
+        "rates": {"matmul": 1e12, "memory": 1e12},
+        "tokens": 512,
+        "micro": 256,
+        "parts": saved,
+        "steps": [],
+    }
     assert "grouped down" in gpu.text(results)
 
 
-def test_gpu_scripts_say_what_they_need():
+def test_gpu_scripts_name_their_requirements():
     if torch.cuda.is_available():
-        pytest.skip("this machine has what they need")
+        pytest.skip("this machine has a GPU")
     done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(["bash", "benchmarks/gpu.sh", "everything"], cwd=ROOT, capture_output=True, text=True)
@@ -372,20 +458,30 @@ def test_gpu_scripts_say_what_they_need():
 
 
 def benchmark(name: str, *words) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
-    prepare.main(["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")])
+    prepare.main(
+        ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")]
+    )
     results = ["--results", tmp_path / "results.jsonl"]
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--tokens", 512, "--seeds", 0]
     benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "loop2x2", "--steps", 2)
     assert "loop2x2_0, 4 loops" in benchmark("arithmetic.py", "curve", *ours, "--models", "loop2x2")
-    assert benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "--steps", 2) == "", "what is there is left alone"
+    assert benchmark("arithmetic.py", "run", *ours, "--models", "stack4", "--steps", 2) == "", (
+        "models with results are not trained again"
+    )
     rows = benchmark("arithmetic.py", "table", *results).splitlines()
-    assert rows[2].startswith("| `stack4` | 0.24 |") and rows[3].startswith("| `loop2x2` | 0.14 |") and rows[-1].startswith("| `loop2x2` |")
+    assert (
+        rows[2].startswith("| `stack4` | 0.24 |")
+        and rows[3].startswith("| `loop2x2` | 0.14 |")
+        and rows[-1].startswith("| `loop2x2` |")
+    )
 
 
 def test_domains_trains_switches_experts_off_and_compares(tmp_path):
@@ -395,8 +491,24 @@ def test_domains_trains_switches_experts_off_and_compares(tmp_path):
     prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / "shards"), "--path", *paths])
     results = ["--results", tmp_path / "results.jsonl"]
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--seeds", 0, "--val_tokens", 1024]
-    small = "--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64 --batch_tokens=256".split()
-    benchmark("domains.py", "run", *ours, "--variants", "warm", "dense", "--steps", 4, "--flags", *(f"={word}" for word in small))
+    small = """--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64
+               --batch_tokens=256""".split()
+    benchmark(
+        "domains.py",
+        "run",
+        *ours,
+        "--variants",
+        "warm",
+        "dense",
+        "--steps",
+        4,
+        "--flags",
+        *(f"={word}" for word in small),
+    )
     assert "seed 0: birds " in benchmark("domains.py", "off", *ours)
     rows = benchmark("domains.py", "table", *results).splitlines()
-    assert rows[2].startswith("| `warm` | 4 |") and rows[3].startswith("| `dense` | 5 |") and rows[-5].startswith("| birds |")
+    assert (
+        rows[2].startswith("| `warm` | 4 |")
+        and rows[3].startswith("| `dense` | 5 |")
+        and rows[-5].startswith("| birds |")
+    )

@@ -1,8 +1,8 @@
 """Runs several training jobs in one process of torchrun, under spies, and writes down what they saw. test_distributed.py starts it.
 
-    torchrun --nproc_per_node=2 tests/worker.py OUT    # reads OUT/jobs<W>.json, writes OUT/<job>.rank<r>.{json,pt}
+    torchrun --nproc_per_node=2 tests/core/worker.py OUT    # reads OUT/jobs<W>.json, writes OUT/<job>.rank<r>.{json,pt}
 
-A job: {"recipe": "muon", "words": [flags], "copy": [from, to] or null, "plant": a key of PLANTS or null, "half": its token}."""
+A job: {"recipe": "muon", "words": [flags], "copy": [from, to] or null, "plant": a key of INJECTIONS or null, "half": its token}."""
 
 import hashlib
 import json
@@ -10,18 +10,20 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from plants import PLANTS  # noqa: E402
+from fault_injection import INJECTIONS  # noqa: E402
 
 import checkpoint  # noqa: E402
+import facts  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
 from train_muon import Exchange, Transfer  # noqa: E402
+from zoo.recipes import ZOO_MUON  # noqa: E402
 
-RECIPES = {"muon": train_muon.MUON, "adamw": train_adamw.ADAMW}
+RECIPES = {"muon": train_muon.MUON, "adamw": train_adamw.ADAMW, "zoo": ZOO_MUON}
 OUT = Path(sys.argv[1])
 
 
@@ -70,28 +72,28 @@ def spy_all_to_all(output, source, received=None, sent=None, group=None):
 
 
 dist.all_to_all_single = spy_all_to_all
-receive, send, finish, arm, arrived = (Transfer.receive_gradients, Transfer.send_gradients, Exchange.finish, Exchange.arm,
-                                       Exchange.gradient_is_there)  # fmt: skip
+receive, send, finish, begin, arrived = (Transfer.receive_gradients, Transfer.send_gradients, Exchange.finish,
+                                         Exchange.begin_reduce, Exchange.on_grad_ready)  # fmt: skip
 
 
 def spy_receive(self):
     receive(self)
     if spies.steps == 0:
-        spies.gradients |= {piece.slab.name: piece.value.grad.clone() for piece in self.owned}
+        spies.gradients |= {local.slab.name: local.value.grad.clone() for local in self.owned}
 
 
-def spy_arm(self, totals):
+def spy_begin(self, totals):
     spies.parameters, self.there = sum(len(transfer.parameters) for transfer in self.transfers), 0
     spies.first_send.append(None)
-    spies.expert_ranks = [[piece.slab.name, dist.get_process_group_ranks(transfer.group or dist.group.WORLD) if transfer.travels else []]
-                          for transfer in self.transfers for piece in transfer.owned if piece.slab.kind == "expert"]  # fmt: skip
+    spies.expert_ranks = [[local.slab.name, dist.get_process_group_ranks(transfer.group or dist.group.WORLD) if transfer.travels else []]
+                          for transfer in self.transfers for local in transfer.owned if local.slab.kind == "expert"]  # fmt: skip
     global exchange
     exchange = self
-    arm(self, totals)
+    begin(self, totals)
 
 
 def spy_arrived(self, transfer, parameter):
-    if self.armed:
+    if self.reducing:
         self.there += 1
     arrived(self, transfer, parameter)
 
@@ -109,7 +111,7 @@ def spy_finish(self):
     finish(self)
     spies.steps += 1
     digest = lambda tensor: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-    mine = {piece.slab.name: digest(piece.value) for transfer in self.transfers for piece in transfer.slabs}
+    mine = {local.slab.name: digest(local.value) for transfer in self.transfers for local in transfer.slabs}
     mine |= {name: digest(buffer) for name, buffer in (("load", self.model.load_WLE), ("bias", self.model.bias_LE))}
     copies = [None] * dist.get_world_size()
     dist.all_gather_object(copies, mine)
@@ -119,9 +121,9 @@ def spy_finish(self):
 
 
 Transfer.receive_gradients, Transfer.send_gradients = spy_receive, spy_send
-Exchange.finish, Exchange.arm, Exchange.gradient_is_there = spy_finish, spy_arm, spy_arrived
+Exchange.finish, Exchange.begin_reduce, Exchange.on_grad_ready = spy_finish, spy_begin, spy_arrived
 
-train_muon.matmul_rate = lambda *_: 1e11  # half a second of matmuls per job
+facts.matmul_rate = lambda *_: 1e11  # half a second of matmuls per job
 train_step = train_muon.train_step
 
 
@@ -159,7 +161,7 @@ def main():
         sys.argv[1:] = job["words"]
         with pytest.MonkeyPatch.context() as patch:
             if job["plant"]:
-                PLANTS[job["plant"]](patch, job["half"])
+                INJECTIONS[job["plant"]](patch, job["half"])
             train_muon.main(RECIPES[job["recipe"]])
         torch.save(spies.gradients, OUT / f"{name}.rank{rank}.pt")
         del spies.gradients

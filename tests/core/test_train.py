@@ -1,5 +1,5 @@
 """train_muon.py and train_adamw.py: the mathematics of the optimizers, equality over ranks and accumulation, resuming, the command line,
-and whole runs of a tiny model. CPU, no network, about two minutes: `pytest tests/test_train.py`.
+and whole runs of a tiny model. CPU, no network, about two minutes: `pytest tests/core/test_train.py`.
 
 Runs happen in this process where they can (an import of torch costs more than sixty steps of the tiny model), and in processes of
 their own where the claim is about processes: several ranks, kill -9, blocked imports."""
@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,20 +24,24 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from cli import UserError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import facts  # noqa: E402
 import guards  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
-from checkpoint import slab_view  # noqa: E402
-from guards import World  # noqa: E402
+from distributed import World, cut_slabs, make_buckets, slab_view  # noqa: E402
 from model import DTYPES, GPT, Config  # noqa: E402
-from tools import prepare  # noqa: E402
+from tools import cost, generate, prepare  # noqa: E402
+from tools.profile import phase_seconds  # noqa: E402
 from train_adamw import ADAMW  # noqa: E402
-from train_muon import MUON, Exchange, Muon, Transfer, cut_slabs, lr_scale, make_buckets, newton_schulz, window  # noqa: E402
+from train_muon import MUON, Exchange, Muon, Session, Transfer, lr_scale, newton_schulz, window  # noqa: E402
 
 BOTH = pytest.mark.parametrize("recipe", [MUON, ADAMW], ids=lambda recipe: recipe.name)
 CPU = torch.device("cpu")
@@ -54,10 +57,10 @@ TINY_RUN = dict(preset="cpu", device="cpu", **TINY_MODEL, ns_dtype="fp32", seq_l
 @pytest.fixture(scope="module", autouse=True)
 def no_matmul_rate():
     """Measuring it takes half a second per run."""
-    rate = train_muon.matmul_rate
-    train_muon.matmul_rate = lambda device, dtype: 1e11
+    rate = facts.matmul_rate
+    facts.matmul_rate = lambda device, dtype: 1e11
     yield
-    train_muon.matmul_rate = rate
+    facts.matmul_rate = rate
 
 
 WORDS = {"greek": ["alpha ", "beta ", "gamma ", "delta "], "birds": ["wren ", "owl ", "swift ", "kite "]}
@@ -67,7 +70,7 @@ def write_data(folder: Path, words: list[str]) -> str:
     """Shards of documents in which four words follow each other at random: quickly learnt, but not to loss 0."""
     encoding, random = data.get_encoding("bytes"), np.random.default_rng(0)
     document = lambda: np.concatenate(([256], encoding.encode("".join(random.choice(words, 40))))).astype(np.uint16)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(100)]))
     data.write_shard(folder / "words_val_000000.bin", np.concatenate([document() for _ in range(4)]))
     (folder / "meta.json").write_text(json.dumps(prepare.describe(folder, encoding)))
@@ -82,7 +85,7 @@ def shards(tmp_path_factory):
 def flags(recipe, **values) -> list[str]:
     """The command line of a tiny run with these values; None leaves a flag out."""
     values = {name: value for name, value in (TINY_RUN | values).items() if value is not None}
-    if recipe is ADAMW:
+    if recipe.name == "adamw":
         values.pop("ns_dtype", None)
     return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
@@ -117,7 +120,7 @@ def refused(out, recipe=MUON, **values) -> str:
 
 
 def sentence(status: int, err: str, recipe=MUON) -> str:
-    start = f"train_{recipe.name}.py: error: "
+    start = f"{recipe.script}: error: "
     said = [line for line in re.split(r"[\r\n]", err) if "error" in line.lower()]
     assert status != 0 and len(said) == 1 and said[0].startswith(start) and "Traceback" not in err, (status, err)
     return said[0].removeprefix(start)
@@ -348,7 +351,7 @@ def test_muon_in_several_batches_is_muon_in_one(monkeypatch):
     monkeypatch.setattr(train_muon, "newton_schulz", lambda G, dtype: batches.append(len(G)) or newton(G, dtype))
 
     def stepped(most: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(train_muon, "MOST_TOGETHER", most)
+        monkeypatch.setattr(train_muon, "MAX_BATCH_NUMEL", most)
         params = [torch.nn.Parameter(p.clone()) for p in start]
         for p, grad in zip(params, grads):
             p.grad = grad
@@ -436,12 +439,12 @@ def test_a_slab_is_one_matrix_or_some_rows_and_its_value_is_the_parameter():
     net = GPT(CONFIGS["tiny"])
     parameters, names = dict(net.named_parameters()), set()
     for transfer in Exchange(net, World(0, 1, CPU)).transfers:
-        for piece in transfer.slabs:
-            name = piece.slab.name
+        for local in transfer.slabs:
+            name = local.slab.name
             assert name not in names
             names.add(name)
-            assert piece.slab.kind not in ("matrix", "expert") or piece.value.ndim == 2
-            piece.value.fill_(1 + len(names))
+            assert local.slab.kind not in ("matrix", "expert") or local.value.ndim == 2
+            local.value.fill_(1 + len(names))
             assert (slab_view(parameters, name) == 1 + len(names)).all()
     assert names == {slab.name for slab in cut_slabs(net.config)}
     assert len([name for name in names if name.startswith("blocks.0.ffn.experts.up[")]) == 4
@@ -480,7 +483,7 @@ def test_buckets_hold_every_slab_once_and_owners_hold_what_they_own(name, size, 
             step = parts if slab.kind == "expert" else 1
             assert bucket.ranks == tuple(range(first, size, step)) and owner in bucket.ranks, slab.name
     parameter_of = lambda slab: slab.name.partition("[")[0]
-    for rank in range(size):  # a parameter's gradient leaves a rank in one piece
+    for rank in range(size):  # a parameter's gradient leaves a rank in one local
         homes = {}
         for i, bucket in enumerate(buckets):
             for slab in bucket.slabs if rank in bucket.ranks else ():
@@ -508,7 +511,7 @@ def test_buckets_leave_in_the_order_of_backward_and_close_at_their_size():
     units = lambda bucket: list(dict.fromkeys(".".join(slab.name.partition("[")[0].split(".")[:2]) for slab in bucket.slabs))
     buckets = make_buckets(config, 8, bucket_mb=25)
     blocks, tables = [f"blocks.{layer}" for layer in range(11, -1, -1)], [f"value_embeds.{i}" for i in (2, 1, 0)]
-    expected = ["head", *blocks, "depth.skip_weights", *tables, "embed"]
+    expected = ["head", *blocks, "skip_weights", *tables, "embed"]
     assert [unit for bucket in buckets for unit in units(bucket)] == expected
     assert all(4 * sum(slab.numel for slab in bucket.slabs) >= 25 * 2**20 for bucket in buckets[:-1])
     assert [units(bucket) for bucket in make_buckets(config, 8, bucket_mb=1e6)] == [expected]
@@ -520,8 +523,8 @@ def test_ranks_cut_the_same_slabs_whatever_their_number():
     names = sorted(slab.name for slab in cut_slabs(config))
     for size in (1, 2, 3, 5):
         exchanges = [Exchange(GPT(config), World(rank, size, CPU)) for rank in range(size)]
-        assert all(sorted(piece.slab.name for t in exchange.transfers for piece in t.slabs) == names for exchange in exchanges)
-        assert sorted(piece.slab.name for exchange in exchanges for piece in exchange.owned) == names
+        assert all(sorted(local.slab.name for t in exchange.transfers for local in t.slabs) == names for exchange in exchanges)
+        assert sorted(local.slab.name for exchange in exchanges for local in exchange.owned) == names
 
 
 def made_optimizers(recipe, exchange, hp, change=lambda tensors: None) -> list:
@@ -545,22 +548,22 @@ def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe
     for rank in range(size):
         exchange = Exchange(GPT(CONFIGS["tiny"]), World(rank, size, CPU))
         optimizers = made_optimizers(recipe, exchange, hp)
-        train_muon.check_cover(exchange, optimizers)
+        exchange.check_cover()
         groups = [(id(p), group, optimizer) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         assert len(groups) == len(exchange.owned) == len({key for key, _, _ in groups})
-        for piece in exchange.owned:
-            [(group, optimizer)] = [(group, optimizer) for key, group, optimizer in groups if key == id(piece.value)]
-            assert group["base_lr"] == MUON_RATES[piece.slab.kind], piece.slab.name
-            assert group["weight_decay"] == (0.125 if piece.slab.is_matrix else 0), piece.slab.name
-            assert isinstance(optimizer, Muon if piece.slab.is_matrix and recipe is MUON else torch.optim.AdamW), piece.slab.name
+        for local in exchange.owned:
+            [(group, optimizer)] = [(group, optimizer) for key, group, optimizer in groups if key == id(local.value)]
+            assert group["base_lr"] == MUON_RATES[local.slab.kind], local.slab.name
+            assert group["weight_decay"] == (0.125 if local.slab.is_matrix else 0), local.slab.name
+            assert isinstance(optimizer, Muon if local.slab.is_matrix and recipe is MUON else torch.optim.AdamW), local.slab.name
 
 
 @BOTH
 def test_a_parameter_left_out_of_the_groups_is_noticed(recipe):
     exchange = Exchange(GPT(CONFIGS["tiny"]), World(0, 1, CPU))
-    optimizers = made_optimizers(recipe, exchange, recipe.presets["cpu"], lambda tensors: tensors["router"].pop())
+    made_optimizers(recipe, exchange, recipe.presets["cpu"], lambda tensors: tensors["router"].pop())
     with pytest.raises(AssertionError):
-        train_muon.check_cover(exchange, optimizers)
+        exchange.check_cover()
 
 
 # -----------------------------------------------------------------------------
@@ -568,7 +571,7 @@ def test_a_parameter_left_out_of_the_groups_is_noticed(recipe):
 
 
 def hyper(recipe, **values):
-    return recipe.hyperparameters(**({"seq_len": 32, "batch_tokens": 384} | values))
+    return recipe.train_config(**({"seq_len": 32, "batch_tokens": 384} | values))
 
 
 def test_rates_stay_then_fall_linearly_to_their_final_share():
@@ -629,8 +632,8 @@ def first_gradients(patch, store: dict):
 
     def spy(self):
         receive(self)
-        for piece in self.owned:
-            store.setdefault(piece.slab.name, piece.value.grad.clone())
+        for local in self.owned:
+            store.setdefault(local.slab.name, local.value.grad.clone())
 
     patch.setattr(Transfer, "receive_gradients", spy)
 
@@ -703,7 +706,7 @@ def kill_in_step(patch, fatal: int, kind=Killed):
 
     def fatal_step(*words):
         row = step(*words)
-        if words[4] == fatal:
+        if words[2] == fatal:
             raise kind
         return row
 
@@ -741,7 +744,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import train_muon
 step = train_muon.train_step
 def fatal_step(*words):
-    if words[4] == 7:
+    if words[2] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*words)
 train_muon.train_step = fatal_step
@@ -859,7 +862,7 @@ def test_a_damaged_checkpoint_is_not_sampled_from(shards, tmp_path, monkeypatch)
     interrupt(tmp_path, data=shards)
     DAMAGES["flipped"](tmp_path / "muon/checkpoint/step_000006")
     never_open(monkeypatch, 6)
-    with pytest.raises(checkpoint.CheckpointError, match="rank0.pt does not match its sha256; remove .*step_000006"):
+    with pytest.raises(UserError, match="rank0.pt does not match its sha256; remove .*step_000006"):
         checkpoint.load_model_from_run(tmp_path / "muon/checkpoint")
 
 
@@ -875,17 +878,17 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monke
 def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path):
     """By the report that the others wait for."""
     def full(*_):
-        raise logger.RunError("cannot write run.log: No space left on device")
+        raise UserError("cannot write run.log: No space left on device")
 
-    board, world = checkpoint.Saver.__new__(checkpoint.Saver), World(0, 1, CPU)
-    board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
-    with pytest.raises(logger.RunError, match="the checkpoint of step 3 could not be written .*No space left on device"):
+    world = World(0, 1, CPU)
+    board = checkpoint.Saver(tmp_path / "checkpoint", None, world)
+    with pytest.raises(UserError, match="the checkpoint of step 3 could not be written .*No space left on device"):
         checkpoint.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
 
 
 def test_a_checkpoint_that_was_found_damaged_is_not_kept_beside_those_made_since(tmp_path):
-    board, world = checkpoint.Saver.__new__(checkpoint.Saver), World(0, 1, CPU)
-    board.store, board.abandoned = torch.distributed.HashStore(), threading.Event()
+    world = World(0, 1, CPU)
+    board = checkpoint.Saver(tmp_path / "checkpoint", None, world)
     for step in (100, 200, 300, 125, 150, 175):  # 200 and 300 turned out to be damaged, and the run went on from 100
         checkpoint.write_checkpoint(tmp_path, step, {"x": {"value": torch.zeros(1)}}, {}, world, board)
         there = [int(path.name.removeprefix("step_")) for path in checkpoint.checkpoints(tmp_path)]
@@ -910,58 +913,29 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_brought_to_its_end(s
     assert again[:-1] == lines[:-1] and strip(again[-1]) == strip(lines[-1])
 
 
-def test_too_little_validation_text_is_said_before_the_first_step(tmp_path):
-    """Not after the last one, with nothing saved."""
-    (tmp_path / "mixed").mkdir()
-    for name in WORDS:
-        write_data(tmp_path / "mixed" / name, WORDS[name])
-    assert "each of 2 domains" in refused(tmp_path, data=tmp_path / "mixed", val_every=0, val_tokens=40, seq_len=32)
-    assert "each of 2 domains" in refused(tmp_path, data=tmp_path / "mixed", routes_tokens=20)
-    assert not (tmp_path / "muon").exists()
-
-
-def test_what_compressors_need_is_measured_on_all_domains_alike(tmp_path, monkeypatch):
-    (tmp_path / "mixed").mkdir()
-    for name in WORDS:
-        write_data(tmp_path / "mixed" / name, WORDS[name])
-    monkeypatch.setattr(data, "COMPRESSED_BYTES", 64)
-    seen = []
-    monkeypatch.setattr(data, "compressed_bpb", lambda text: seen.append(text))
-    train_muon.compressors(data.get_encoding("bytes"), hyper(MUON, data=str(tmp_path / "mixed"), seq_len=32, val_tokens=0))
-    halves = seen[0][:32].decode(), seen[0][32:].decode()
-    assert len(seen[0]) == 64 and all(any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"])))
-
-
-def test_what_is_hidden_in_evaluation_does_not_depend_on_the_micro_batch(shards):
-    net, hp, world = tiny_model(objective="masked"), hyper(MUON, data=shards, val_tokens=256), World(0, 1, CPU)
-    losses = [train_muon.evaluate(net, 3, hp, rows, None, world, logger.PhaseTimer("cpu"))["val/loss"] for rows in (1, 2, 4)]
-    assert max(losses) - min(losses) < 1e-5
-
-
 def test_the_host_s_phases_are_not_mixed_up_with_the_device_s():
     kind = torch.autograd.DeviceType
     entry = lambda key, device, micro: SimpleNamespace(key=key, device_type=device, cpu_time_total=micro)
     events = [entry("forward", kind.CPU, 3e6), entry("forward", kind.CUDA, 0), entry("communication", kind.CPU, 1e6)]
-    assert train_muon.phase_seconds([*events, entry("aten::mm", kind.CPU, 5e6)]) == {"forward": 3, "communication": 1}
+    assert phase_seconds([*events, entry("aten::mm", kind.CPU, 5e6)]) == {"forward": 3, "communication": 1}
 
 
 @pytest.mark.parametrize("config, values, legal", (
     (dict(head="fp8", n_embd=40), {}, "n_embd is 40; with head fp8 on CUDA it must be a multiple of 16"),
     (dict(head="fp8"), dict(seq_len=1000, batch_tokens=4000), "seq_len is 1000"), (dict(head_dim=8), {}, "head_dim is 8; on CUDA"),
-    (dict(num_meta_tokens=8), dict(seq_len=2**14, batch_tokens=2**14), "16392; on CUDA it must be a multiple of 128"),
-    (dict(num_meta_tokens=8), {}, None)))  # fmt: skip
+    ({}, dict(seq_len=2**14 + 16, batch_tokens=2**14 + 16), "seq_len is 16400; on CUDA it must be a multiple of 128"), ({}, {}, None)))  # fmt: skip
 def test_what_a_gpu_cannot_do_is_refused(config, values, legal):
     words = model.Config(**dict(n_embd=64, n_head=2, head_dim=32) | config), dataclasses.replace(train_muon.PRESETS["cpu"], **values)
     if legal is None:
-        return train_muon.check_for_cuda(*words)
-    with pytest.raises(model.ConfigError, match=legal):
-        train_muon.check_for_cuda(*words)
+        return train_muon.check_for_cuda(*words, words[1].seq_len)
+    with pytest.raises(UserError, match=legal):
+        train_muon.check_for_cuda(*words, words[1].seq_len)
 
 
 def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, straight, monkeypatch):
     run = Path(shutil.copytree(straight(MUON), tmp_path / "muon"))
     steps, step = [], train_muon.train_step
-    monkeypatch.setattr(train_muon, "train_step", lambda *words: steps.append(words[4]) or step(*words))
+    monkeypatch.setattr(train_muon, "train_step", lambda *words: steps.append(words[2]) or step(*words))
     assert train(tmp_path, data=shards, resume=True, **RESUMED_RUN | {"warmup_steps": 0}) == run
     assert steps == []
     assert_equal_run(run, straight(MUON))
@@ -1032,7 +1006,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(what, shards
 def test_flags_are_the_fields_of_config_and_hyperparameters(recipe):
     status, text, _ = call(lambda: train_muon.main(recipe), ["--help"])
     assert status == 0
-    fields = {field.name for cls in (Config, recipe.hyperparameters) for field in dataclasses.fields(cls)}
+    fields = {field.name for cls in (Config, recipe.train_config) for field in dataclasses.fields(cls)}
     own = {"experiment_name", "preset", "resume", "enable_profiling"}
     offered = set(re.findall(r"(?:^  |, )--([a-z][\w-]*)", text, re.M))
     assert {name for name in fields | own} <= offered
@@ -1042,7 +1016,7 @@ def test_flags_are_the_fields_of_config_and_hyperparameters(recipe):
 
 @BOTH
 def test_every_flag_sets_its_field_in_both_spellings(recipe):
-    for cls in (Config, recipe.hyperparameters):
+    for cls in (Config, recipe.train_config):
         for field in dataclasses.fields(cls):
             value, companions = legal_value(field.name)
             others = [f"--{name}={other}" for name, other in (dict(value_embeds=1, seq_len=32, batch_tokens=384) | companions).items()]
@@ -1054,7 +1028,7 @@ def test_every_flag_sets_its_field_in_both_spellings(recipe):
 
 def test_presets_differ_by_what_their_flags_say():
     for recipe in (MUON, ADAMW):
-        assert set(recipe.presets) == set(model.PRESETS)
+        assert set(recipe.presets) == {"cpu", "small", "speedrun"} <= set(recipe.model_presets)
         for name in recipe.presets:
             config, hp, _ = train_muon.parse(recipe, ["--preset", name])
             assert config == model.PRESETS[name] and hp == recipe.presets[name]
@@ -1069,7 +1043,7 @@ def test_without_a_preset_the_machine_chooses_it(monkeypatch):
 
 def test_the_preset_speedrun_has_the_default_values():
     for recipe in (MUON, ADAMW):
-        assert recipe.presets["speedrun"] == recipe.hyperparameters()
+        assert recipe.presets["speedrun"] == recipe.train_config()
 
 
 BAD_FLAGS = [  # words, what the sentence must contain
@@ -1157,28 +1131,15 @@ def test_rows_that_the_ranks_cannot_share_are_one_sentence(shards, tmp_path):
     words = flags(MUON, data=shards, out_dir=tmp_path / "logs")
     config, hp, args = train_muon.parse(MUON, words)
     for size in (5, 8, 24):
-        with pytest.raises(logger.RunError, match=rf"12 rows .*{size} ranks.*--batch_tokens.*--nproc_per_node"):
-            train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, size, CPU))
+        with pytest.raises(UserError, match=rf"12 rows .*{size} ranks.*--batch_tokens.*--nproc_per_node"):
+            train_muon.prepare(config, hp, MUON, tmp_path / "logs/muon", False, True, World(0, size, CPU))
     assert not (tmp_path / "logs").exists()
 
 
 def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
     config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", seq_len=24, batch_tokens=384, head="fp8"))
-    with pytest.raises(model.ConfigError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
-        train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
-
-
-def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):
-    config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", experts="mlp*2,zero*2", expert_parallel=2))
-    with pytest.raises(model.ConfigError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"):
-        train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
-
-
-def test_experts_are_not_shared_among_ranks_where_tokens_go_apart(shards, tmp_path):
-    for options in (dict(depth="routed"), dict(depth="loop", halt="act")):
-        config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", expert_parallel=2, **options))
-        with pytest.raises(model.ConfigError, match="expert_parallel is 2; it must be 1 where tokens go apart"):
-            train_muon.prepare(config, hp, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
+    with pytest.raises(UserError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
+        train_muon.prepare(config, hp, MUON, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
 
 
 def test_micro_batches_are_the_largest_that_fit_and_divide():
@@ -1195,15 +1156,15 @@ def test_cuda_where_there_is_none_is_one_sentence(shards, tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(shards, tmp_path, monkeypatch):
-    nll = model.softcap_nll
+    nll = ops.softcap_nll
 
     def poisoned(z, target, **names):
         loss = nll(z, target, **names)
         return loss * math.nan if training_step[-1:] == [5] else loss
 
     training_step, step = [], train_muon.train_step
-    monkeypatch.setattr(train_muon, "train_step", lambda *words: training_step.append(words[4]) or step(*words))
-    monkeypatch.setattr(model, "softcap_nll", poisoned)
+    monkeypatch.setattr(train_muon, "train_step", lambda *words: training_step.append(words[2]) or step(*words))
+    monkeypatch.setattr(ops, "softcap_nll", poisoned)
     said = refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=4)
     assert "the loss of step 6 is nan" in said and "step_000004" in said and "--experiment_name" in said
     assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1, 2, 3, 4, 5, 6]  # read one step late
@@ -1214,18 +1175,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
 
 def test_a_checkpoint_due_right_after_a_loss_that_is_not_finite_is_not_written(shards, tmp_path, monkeypatch):
     step = train_muon.train_step
-    spoil = lambda words, row, signs: (row, signs * math.nan if words[4] == 5 else signs)
+    spoil = lambda words, row, signs: (row, signs * math.nan if words[2] == 5 else signs)
     monkeypatch.setattr(train_muon, "train_step", lambda *words: spoil(words, *step(*words)))
     assert "step 6 is nan" in refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=2)
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]
 
 
 def test_values_that_are_not_finite_are_not_saved(shards, tmp_path, monkeypatch):
-    def spoiling_step(model, *words):
-        row = step(model, *words)
-        if words[3] == 3:  # the loss of this step was still finite
+    def spoiling_step(session, next_step, number, *words):
+        row = step(session, next_step, number, *words)
+        if number == 3:  # the loss of this step was still finite
             with torch.no_grad():
-                model.embed[3, 3] = math.inf
+                session.model.embed[3, 3] = math.inf
         return row
 
     step = train_muon.train_step
@@ -1258,66 +1219,22 @@ CHANGES = {
     "pattern": ("MD", {}),
     "mlp_ratio": (2.0, {}),
     "num_experts": (8, {}),
-    "experts": ("mlp*2,identity,zero", {}),
-    "free_eta": (0.5, {"experts": "mlp*2,identity,zero", "balance_coef": 0.5}),
     "top_k": (1, {}),
-    "router": ("recurrent", {}),
     "router_noise": (0.5, {}),
-    "router_spread": ("constant", {}),
-    "router_score": ("sigmoid", {}),
     "norm_topk_prob": (0.0, {}),
-    "router_residual": (0.5, {}),
-    "router_kernel": (2, {"router": "conv"}),
-    "router_dim": (32, {"router": "mlp"}),
     "balance_coef": (0.5, {}),
     "z_coef": (0.5, {}),
     "bias_update_factor": (0.1, {}),
-    "bias_update_threshold": (10**6, {"bias_update_factor": 0.1}),
-    "importance_coef": (0.5, {}),
     "num_shared_experts": (1, {"mlp_ratio": 3.0}),
-    "shared": ("conv", {"num_shared_experts": 1, "mlp_ratio": 3.0}),
     "shared_dim": (24, {"num_shared_experts": 1, "mlp_ratio": 3.0}),
-    "shared_kernel": (2, {"num_shared_experts": 1, "mlp_ratio": 3.0, "shared": "conv"}),
-    "routed_scale": ("2.0", {}),
-    "load_coef": (0.5, {}),
     "balance_window": (2, {}),
-    "depth": ("loop", {}),
-    "residual": ("average", {}),
-    "looped": (".ooo", {"depth": "loop"}),
-    "loops": (3, {"depth": "loop"}),
-    "eval_loops": (1, {"depth": "loop"}),
-    "loop_keys": ("share_first", {"depth": "loop"}),
-    "reinject": (0.5, {"depth": "loop"}),
-    "halt": ("act", {"depth": "loop"}),
-    "halt_threshold": (0.1, {"depth": "loop", "halt": "act"}),
-    "ponder_coef": (0.5, {"depth": "loop", "halt": "act"}),
-    "ponder_prior": (0.5, {"depth": "loop", "halt": "ponder"}),
-    "identity_layers": (1, {"depth": "routed"}),
-    "controller": ("lstm", {"depth": "routed"}),
-    "controller_dim": (32, {"depth": "routed", "controller": "mlp"}),
-    "route_by": ("first_token", {"depth": "routed"}),
-    "route_training": ("straight_through", {"depth": "routed"}),
-    "anneal_steps": (2, {"depth": "routed", "route_training": "anneal"}),
-    "step_loss": ("mean", {"depth": "routed"}),
-    "layer_balance_coef": (0.5, {"depth": "routed"}),
     "attention": ("A-", {}),
     "window": ("S", {"window_size": 16}),
     "window_size": (8, {}),
-    "norms": ("R", {}),
-    "rotary": ("N", {}),
     "attn_scale": (1.0, {}),
-    "attn_softmax": ("ssmax", {}),
-    "qk_norm": ("none", {}),
-    "latent_dim": (16, {"attention": "L"}),
-    "num_meta_tokens": (2, {}),
-    "attn_experts": (2, {"attention": "R"}),
-    "attn_top_k": (1, {"attention": "R"}),
-    "entropy_coef": (0.5, {}),
     "value_embeds": (0, {}),
     "ngrams": ("23", {}),
     "ngram_rows": (128, {}),
-    "objective": ("masked", {}),
-    "mask_share": (0.5, {"objective": "masked"}),
     "softcap": (30.0, {}),
     "head": ("fp8", {}),
     "dtype": ("bf16", {}),
@@ -1398,30 +1315,24 @@ def shown_to(cls, monkeypatch, shards, tmp_path, **values) -> list:
     return seen
 
 
-def stuck_after_acts(shards, tmp_path, monkeypatch):  # tests/test_faults.py has a rank that is stuck
+def stuck_after_acts(shards, tmp_path, monkeypatch):  # tests/core/test_faults.py has a rank that is stuck
     assert shown_to(guards.Watchdog, monkeypatch, shards, tmp_path, stuck_after=7.5)[2] == 7.5
 
 
-def overlap_acts(shards, tmp_path, monkeypatch):  # tests/test_distributed.py sees when buckets leave
+def overlap_acts(shards, tmp_path, monkeypatch):  # tests/core/test_distributed.py sees when buckets leave
     assert shown_to(Exchange, monkeypatch, shards, tmp_path, overlap="false")[3] is False
 
 
 def bucket_mb_acts(shards, tmp_path, monkeypatch):
     assert shown_to(Exchange, monkeypatch, shards, tmp_path, bucket_mb=0.01)[2] == 0.01
-    few, many = (train_muon.plan(CONFIGS["cpu"], hyper(MUON, bucket_mb=mb), MUON, 2)["buckets"] for mb in (1.0, 0.01))
+    few, many = (cost.plan(CONFIGS["cpu"], hyper(MUON, bucket_mb=mb), MUON, 2)["buckets"] for mb in (1.0, 0.01))
     assert len(few) < len(many)
 
 
-def expert_parallel_acts(shards, tmp_path, monkeypatch):  # tests/test_distributed.py has runs with it
+def expert_parallel_acts(shards, tmp_path, monkeypatch):  # tests/core/test_distributed.py has runs with it
     assert "expert_parallel is 2" in refused(tmp_path, data=shards, expert_parallel=2)
-    alone, shared = (train_muon.plan(CONFIGS["cpu"], hyper(MUON, expert_parallel=n), MUON, 2) for n in (1, 2))
+    alone, shared = (cost.plan(CONFIGS["cpu"], hyper(MUON, expert_parallel=n), MUON, 2) for n in (1, 2))
     assert alone["held"] > shared["held"] and alone["rows_bytes"] == 0 < shared["rows_bytes"]
-
-
-def routes_tokens_acts(shards, tmp_path, monkeypatch):  # tests/tools/test_routes.py looks into the files
-    for tokens in (0, 64):
-        train(tmp_path / str(tokens), data=shards, num_iterations=1, routes_tokens=tokens)
-    assert [path.name for path in tmp_path.rglob("step_*.npz")] == ["step_000001.npz"]
 
 
 def tie_embeddings_acts(shards, tmp_path, monkeypatch):
@@ -1429,40 +1340,28 @@ def tie_embeddings_acts(shards, tmp_path, monkeypatch):
     assert "head[0:40]/value" in states[0] and not any(name.startswith("head") for name in states[1])
 
 
-DOMAIN_FIELDS = {  # field -> (another legal value, the settings under which it acts)
-    "domain_weights": ("greek=3,birds=1", {}),
-    "domain_temperature": (5.0, {"domain_weights": "greek=9,birds=1"}),
-    "domain_epochs": ("birds=0.01", {}),
-    "round_robin_steps": (2, {}),
-    "domain_coef": (0.5, {"domain_steps": 2}),
-    "domain_steps": (2, {"domain_coef": 0.5}),
-    "domain_anneal_steps": (5, {"domain_steps": 1, "domain_coef": 0.5}),
-    "trunk_domain": ("greek", {"domain_steps": 2, "domain_coef": 0.5}),
-}
-
-
-def domain_acts(field):
-    """On a mixture of two domains."""
-    value, companions = DOMAIN_FIELDS[field]
+def slot_acts(field, table):
+    """A slot that the zoo has more entries for: another entry of the table is built instead."""
 
     def acts(shards, tmp_path, monkeypatch):
-        (tmp_path / "mixed").mkdir()
-        for name, words in WORDS.items():
-            write_data(tmp_path / "mixed" / name, words)
-        before, after = (observe(tmp_path / name, data=tmp_path / "mixed", **companions | more) for name, more in (("a", {}), ("b", {field: value})))
-        assert not same(before, after), f"--{field} {value} changed nothing"
+        built, kind = [], table[getattr(model.Config(), field)]
+        recorder = type("Recorder", (kind,), {"__init__": lambda self, *words: built.append(field) or kind.__init__(self, *words)})
+        monkeypatch.setitem(table, "other", recorder)
+        train(tmp_path, data=shards, num_iterations=1, **{field: "other"})
+        assert built
 
     return acts
 
 
-CHECKS = {"stuck_after": stuck_after_acts, "routes_tokens": routes_tokens_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts,
+SLOTS = {"experts": model.EXPERTS, "router": model.ROUTERS, "depth": model.DEPTHS}
+CHECKS = {"stuck_after": stuck_after_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts,
           "expert_parallel": expert_parallel_acts, "data": data_acts, "out_dir": out_dir_acts, "device": device_acts,
           "compile": compile_acts, "tie_embeddings": tie_embeddings_acts}  # fmt: skip
-CHECKS |= {field: domain_acts(field) for field in DOMAIN_FIELDS}
+CHECKS |= {field: slot_acts(field, table) for field, table in SLOTS.items()}
 # legal values, for the test of the flags
-ALIKE = {"stuck_after": 5.0, "routes_tokens": 64, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
+ALIKE = {"stuck_after": 5.0, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
          "data": "elsewhere", "out_dir": "elsewhere", "device": "cpu", "compile": True, "tie_embeddings": True}  # fmt: skip
-ALIKE |= {field: value for field, (value, _) in DOMAIN_FIELDS.items()}
+ALIKE |= {field: getattr(model.Config(), field) for field in SLOTS}
 OBSERVED_RUN = dict(num_iterations=3, window_start=64)
 
 
@@ -1506,8 +1405,8 @@ def plain_run(tmp_path_factory, shards):
     return once(lambda recipe, companions: observe(tmp_path_factory.mktemp("plain"), recipe, data=shards, **dict(companions)))
 
 
-FIELDS = [(MUON, field.name) for cls in (Config, MUON.hyperparameters) for field in dataclasses.fields(cls)]
-FIELDS += [(ADAMW, field.name) for field in dataclasses.fields(ADAMW.hyperparameters)]
+FIELDS = [(MUON, field.name) for cls in (Config, MUON.train_config) for field in dataclasses.fields(cls)]
+FIELDS += [(ADAMW, field.name) for field in dataclasses.fields(ADAMW.train_config)]
 
 
 @pytest.mark.parametrize("recipe, field", FIELDS, ids=[f"{recipe.name}-{field}" for recipe, field in FIELDS])
@@ -1552,7 +1451,7 @@ def test_a_run_leaves_its_files(recipe, finished):
     run = finished(recipe)
     assert {path.name for path in run.iterdir()} == {"run.log", "metrics.jsonl", "config.json", "checkpoint"}
     text = (run / "run.log").read_text()
-    for name in ("train_muon.py", "train_adamw.py", "model.py", "kernels.py", "checkpoint.py", "guards.py", "data.py", "logger.py"):
+    for name in ("train_muon.py", "train_adamw.py", "model.py", "ops.py", "cli.py", "checkpoint.py", "distributed.py", "facts.py", "guards.py", "data.py", "logger.py"):
         assert (ROOT / name).read_text().strip() in text
     tail = text.rpartition("=" * 100)[2]
     line = re.compile(r"^step:(\d+)/(\d+) val_loss:([0-9.]+) train_time:[0-9.]+s step_avg:[0-9.]+ms", re.M)
@@ -1562,7 +1461,7 @@ def test_a_run_leaves_its_files(recipe, finished):
     settings = json.loads((run / "config.json").read_text())
     assert settings["hyperparameters"]["num_iterations"] == 60 and settings["model"]["n_embd"] == 32 and settings["optimizer"] == recipe.name
     assert set(settings["model"]) == {field.name for field in dataclasses.fields(Config)}
-    assert set(settings["hyperparameters"]) == {field.name for field in dataclasses.fields(recipe.hyperparameters)}
+    assert set(settings["hyperparameters"]) == {field.name for field in dataclasses.fields(recipe.train_config)}
 
 
 @BOTH
@@ -1615,8 +1514,13 @@ def test_the_last_validation_is_the_mean_over_every_token_and_bpb_follows(recipe
     assert nbytes == data.load_meta(shards)["splits"]["val"]["bytes"]
 
 
+def session_of(net, hp, rows: int = 1, recipe=MUON) -> Session:
+    """A session of one rank, without a run."""
+    return Session(recipe, hp, net, Exchange(net, World(0, 1, CPU)), logger.PhaseTimer("cpu"), micro_rows=rows)
+
+
 def evaluate(net, hp, rows: int) -> dict[str, float]:
-    return train_muon.evaluate(net, 0, hp, rows, None, World(0, 1, CPU), logger.PhaseTimer("cpu"))
+    return train_muon.evaluate(session_of(net, hp, rows), 0)
 
 
 def test_val_tokens_takes_the_first_tokens(shards, finished, tmp_path):
@@ -1640,7 +1544,7 @@ def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, fini
 
 def test_the_checkpoint_answers_a_prompt(finished):
     words = ["--checkpoint", finished(MUON) / "checkpoint", "--prompt", "alpha be", "--max_new_tokens", 24, "--temperature", 0]
-    status, out, err = call(model.main, words)
+    status, out, err = call(generate.main, words)
     assert status == 0, err
     assert out.startswith("alpha beta ") and len(out) > 30
     assert set(out.split()[:-1]) <= {"alpha", "beta", "gamma", "delta"}
@@ -1679,10 +1583,10 @@ def test_the_clock_stands_still_during_validation_and_warm_up(shards, tmp_path, 
         return slow
 
     monkeypatch.setattr(train_muon, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(train_muon, "evaluate", takes(1000, train_muon.evaluate))
     monkeypatch.setattr(train_muon, "random_batches", takes(1000, train_muon.random_batches))
-    monkeypatch.setattr(Exchange, "flush", takes(1, Exchange.flush))  # once in each step
-    run = train(tmp_path, data=shards, num_iterations=5, val_every=2, checkpoint_every=3, warmup_steps=2)
+    monkeypatch.setattr(Exchange, "flush_reduce", takes(1, Exchange.flush_reduce))  # once in each step
+    recipe = MUON._replace(evaluate=takes(1000, train_muon.evaluate))
+    run = train(tmp_path, recipe, data=shards, num_iterations=5, val_every=2, checkpoint_every=3, warmup_steps=2)
     assert now[0] == 1000 * 5 + 7
     for row in rows_of(run):
         assert row.get("train_time", row["step"]) == row["step"], row
@@ -1771,31 +1675,15 @@ def test_training_needs_only_torch_and_numpy_and_no_network(shards, tmp_path):
     assert "step:4/4 val_loss:" in done.stdout and "step:4/4 val_loss:" in (tmp_path / "muon/run.log").read_text()
 
 
-LOCAL = {"train_muon", "train_adamw", "model", "checkpoint", "guards", "data", "logger"}
+def test_the_core_trains_without_zoo_and_tools(shards, tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    done = python(tmp_path / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path / "logs", sample_tokens=4), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "logs/muon/checkpoint/step_000004/manifest.json").exists()
 
 
-def local_imports(name: str) -> set[str]:
-    """Which of our own files are imported when this one is: imports outside functions."""
-    found, waiting = set(), [ast.parse((ROOT / f"{name}.py").read_text())]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            found.add(node.module.partition(".")[0])
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            waiting += ast.iter_child_nodes(node)
-    return found & LOCAL
-
-
-def test_imports_run_one_way():
-    assert local_imports("train_adamw") == {"train_muon"}
-    assert local_imports("train_muon") == {"model", "checkpoint", "guards", "data", "logger"}
-    assert local_imports("checkpoint") == {"model", "guards", "logger"}
-    assert local_imports("guards") == {"model", "data", "logger"}
-    for name in ("model", "data", "logger"):
-        assert local_imports(name) <= {name}
+LOCAL = {"train_muon", "train_adamw", "model", "ops", "cli", "checkpoint", "distributed", "facts", "guards", "data", "logger"}
 
 
 def test_the_training_scripts_import_heavy_packages_nowhere_at_the_top():
@@ -1823,7 +1711,7 @@ print(faults[-1] - faults[-2])
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc's malloc")
 def test_a_run_keeps_the_memory_that_its_tensors_give_back():
-    join = "import datetime, guards; guards.init_distributed('cpu', datetime.timedelta(seconds=60))"
+    join = "import datetime, distributed; distributed.init_distributed('cpu', datetime.timedelta(seconds=60))"
     asked = [subprocess.run([sys.executable, "-c", PAGE_FAULTS.format(before=before)], cwd=ROOT, capture_output=True, text=True, check=True)
              for before in ("", join)]  # fmt: skip
     given_back, kept = (int(run.stdout) for run in asked)
@@ -1831,10 +1719,10 @@ def test_a_run_keeps_the_memory_that_its_tensors_give_back():
 
 
 def test_every_flag_says_what_it_is(capsys):
-    """What the comment behind a field says, out of the source; of Common's fields, of the recipe's own and of the model's."""
+    """What the comment behind a field says, out of the source; of TrainConfig's fields, of the recipe's own and of the model's."""
     with pytest.raises(SystemExit):
         train_muon.parse(MUON, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
     for text in ("steps; 0 = at the end only (default 125)", "tiled over depth: M = mixture of experts, D = dense MLP (default 'M')"):
         assert text in said
-    assert len(re.findall(r"\(default ", said)) == len(dataclasses.fields(Config)) + len(dataclasses.fields(MUON.hyperparameters))
+    assert len(re.findall(r"\(default ", said)) == len(dataclasses.fields(Config)) + len(dataclasses.fields(MUON.train_config))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plants import ODD, PLANTS
+from fault_injection import INJECTIONS, ODD
 from test_train import (  # noqa: F401  (fixtures are used by name)
     CONFIGS,
     LAYOUT_RUN,
@@ -49,10 +49,12 @@ from test_train import (  # noqa: F401  (fixtures are used by name)
 import checkpoint
 import model
 import train_muon
-from guards import World
+from distributed import World, make_buckets
 from model import GPT
+from tools import cost
 from train_adamw import ADAMW
-from train_muon import MUON, make_buckets
+from train_muon import MUON
+from zoo.recipes import ZOO_MUON
 
 STEPS = 30
 KEPT = dict(checkpoint_every=10)  # worker.py keeps a copy of step 10
@@ -60,7 +62,8 @@ HALF = 6 * 32  # the first token of the second half of the batch
 
 
 def job(recipe=MUON, copy=None, plant=None, **values) -> dict:
-    return {"recipe": recipe.name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
+    name = "zoo" if recipe is ZOO_MUON else recipe.name
+    return {"recipe": name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
 
 
 def resumed(source: str, **values) -> dict:
@@ -84,7 +87,7 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
         "muon2_parts2": job(expert_parallel=2, **KEPT),
         "muon2_parts2_sync": job(expert_parallel=2, overlap="false"),
         "muon2_bias": job(num_iterations=12, bias_update_factor=0.01),
-        **{name: job(num_iterations=8, **options) for name, options in DEPTHS.items()},
+        **{name: job(ZOO_MUON, num_iterations=8, **options) for name, options in DEPTHS.items()},
         "muon2_traced": job(num_iterations=3, plant="traced", compile="true"),
         "muon2_parts2_traced": job(num_iterations=3, plant="traced", compile="true", expert_parallel=2),
         "bf16_2": job(num_iterations=15, dtype="bf16", ns_dtype="bf16"),
@@ -128,7 +131,7 @@ def world(tmp_path_factory, shards):  # noqa: F811
         copies = lambda name, one: one["copy"] and [str(out / one["copy"][0]), str(out / name)]
         listed = {name: one | {"words": words(name, one), "copy": copies(name, one)} for name, one in JOBS[ranks].items()}
         (out / f"jobs{ranks}.json").write_text(json.dumps(listed))
-        done = torchrun(ranks, ROOT / "tests/worker.py", out, timeout=300)
+        done = torchrun(ranks, ROOT / "tests/core/worker.py", out, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return out
 
@@ -136,7 +139,7 @@ def world(tmp_path_factory, shards):  # noqa: F811
 
 
 def train_recipe(one: dict):
-    return {"muon": MUON, "adamw": ADAMW}[one["recipe"]]
+    return {"muon": MUON, "adamw": ADAMW, "zoo": ZOO_MUON}[one["recipe"]]
 
 
 class Seen:
@@ -233,7 +236,7 @@ PLANNED = ["muon2", "muon2_one_bucket", "adamw2", "muon2_parts2", "muon3", "muon
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_plan_predicts_the_bytes_that_are_sent(name, world):
     job, (config, hp) = Seen(world, name), parsed(name)
-    plan = train_muon.plan(config, hp, MUON, job.ranks)
+    plan = cost.plan(config, hp, MUON, job.ranks)
     sent = [seen["bytes"]["reduce_scatter"] + seen["bytes"]["all_gather"] for seen in job.seen]
     assert max(sent) == plan["sent_bytes"]
     if hp.expert_parallel == 1:
@@ -251,7 +254,7 @@ def test_the_plan_predicts_the_optimizer_s_memory(world):
         for rank in range(job.ranks):
             slabs = torch.load(folder / f"rank{rank}.pt", weights_only=True)
             held.append(sum(t.nbytes for slab in slabs.values() for key, t in slab.items() if key not in ("value", "step")))
-        plan = train_muon.plan(config, hp, recipe, job.ranks)
+        plan = cost.plan(config, hp, recipe, job.ranks)
         assert max(held) == plan["optimizer_bytes"] and sum(held) == plan["optimizer_bytes_total"]
 
 
@@ -263,11 +266,11 @@ def test_newton_schulz_s_flops_are_counted_by_torch_too():
     with FlopCounterMode(display=False) as counter:
         for p in matrices:
             train_muon.newton_schulz(torch.randn(p.shape))
-    assert train_muon.plan(config, hyper(MUON), MUON, 1)["newton_schulz_total"] == counter.get_total_flops()
+    assert cost.plan(config, hyper(MUON), MUON, 1)["newton_schulz_total"] == counter.get_total_flops()
 
 
 def test_the_plan_prints_without_data_or_ranks(monkeypatch):
-    monkeypatch.setattr(train_muon.dist, "init_process_group", lambda *_, **__: pytest.fail("ranks were asked for"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("ranks were asked for"))
     monkeypatch.setenv("RANK", "0")
     words = ["--preset", "speedrun", "--world_size", "8", "--plan", "--data", "nowhere"]
     status, out, err = call(lambda: train_muon.main(MUON), words)
@@ -312,7 +315,7 @@ def test_ranks_hold_only_their_experts_and_start_from_the_same_values(parts):
 def test_what_is_missing_on_some_ranks_counts_as_zero(name, world, shards, tmp_path, monkeypatch):  # noqa: F811
     """Two ranks against one with two micro-batches, the same oddity planted into the second half of the batch."""
     gradients, plant = {}, PLANTED[name.partition("_")[0]]
-    PLANTS[plant](monkeypatch, HALF)
+    INJECTIONS[plant](monkeypatch, HALF)
     first_gradients(monkeypatch, gradients)
     run = train(tmp_path, data=shards, **job(num_iterations=8, micro_batch_tokens=HALF)["values"])
     two = Seen(world, name)
@@ -493,7 +496,7 @@ def test_two_hosts_in_network_namespaces_train_the_run_of_one(two_hosts, shards,
     assert_near_series(series(tmp_path / "muon", "train/loss"), series(whole_batch(MUON)[0], "train/loss"), 1e-5)
     assert_near(state_of(tmp_path / "muon"), state_of(whole_batch(MUON)[0]), 1e-4)
     config, hp, _ = train_muon.parse(MUON, words)
-    plan = train_muon.plan(config, hp, MUON, 2)
+    plan = cost.plan(config, hp, MUON, 2)
     least = LAYOUT_RUNS["muon"]["num_iterations"] * (plan["sent_bytes"] + plan["rows_bytes"])
     assert received_bytes(two_hosts[1][0], two_hosts[1][2]) > least  # it all went over the cable
 
@@ -513,7 +516,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(shards, tmp_path, monkey
 
     def counting_step(*words):
         row = step(*words)
-        if words[4] == 5:
+        if words[2] == 5:
             assert not (tmp_path / "muon/checkpoint/step_000003").exists()
             done.set()
         return row
@@ -538,7 +541,7 @@ def test_the_selection_bias_moves_alike_on_one_rank_and_on_two(world, shards, tm
 
 @pytest.mark.parametrize("name", DEPTHS)
 def test_loops_and_pools_train_on_two_ranks_as_on_one(name, world, shards, tmp_path):  # noqa: F811
-    run, job = train(tmp_path, data=shards, **JOBS[2][name]["values"]), Seen(world, name)
+    run, job = train(tmp_path, ZOO_MUON, data=shards, **JOBS[2][name]["values"]), Seen(world, name)
     assert_near_series(series(job.run, "train/loss"), series(run, "train/loss"), 1e-5)
     loops = [count for _, count in series(job.run, "depth/loops")]
     assert_near_series(series(job.run, "depth/loops"), series(run, "depth/loops"), 1e-5)

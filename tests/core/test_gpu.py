@@ -1,8 +1,7 @@
-"""What only a GPU can show: FlexAttention, FP8 and grouped matmuls at their native precision, graphs that are compiled once, a step that
-waits for nothing, and the CPU's own learning curve. `pytest -m gpu -rs`; skipped where there is no CUDA device."""
+"""Tests that need a GPU: operators at their native precision, graphs that are compiled once, a step without
+synchronisations, and the CPU's learning curve. `pytest -m gpu -rs`; skipped without a CUDA device."""
 
 import dataclasses
-import functools
 import os
 import shutil
 import sys
@@ -13,22 +12,38 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
-import model as M  # noqa: E402
+import model  # noqa: E402
+import ops  # noqa: E402
 import train_muon  # noqa: E402
 from checkpoint import load_model_from_run  # noqa: E402
-from guards import AsyncHostCopy, World  # noqa: E402
+from distributed import World  # noqa: E402
+from guards import AsyncHostCopy  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
-from model import GPT, PRESETS, Config  # noqa: E402
+from model import PRESETS, Config, DenseMask, ExpertRanks, FlexMask  # noqa: E402
 from tools import prepare  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+pytestmark = [pytest.mark.gpu, no_gpu]
 CUDA = torch.device("cuda")
-SMALL = dict(vocab_size=1000, eot_token=999, n_layer=4, n_embd=256, n_head=2, head_dim=128, num_experts=8, top_k=2, value_embeds=1,
-             pattern="MD", attention="AA-A", window="LS", window_size=512)
+SMALL = dict(
+    vocab_size=1000,
+    eot_token=999,
+    n_layer=4,
+    n_embd=256,
+    n_head=2,
+    head_dim=128,
+    num_experts=8,
+    top_k=2,
+    value_embeds=1,
+    pattern="MD",
+    attention="AA-A",
+    window="LS",
+    window_size=512,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -56,7 +71,7 @@ def test_flex_attention_equals_sdpa(window):
     position, tokens = torch.arange(T, device=CUDA), torch.tensor(window, device=CUDA)
     q, k, v, dy = torch.randn(4, B, H, T, C, device=CUDA, generator=rng(1)).unbind()
     results = []
-    for kind, dtype in ((M.FlexMask, torch.bfloat16), (M.DenseMask, torch.bfloat16), (M.DenseMask, torch.float32)):
+    for kind, dtype in ((FlexMask, torch.bfloat16), (DenseMask, torch.bfloat16), (DenseMask, torch.float32)):
         mask = kind(position, position, doc_BT, doc_BT, tokens)
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         y = mask.attend(*inputs, 0.12)
@@ -66,13 +81,16 @@ def test_flex_attention_equals_sdpa(window):
             close_to_fp32(flex, dense, exact)
 
 
-@pytest.mark.parametrize("counts", ([64] * 8, [0, 500, 0, 1, 3, 0, 7, 1], [512, 0, 0, 0, 0, 0, 0, 0], [0] * 7 + [512]), ids=str)
+@pytest.mark.parametrize(
+    "counts", ([64] * 8, [0, 500, 0, 1, 3, 0, 7, 1], [512, 0, 0, 0, 0, 0, 0, 0], [0] * 7 + [512]), ids=str
+)
 def test_grouped_matmuls_with_empty_and_uneven_experts(counts):
-    rows, weight = torch.randn(sum(counts), 256, device=CUDA, generator=rng()), torch.randn(8, 384, 256, device=CUDA, generator=rng(1)) / 16
+    rows = torch.randn(sum(counts), 256, device=CUDA, generator=rng())
+    weight = torch.randn(8, 384, 256, device=CUDA, generator=rng(1)) / 16
     dy = torch.randn(len(rows), 384, device=CUDA, generator=rng(2))
-    offs = torch.tensor(counts, device=CUDA).cumsum(0).int()
+    ends = torch.tensor(counts, device=CUDA).cumsum(0).int()
     rows_16, weight_16 = (x.bfloat16().requires_grad_() for x in (rows, weight))
-    y = M.grouped_mm(rows_16, weight_16, offs)
+    y = ops.grouped_mm(rows_16, weight_16, ends)
     got = [y, *torch.autograd.grad(y, (rows_16, weight_16), dy.bfloat16())]
     for dtype, store in ((torch.bfloat16, rounded := []), (torch.float32, exact := [])):
         r, w = (x.bfloat16().to(dtype).requires_grad_() for x in (rows, weight))
@@ -84,18 +102,22 @@ def test_grouped_matmuls_with_empty_and_uneven_experts(counts):
 
 
 def test_fp8_head_forward_and_backward():
-    """e4m3 rounds by about 0.026 of the norm, e5m2 by 0.053; the CPU's head differs by the order and the width of the sums alone."""
+    """e4m3 rounds by about 0.026 of the norm, e5m2 by 0.053; the CPU's head differs by its sums alone."""
     T, V, D = 512, 1024, 256
-    x = M.norm(torch.randn(T, D, device=CUDA, generator=rng())).bfloat16()
-    w, dz = torch.randn(V, D, device=CUDA, generator=rng(1)) * 0.3, (torch.rand(T, V, device=CUDA, generator=rng(2)) - 0.5).bfloat16() * 0.02
+    x = ops.norm(torch.randn(T, D, device=CUDA, generator=rng())).bfloat16()
+    w = torch.randn(V, D, device=CUDA, generator=rng(1)) * 0.3
+    dz = (torch.rand(T, V, device=CUDA, generator=rng(2)) - 0.5).bfloat16() * 0.02
 
     def head(x, w, dz):
-        z, saved = M.fp8_forward(x, M.fp8_prepare(w, x))
-        return z, *M.fp8_backward(dz, saved)
+        z, saved = ops.fp8_forward(x, ops.fp8_prepare(w, x))
+        return z, *ops.fp8_backward(dz, saved)
 
     got, want = head(x, w, dz), (x.float() @ w.T, dz.float() @ w, dz.float().T @ x.float())
     for ours, there, exact, most in zip(got, head(x.cpu(), w.cpu(), dz.cpu()), want, (0.05, 0.09, 0.09)):
-        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.01, (error(ours, exact), error(ours.cpu(), there))
+        assert error(ours, exact) < most and error(ours.cpu(), there) < 0.01, (
+            error(ours, exact),
+            error(ours.cpu(), there),
+        )
 
 
 def test_a_step_s_loss_and_gradients_are_the_cpu_s():
@@ -105,16 +127,17 @@ def test_a_step_s_loss_and_gradients_are_the_cpu_s():
     ids[0, 100] = ids[1, 300] = 999
     results = []
     for device in ("cpu", "cuda"):
-        model = GPT(config).init_weights(1).to(device).train()
+        net = model.build(config).init_weights(1).to(device).train()
         with torch.no_grad():
-            for p in model.parameters():
+            for p in net.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device) * 0.02)
-        model.set_step(5, 7, 11)
-        out = model(ids[:, :-1].to(device), ids[:, 1:].to(device))
-        names, parameters = zip(*model.named_parameters())
+        net.set_step(5, 7, 11)
+        out = net(ids[:, :-1].to(device), ids[:, 1:].to(device))
+        names, parameters = zip(*net.named_parameters())
         results.append((out, dict(zip(names, torch.autograd.grad(out.loss, parameters)))))
     (cpu, cpu_grads), (gpu, gpu_grads) = results
-    assert abs(cpu.loss.item() - gpu.loss.item()) < 1e-4 and torch.equal(cpu.stats["counts_LE"], gpu.stats["counts_LE"].cpu())
+    assert abs(cpu.loss.item() - gpu.loss.item()) < 1e-4
+    assert torch.equal(cpu.stats["counts_LE"], gpu.stats["counts_LE"].cpu())
     for name, grad in cpu_grads.items():
         assert error(gpu_grads[name].cpu(), grad) < 2e-3, name
 
@@ -124,23 +147,22 @@ def test_a_step_s_loss_and_gradients_are_the_cpu_s():
 
 
 class Trainer:
-    """What train() does before its loop, over random or given batches."""
+    """The parts of a run that train() makes before its loop, over random or given batches."""
 
     def __init__(self, config: Config, device: torch.device, rows: int = 2, seq_len: int = 1024, **hp):
-        self.device, self.config, self.timer = device, config, PhaseTimer(device.type)
         settings = dict(batch_tokens=2 * rows * seq_len, micro_batch_tokens=rows * seq_len, seq_len=seq_len) | hp
-        self.hp = dataclasses.replace(train_muon.PRESETS["speedrun"], **settings)
-        self.model = GPT(config).init_weights(0).to(device).train()
-        self.exchange = train_muon.Exchange(self.model, World(0, 1, device))
-        self.exchange.equip(train_muon.MUON, self.hp)
-        self.note = train_muon.compile_model(self.model, self.hp, device)
-        self.next_step = train_muon.random_batches(config, self.hp, 2, rows, device)
+        hp = dataclasses.replace(train_muon.PRESETS["speedrun"], **settings)
+        self.model = model.build(config).init_weights(0).to(device).train()
+        exchange = train_muon.Exchange(self.model, World(0, 1, device))
+        exchange.attach_optimizers(train_muon.MUON, hp)
+        self.note = train_muon.compile_model(self.model, hp, device)
+        self.next_step = train_muon.random_batches(config, hp, 2, rows, device)
+        self.session = train_muon.Session(train_muon.MUON, hp, self.model, exchange, PhaseTimer(device.type))
 
-    def step(self, number: int) -> float:
-        row, signs = train_muon.train_step(self.model, self.exchange, self.exchange.optimizers, self.next_step, number, self.hp,
-                                           train_muon.MUON, self.timer)  # fmt: skip
-        self.row = row
-        return AsyncHostCopy(signs)
+    def step(self, number: int) -> AsyncHostCopy:
+        """One optimizer step; returns its loss and flags."""
+        self.row, totals = train_muon.train_step(self.session, self.next_step, number)
+        return AsyncHostCopy(totals)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +181,9 @@ def graphs() -> int:
 
 
 def test_nothing_is_compiled_anew_while_routes_and_windows_change(trainer):
-    """Whole graphs (fullgraph=True raises at a break): one for each kind of layer, however many layers, windows and routes there are."""
+    """Whole graphs (fullgraph=True raises at a break), one for each kind of layer."""
     before, loads = graphs(), set()
-    assert 0 < before <= 6  # MoE with value embeddings and without attention, dense with and without embeddings; a skip from oneself, from others
+    assert 0 < before <= 6  # two kinds of MoE layer, two of dense layer, two of skip
     for step in range(0, 20, 4):
         with torch.no_grad():
             trainer.model.bias_LE.copy_(torch.randn(trainer.model.bias_LE.shape, generator=rng(step), device=CUDA))
@@ -170,8 +192,8 @@ def test_nothing_is_compiled_anew_while_routes_and_windows_change(trainer):
     assert graphs() == before and len(loads) == 5
 
 
-def test_a_step_waits_for_nothing(trainer):
-    """Batches ready on the device: from the first operator to the last, the host never asks the GPU for a value."""
+def test_a_step_has_no_synchronisation(trainer):
+    """With batches on the device the host never waits for a value of the GPU."""
     batches = trainer.next_step()
     trainer.next_step, real = lambda: batches, trainer.next_step
     torch.cuda.synchronize()
@@ -183,30 +205,32 @@ def test_a_step_waits_for_nothing(trainer):
         trainer.next_step = real
 
 
-ELSEWHERE = {  # beyond `stack` on one rank, where the host may have to ask: what differs, and the most questions for a micro-batch of 4 layers
+SYNCHRONISED = {  # beyond compiled steps: fields of the Config, most synchronisations of a micro-batch
     "stack, uncompiled": (dict(), 0),
-    "experts of two layers shared by the ranks of a group": (dict(), 2),  # the rows that travel, once per layer
-    "loop, three turns of two layers, halt act": (dict(depth="loop", loops=3, looped=".oo.", halt="act"), 60),
+    "experts of two layers shared by the ranks of a group": (dict(), 2),  # row counts, once per layer
+    "loop, three iterations of two layers, halt act": (dict(depth="loop", loops=3, looped=".oo.", halt="act"), 60),
     "routed, three steps over two layers": (dict(depth="routed", loops=3, looped=".oo."), 0),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ELSEWHERE)
-def test_elsewhere_the_questions_of_a_step_are_counted(what, tmp_path, capsys):
-    """How often the host waits for a value of the GPU's, in a training step of two micro-batches; printed."""
-    changes, most = ELSEWHERE[what]
-    trainer = Trainer(Config(**SMALL | dict(num_experts=8) | changes), CUDA, num_iterations=20, compile=False)
-    if "ranks" in what:
-        torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-        for moe in (module for module in trainer.model.modules() if isinstance(module, M.MoE)):
-            moe.carry = functools.partial(M.exchanged, torch.distributed.group.WORLD)
+@pytest.mark.parametrize("case", SYNCHRONISED)
+def test_synchronisations_of_a_step_are_counted(case, tmp_path, capsys):
+    """Synchronisations of a training step of two micro-batches; printed."""
+    changes, limit = SYNCHRONISED[case]
+    config_type = pytest.importorskip("zoo").Config if changes else Config
+    trainer = Trainer(config_type(**SMALL | changes), CUDA, num_iterations=20, compile=False)
+    if "ranks" in case:
+        group = f"file://{tmp_path}/group"
+        torch.distributed.init_process_group("nccl", init_method=group, rank=0, world_size=1)
+        for moe in (module for module in trainer.model.modules() if isinstance(module, model.MoE)):
+            moe.ranks = ExpertRanks(0, 2, torch.distributed.group.WORLD)  # size 2 takes the way over the group of one
     try:
         for step in range(2):
             trainer.step(step)
         batches = trainer.next_step()
         trainer.next_step = lambda: batches
         torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as questions:
+        with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             trainer.step(2)
@@ -215,10 +239,10 @@ def test_elsewhere_the_questions_of_a_step_are_counted(what, tmp_path, capsys):
         torch.cuda.set_sync_debug_mode("default")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    count = sum("synchronizing" in str(question.message) for question in questions)
+    count = sum("synchronizing" in str(warning.message) for warning in found)
     with capsys.disabled():
-        print(f"\n{what}: {count} synchronisations in a step of two micro-batches")
-    assert count <= 2 * most and (count > 0) == (most > 0)
+        print(f"\n{case}: {count} synchronisations in a step of two micro-batches")
+    assert count <= 2 * limit and (count > 0) == (limit > 0)
 
 
 def test_sampling_from_a_compiled_model_compiles_nothing(trainer):
@@ -238,16 +262,16 @@ def all_cores():
 
 @pytest.mark.parametrize("pattern", ("M", "D"))
 def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path, all_cores):
-    """100 steps of preset cpu's shape on the same batches: FlexAttention, grouped matmuls and kernels here, SDPA and loops there."""
+    """100 steps of preset cpu's shape on the same batches, with the operators of each device."""
     folder = tmp_path / "data"
     prepare.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "3000000", "--out", str(folder)])
     config = dataclasses.replace(PRESETS["cpu"], pattern=pattern)
-    hp = dict(data=str(folder), num_iterations=100, batch_tokens=4096, seq_len=1024, momentum_warmup=50, window_start=256, muon_lr=0.03,
-              ngram_embed_lr=0.1, compile=False)  # fmt: skip
+    hp = dict(data=str(folder), num_iterations=100, batch_tokens=4096, seq_len=1024, momentum_warmup=50,
+              window_start=256, muon_lr=0.03, ngram_embed_lr=0.1, compile=False)  # fmt: skip
     curves = []
     for device in (torch.device("cpu"), CUDA):
         trainer = Trainer(config, device, **hp)
-        loader = data.Loader(folder, seq_len=1024, batch_rows=4, micro_rows=2, rank=0, world_size=1, seed=0, vocab_size=257, device=device)
+        loader = data.Loader(folder, seq_len=1024, batch_rows=4, micro_rows=2, vocab_size=257, device=device)
         trainer.next_step = loader.next_step
         curves.append(torch.tensor([trainer.step(step).tolist()[0] for step in range(100)]))
         loader.close()
@@ -257,17 +281,17 @@ def test_bf16_steps_follow_the_cpu_s_curve(pattern, tmp_path, all_cores):
     assert (cpu[-30:].mean() - gpu[-30:].mean()).abs() < 0.03 and F.l1_loss(cpu, gpu) < 0.05, (cpu, gpu)
 
 
-def test_a_run_from_start_to_sample(tmp_path, monkeypatch):
-    """The script itself: compiled, FP8 head, warm-up, evaluations, a checkpoint that resumes and loads, a sample, times of every phase."""
+def test_a_run_from_start_to_sample(tmp_path):
+    """The script: compiled, FP8 head, warm-up, evaluations, a checkpoint that resumes, a sample, phase times."""
     folder, logs = tmp_path / "data", tmp_path / "logs"
     prepare.main(["--source", "python", "--encoding", "bytes", "--max_tokens", "300000", "--out", str(folder)])
-    words = f"""--preset speedrun --data {folder} --out_dir {logs} --n_layer 4 --n_embd 256 --n_head 2 --value_embeds 1 --pattern MD --attention AA-A
-                --seq_len 1024 --batch_tokens 4096 --micro_batch_tokens 2048 --num_iterations 30 --val_every 15 --val_tokens 8192 --warmup_steps 2
-                --sample_tokens 8 --window_size 512 --checkpoint_every 15""".split()  # fmt: skip
+    words = f"""--preset speedrun --data {folder} --out_dir {logs} --n_layer 4 --n_embd 256 --n_head 2 --value_embeds 1
+                --pattern MD --attention AA-A --seq_len 1024 --batch_tokens 4096 --micro_batch_tokens 2048
+                --num_iterations 30 --val_every 15 --val_tokens 8192 --warmup_steps 2 --sample_tokens 8
+                --window_size 512 --checkpoint_every 15""".split()  # fmt: skip
 
     def run(*more: str):
-        monkeypatch.setattr(sys, "argv", ["train_muon.py", *words, *more])
-        train_muon.main(train_muon.MUON)
+        train_muon.main(train_muon.MUON, [*words, *more])
         return logger.read_run(logs / "muon")["rows"]
 
     rows = run()
@@ -282,5 +306,5 @@ def test_a_run_from_start_to_sample(tmp_path, monkeypatch):
     shutil.rmtree(logs / "muon/checkpoint/step_000030")
     again = run("--resume")
     assert [row["val/loss"] for row in again if "val/loss" in row][-1] == pytest.approx(ends[-1], abs=0.02)
-    model, manifest = load_model_from_run(logs / "muon/checkpoint", CUDA.type)
-    assert manifest["step"] == 30 and model.generate(torch.tensor([[256, 100]], device=CUDA), 4).shape == (1, 6)
+    net, manifest = load_model_from_run(logs / "muon/checkpoint", CUDA.type)
+    assert manifest["step"] == 30 and net.generate(torch.tensor([[256, 100]], device=CUDA), 4).shape == (1, 6)

@@ -2,6 +2,7 @@
 
 The functions take train_muon.py's Session: recipe, hp, model, exchange, timer, folder."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import data
 import model
@@ -84,6 +86,43 @@ def speed_metrics(session, step: int, seconds: float, facts: dict) -> dict:
         "train/flops": step * hp.batch_tokens * facts["flops_per_token"],
         "memory/peak_bytes": peak_bytes(session.world.device),
     }
+
+
+NORMS_EVERY = 25  # steps
+
+
+class Norms:
+    """Norms of gradients and updates by kind of parameter, over the whole model; of every 25th step only.
+
+    Only reads the slabs, so that training keeps its bits. Holds a copy of a bucket's owned slabs during their update."""
+
+    def __init__(self, exchange, step: int):
+        self.due, self.world = (step + 1) % NORMS_EVERY == 0, exchange.world
+        self.kinds = sorted(set(exchange.model.parameter_kinds().values())) if self.due else []
+        self.squares = torch.zeros(2, len(self.kinds), dtype=torch.float64, device=self.world.device)
+
+    @contextlib.contextmanager
+    def measure(self, transfer):
+        """Adds the squares of the slabs that this rank owns in a bucket; encloses their update."""
+        owned = transfer.owned_by_kind() if self.due else {}
+        before = {kind: [value.clone() for value in values] for kind, values in owned.items()}
+        for kind, values in owned.items():
+            self._add(0, kind, [value.grad for value in values])
+        yield
+        for kind, values in owned.items():
+            torch._foreach_sub_(before[kind], values)
+            self._add(1, kind, before[kind])
+
+    def _add(self, quantity: int, kind: str, tensors: list[torch.Tensor]):
+        square = torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+        self.squares[quantity, self.kinds.index(kind)] += square
+
+    def row(self) -> dict:
+        """{"norm/grad/<kind>" and "norm/update/<kind>": 0-d tensor}; {} if this step is not due. Sums over ranks."""
+        if self.due and self.world.size > 1:
+            dist.all_reduce(self.squares)
+        norms = zip(("grad", "update"), self.squares.sqrt())
+        return {f"norm/{name}/{kind}": norm for name, row in norms for kind, norm in zip(self.kinds, row)}
 
 
 def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: dict, facts: dict):

@@ -3,6 +3,7 @@
     python logger.py                                   # table and plots of all runs below logs/
     python logger.py --experiment_name muon adamw      # of these two, in this order
     python logger.py --html                            # one interactive page, logs/plots/report.html
+    python logger.py --html --follow                   # the same, rewritten while the runs go on
     python logger.py --experiment_name muon --follow   # live status of a run
     python logger.py --experiment_name muon --routes   # which layers and experts its tokens were routed to
     python logger.py --records                         # history of the tracks below records/
@@ -560,15 +561,8 @@ def main():
 
 def show_runs(args):
     """Prints or draws the runs that the flags name. Raises UserError if there are none, or if a name is unknown."""
-    found = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
-    if not found:
-        raise UserError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
-    for name in args.experiment_name:
-        if name not in found:
-            raise UserError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
-    folders = [args.out_dir / name for name in dict.fromkeys(args.experiment_name or found)]
-    plots_folder = args.out_dir / "plots"
-
+    folders, plots_folder = find_runs(args), args.out_dir / "plots"
+    page = plots_folder / "report.html"
     if args.routes:
         from tools.routes import list_routes_files, write_analysis
 
@@ -576,6 +570,12 @@ def show_runs(args):
             folders = list(filter(list_routes_files, folders)) or folders
         for folder in folders:
             write_analysis(folder, plots_folder)
+        return
+    if args.follow and args.html:
+        from tools.report import follow_report
+
+        print(f"{page}: open it once; it is rewritten until the runs end (Ctrl-C to stop)", flush=True)
+        follow_report(lambda: find_runs(args), args.out_dir, page)
         return
     if args.follow:
         from tools.report import follow
@@ -593,13 +593,23 @@ def show_runs(args):
         from tools.report import write_report
 
         say("drawing the page")
-        page = plots_folder / "report.html"
         write_report(runs, args.out_dir, page)
         print(page)
     else:
         from tools.plots import write_plots
 
         write_plots(runs, plots_folder)
+
+
+def find_runs(args) -> list[Path]:
+    """The folders of the runs that the flags name, or of all."""
+    found = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
+    if not found:
+        raise UserError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
+    for name in args.experiment_name:
+        if name not in found:
+            raise UserError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
+    return [args.out_dir / name for name in dict.fromkeys(args.experiment_name or found)]
 
 
 def parse(argv=None):
@@ -615,7 +625,8 @@ def parse(argv=None):
                         help="print the history of the tracks below DIR (default: records), draw each, and stop")
     parser.add_argument("--track", metavar="NAME", help="with --records: only this track")
     parser.add_argument("--html", action="store_true", help="write one interactive page of the runs, plots/report.html")
-    parser.add_argument("--follow", action="store_true", help="show the live status of one run until it ends")
+    parser.add_argument("--follow", action="store_true",
+                        help="show the live status of one run until it ends; with --html rewrite the page until then")
     parser.add_argument("--routes", action="store_true",
                         help="draw which layers and experts the runs' tokens met, from their routes.npz")
     return parser.parse_args(argv)

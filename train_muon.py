@@ -55,7 +55,6 @@ from terminal import Progress, say
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag
 
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a run with any optimizer. The defaults are the speedrun's; PRESETS hold others."""
@@ -244,7 +243,6 @@ def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
 
 # -----------------------------------------------------------------------------
 # Optimizers and schedules: rates are pure functions of the step
-
 
 def make_optimizers(tensors: dict[str, list[Tensor]], hp: MuonConfig) -> list[torch.optim.Optimizer]:
     """AdamW and Muon over this rank's slabs, given by kind; only those with any."""
@@ -460,7 +458,6 @@ class Exchange:
 # -----------------------------------------------------------------------------
 # A run: the parts that another script replaces, and the parts that stay the same during it
 
-
 class Recipe(NamedTuple):
     """The parts of a run that differ between train_muon.py, train_adamw.py and train_zoo.py."""
 
@@ -514,7 +511,6 @@ def open_loader(config: Config, hp: TrainConfig, world: World, micro_rows: int, 
 # -----------------------------------------------------------------------------
 # Evaluation
 
-
 @torch.no_grad()
 def evaluate(session: Session, step: int) -> dict[str, float]:
     """val/loss in nats per token of the first val_tokens; val/bpb in bits per byte if the bytes of ids are known."""
@@ -557,7 +553,6 @@ def loss_metrics(prefix: str, totals: Tensor) -> dict[str, float]:
 
 # -----------------------------------------------------------------------------
 # One training step
-
 
 @contextlib.contextmanager
 def phase(timer: PhaseTimer, name: str):
@@ -603,22 +598,24 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
     with phase(timer, "communication"):
         exchange.flush_reduce()
     recipe.set_rates(exchange.optimizers, step, hp)
+    norms = facts.Norms(exchange, step)
     for transfer in exchange.transfers:
         with phase(timer, "communication"):
             transfer.receive_gradients()
-        with phase(timer, "optimizer"):
+        with phase(timer, "optimizer"), norms.measure(transfer):
             for optimizer in transfer.optimizers:
                 optimizer.step()
         with phase(timer, "communication"):
             transfer.send_values()
     with phase(timer, "communication"):
         exchange.finish()
+        norm_row = norms.row()
 
     sums, flags, counts = totals.split([len(names), len(flags), counts_LE.numel()])
     counts_LE = counts.view_as(counts_LE).long()
     net.balance(counts_LE)
     means = stats | dict(zip(names, sums.unbind()))
-    return step_metrics(means, counts_LE), torch.cat([means["ce"][None], flags])
+    return step_metrics(means, counts_LE) | norm_row, torch.cat([means["ce"][None], flags])
 
 
 ROUTER_NAMES = {"balance_loss": "train/balance_loss", "z_loss": "train/z_loss", "entropy": "moe/router_entropy"}
@@ -636,7 +633,6 @@ def step_metrics(stats: dict, counts_LE: Tensor) -> dict:
 
 # -----------------------------------------------------------------------------
 # Training
-
 
 def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str, resume: bool, enable_profiling: bool,
           world: World, sinks=()):  # fmt: skip
@@ -793,7 +789,6 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
 # -----------------------------------------------------------------------------
 # Before training: checks, data, compilation
 
-
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
     if resume and not folder.exists():
@@ -858,7 +853,6 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 # -----------------------------------------------------------------------------
 # Command line
-
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""

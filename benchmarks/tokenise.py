@@ -20,8 +20,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from cli import UserError  # noqa: E402
-from cli import Parser, positive  # noqa: E402
+from cli import (  # noqa: E402
+    Parser,
+    UserError,  # noqa: E402
+    positive,
+)
 from tools import sources  # noqa: E402
 
 

@@ -56,7 +56,8 @@ def row_context(config: zoo.Config, T: int, starts=()) -> zoo.block.Context:
     mask = model.DenseMask(position, position, doc_BT, doc_BT, torch.tensor(config.window_size))
     same_doc_BS = torch.nn.functional.pad(doc_BT, (1, -1), value=-1) == doc_BT
     noise_key = (torch.tensor(SEED), torch.tensor(STEP), torch.tensor(0), position)
-    return zoo.block.Context(None, mask, None, None, None, same_doc_BS, noise_key, torch.zeros(config.num_experts), None)
+    bias_E = torch.zeros(config.num_experts)
+    return zoo.block.Context(None, mask, None, None, None, same_doc_BS, noise_key, bias_E, None)
 
 
 def document_starts(starts, T: int) -> list[int]:

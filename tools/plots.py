@@ -13,7 +13,7 @@ from logger import explain_os_errors, format_metric, get_columns, last, make_fol
 
 COLOURS = "#1f6feb #e5532d #1a9850 #8e44ad #e6a700 #17a2b8 #d6336c #6b4f3a".split()
 PHASE_COLOURS = "#c9ced6 #7fb3ff #1f6feb #e5532d #f2b134 #1a9850 #8e44ad".split()
-LINESTYLES = ("-", "--", ":", "-.")
+LINESTYLES = ("-", *((0, lengths) for lengths in ((6, 3), (2, 3), (8, 3, 2, 3), (12, 4), (6, 2, 2, 2, 2, 2), (3, 7))))
 THEME = {
     "savefig.dpi": 130, "font.size": 9, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -203,7 +203,7 @@ def plot_domain_routing(figure, runs):
 def assign_styles(runs):
     """Sets run["style"], a colour and a line style, so that a run looks the same in every plot."""
     for i, run in enumerate(runs):
-        run["style"] = {"color": COLOURS[i % 8], "linestyle": LINESTYLES[i // 8 % 4]}
+        run["style"] = {"color": COLOURS[i % 8], "linestyle": LINESTYLES[i // 8 % len(LINESTYLES)]}
 
 
 @contextmanager

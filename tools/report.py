@@ -1,4 +1,7 @@
-"""Reports of runs: the interactive page (with report.html), the live status, and the section of a Hub model card."""
+"""Reports of runs: the interactive page (report.html, report.js), the live status, and the section of a model card.
+
+Sections: page, following runs that other processes write, model card.
+"""
 
 import io
 import json
@@ -12,9 +15,12 @@ from urllib.parse import quote
 
 from cli import UserError
 from logger import (
+    TABLE,
     explain_os_errors,
     finite_or_none,
     get_columns,
+    get_final_row,
+    has_ended,
     make_folder,
     read_run,
     table_rows,
@@ -36,60 +42,103 @@ CURVES = {  # key -> title, in the page's order; other metrics are folded away b
     "memory/peak_bytes": "peak memory, bytes",
     "train/mfu": "MFU",
 }
+NORMS = {"norm/grad/": "gradient norm", "norm/update/": "update norm"}  # prefix of the key -> title; the rest is a kind
+COMPRESSORS = {"val/gzip_bpb": "gzip", "val/xz_bpb": "xz"}  # lines in the chart of bits per byte
 AXES = {"step": "step", "seconds": "train_time", "flops": "train/flops"}  # the page's name of an x axis -> key
-PLOTLY_DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-MAX_POINTS, MAX_LOADS = 16_000, 400_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
+MAX_POINTS, MAX_LOADS = 16_000, 100_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
 HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --routes logs/muon/routes.npz"
                      " --data data/python`, or train with --routes_tokens")
 
 
-def write_report(runs, out_dir, page):
-    """Writes the page, one file that loads nothing else. Raises UserError without plotly or on a failed write."""
+def write_report(runs, out_dir, page, live: bool | None = None, poll_seconds: float = 5.0):
+    """Writes the page, one file that loads nothing else.
+
+    live: True or False to write the data also beside the page, as report_data.js. While it is True, an open page reads
+        that file every poll_seconds.
+
+    Raises UserError without plotly, or if a file cannot be written.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError("--html draws with plotly: `pip install plotly` or `pip install -r requirements.txt`") from None
-    template = Path(__file__).with_name("report.html")
-    with explain_os_errors(template, "read"):
-        html = template.read_text(encoding="utf-8")
-    data = json.dumps(finite_or_none(page_data(runs, out_dir, page)), allow_nan=False)
+    templates, data_file = Path(__file__).parent, page.with_name(f"{page.stem}_data.js")
+    with explain_os_errors(templates, "read"):
+        html, script = (Path(templates, f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "js"))
+    numbers = page_data(runs, out_dir, page)
+    if live:
+        numbers["live"] = {"file": data_file.name, "seconds": poll_seconds}
+    data = json.dumps(finite_or_none(numbers), allow_nan=False)
     data = data.replace("<", "\\u003c")  # no text of a run may open or close a script element
-    html = html.replace("/* PLOTLY */", get_plotlyjs().replace("</script", "<\\/script"))
+    plotly = get_plotlyjs().replace("</script", "<\\/script")
+    html = html.replace("/* SCRIPT */", script).replace("/* PLOTLY */", plotly)
     make_folder(page.parent)
     write_text(page, html.replace("/* NUMBERS */", data))
+    if live is not None:
+        write_text(data_file, f"refresh({data});\n")
 
 
 def page_data(runs, out_dir, page) -> dict:
     """The data of report.html. `page` is its future path, from which the links to the logs start."""
     assign_styles(runs)
-    titles, *cells = table_rows(runs)
     entries = []
-    for run, row in zip(runs, cells):
+    for run, cells, group in zip(runs, table_rows(runs)[1:], group_seeds(runs)):
         folder = Path(out_dir) / run["name"]
         files = [name for name in ("run.log", "metrics.jsonl", "config.json") if (folder / name).exists()]
         samples = get_columns(run, "sample/text")[0]
+        dashes = run["style"]["linestyle"]
         entries.append({
             "name": run["name"],
-            "cells": row,
+            "group": group,
+            "cells": cells[1:],
+            "values": table_values(run),
             "files": [(name, quote(Path(os.path.relpath(folder / name, page.parent)).as_posix())) for name in files],
             "colour": run["style"]["color"],
-            "dash": PLOTLY_DASHES[run["style"]["linestyle"]],
+            "dash": ",".join(f"{length}px" for length in dashes[1]) if dashes != "-" else "solid",
             "parts": group_curves(run, max(60, min(400, MAX_POINTS // len(runs)))),
+            "compressors": {name: get_final_row(run["rows"], key).get(key) for key, name in COMPRESSORS.items()},
             "load": expert_loads(run, MAX_LOADS // len(runs)),
             "coactivation": read_coactivation(folder),
             "sample": samples[-1] if samples else None,
         })
     logged = dict.fromkeys(key for entry in entries for part in entry["parts"] for key in part["y"])
-    location, now = Path(out_dir).resolve().name, time.strftime("%Y-%m-%d %H:%M")
+    norms = {key: f"{title}, {key.removeprefix(prefix)}" for prefix, title in NORMS.items()
+             for key in sorted(logged) if key.startswith(prefix)}
+    location, now = Path(out_dir).resolve().name, time.strftime("%Y-%m-%d %H:%M:%S")
     return {
         "about": f"{len(runs)} run{'s' * (len(runs) > 1)} below {location}/, {now}",
-        "titles": titles,
+        "columns": [(title, template) for title, template, *_ in TABLE] + [(key, "{:,.0f}") for key in COUNTS],
         "runs": entries,
         "differences": compare_settings(runs) if len(runs) > 1 else [],
         "curves": [(key, title) for key, title in CURVES.items() if key in logged],
-        "others": [(key, key) for key in logged if key not in CURVES],
+        "norms": list(norms.items()),
+        "others": [(key, key) for key in logged if key not in (*CURVES, *norms, *COMPRESSORS)],
         "how_to_get_routes": HOW_TO_GET_ROUTES,
+        "written": time.time(),
+        "live": None,
     }
+
+
+COUNTS = {"parameters": "total", "active": "active"}  # title of a column -> its key in the configuration
+
+
+def table_values(run) -> list[float | None]:
+    """The numbers in the cells of the run's row, to sort by and to average; None where there is none."""
+    columns = [(choose, get_columns(run, key)[0]) for _, _, choose, key in TABLE]
+    parameters = run["config"].get("parameters") or {}
+    counts = [parameters.get(key) for key in COUNTS.values()]
+    return [choose(values) if values else None for choose, values in columns] + counts
+
+
+def group_seeds(runs) -> list[int]:
+    """For each run, the index of the first run with the same settings but for the seed, names and paths."""
+    first, groups = {}, []
+    for i, run in enumerate(runs):
+        settings = _flatten_settings(run["config"])
+        kept = {name: Path(str(value)).name if name.endswith("data") else value for name, value in settings.items()
+                if name.rpartition(".")[2] not in ("seed", "experiment_name", "out_dir", "matmul_flops_per_second")}
+        groups.append(first.setdefault(json.dumps(kept, sort_keys=True, default=str) if kept else i, i))
+    return groups
 
 
 def group_curves(run, bins: int) -> list[dict]:
@@ -154,7 +203,35 @@ def _flatten_settings(config: dict, prefix="") -> dict:
 
 
 # -----------------------------------------------------------------------------
-# Live status of a run that another process writes
+# Following runs that other processes write
+
+def follow_report(list_folders, out_dir, page, poll_seconds: float = 5.0):
+    """Writes the page anew whenever a run has new rows, until every run has ended or its process is gone.
+
+    list_folders() returns the runs' folders, new ones included. An open page reloads its data and keeps the choices.
+    """
+    sizes_before = None
+    try:
+        while True:
+            folders = list_folders()
+            live = any(not has_ended(folder) and is_locked(folder) for folder in folders)  # before the rows are read
+            sizes = [(folder, data_size(folder)) for folder in folders]
+            if sizes != sizes_before or not live:
+                write_report(list(map(read_run, folders)), out_dir, page, live, poll_seconds)
+            if not live:
+                return
+            sizes_before = sizes
+            time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        write_report(list(map(read_run, list_folders())), out_dir, page, live=False)
+        raise
+
+
+def data_size(folder) -> int:
+    """Bytes of the files that read_run() reads."""
+    return sum(path.stat().st_size for path in (folder / "metrics.jsonl", folder / "config.json") if path.exists())
+
+
 
 BARS = "▁▂▃▄▅▆▇█"
 STATUS_METRICS = [  # title, format, key
@@ -174,7 +251,7 @@ def follow(folder, poll_seconds: float = 1.0, patience: float = 10.0):
     terminal = sys.stdout.isatty()
     size_before, height, evaluations_before, changed = None, 0, 0, time.monotonic()
     while True:
-        size = sum(path.stat().st_size for path in (folder / "metrics.jsonl", folder / "config.json") if path.exists())
+        size = data_size(folder)
         if size != size_before:
             run, size_before, changed = read_run(folder), size, time.monotonic()
             lines, evaluations = format_status(run), len(get_columns(run, "val/loss")[0])

@@ -3,7 +3,6 @@
 CPU, no network, about a minute: `pytest tests/core/test_output.py`."""
 
 import dataclasses
-import json
 import os
 import pty
 import re
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from test_train import TINY_MODEL, call, flags, no_matmul_rate, rows_of, shards, train  # noqa: F401  (fixtures)
 
 import guards

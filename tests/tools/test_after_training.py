@@ -1,7 +1,7 @@
 """After training: sampling from the command line, folders for the Hub, evaluation. The run is trained here.
 
-CPU, no network: `pytest tests/tools/test_after_training.py`. The Hub is a local HTTP server. The test of the harness is skipped if
-lm_eval is not installed (`pip install -r benchmarks/requirements-harness.txt`).
+CPU, no network: `pytest tests/tools/test_after_training.py`. The Hub is a local HTTP server.
+The test of the harness is skipped if lm_eval is not installed (`pip install -r benchmarks/requirements-harness.txt`).
 """
 
 import base64
@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[2]
 WORDS = "alpha beta gamma delta epsilon".split()
 BYTES = data.get_encoding("bytes")
 IN_CORE = ({}, dict(tie_embeddings=True), dict(pattern="D"), dict(head="fp8"))  # changes that model.Config has too
-TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2, value_embeds=1, window="L",
-            window_size=64, ngrams="2", ngram_rows=64, dtype="fp32")  # fmt: skip
+TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2,
+            value_embeds=1, window="L", window_size=64, ngrams="2", ngram_rows=64, dtype="fp32")  # fmt: skip
 
 
 def python(*words, expect=0, **env):
@@ -90,8 +90,10 @@ def run(tmp_path_factory):
         folder / "words",
     )
     flags = [f"--{name}={value}" for name, value in TINY.items() if name not in ("vocab_size", "eot_token")]
-    python("train_muon.py", "--preset", "cpu", "--data", folder / "words", "--out_dir", folder / "logs", "--num_iterations", 60,
-           "--batch_tokens", 1024, "--seq_len", 64, "--micro_batch_tokens", 1024, "--window_start", 64, "--val_tokens", 2048, "--val_every", 30,
+    python("train_muon.py", "--preset", "cpu", "--data", folder / "words", "--out_dir", folder / "logs",
+           "--num_iterations", 60, "--batch_tokens", 1024, "--seq_len", 64,
+           "--micro_batch_tokens", 1024, "--window_start", 64,
+           "--val_tokens", 2048, "--val_every", 30,
            "--sample_tokens", 8, "--warmup_steps", 0, *flags)  # fmt: skip
     return folder / "logs" / "muon"
 
@@ -214,7 +216,8 @@ def test_a_character_of_several_tokens_is_shown_whole(monkeypatch, capsys, run):
 
 @pytest.mark.parametrize("changes", (
     {}, dict(tie_embeddings=True), dict(pattern="D"), dict(experts="mlp,swiglu,kan,relu", mlp_ratio=4.5),
-    dict(attention="LSKR", n_layer=4), dict(router="mlp"), dict(router="conv"), dict(router="recurrent"), dict(router="attention"),
+    dict(attention="LSKR", n_layer=4), dict(router="mlp"), dict(router="conv"), dict(router="recurrent"),
+    dict(router="attention"),
     dict(num_shared_experts=1, shared="conv", mlp_ratio=3.0), dict(depth="loop", loops=3, halt="act"),
     dict(depth="routed", loops=3, looped="oo", controller="lstm"), dict(head="fp8"),
 ), ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()) or "plain")  # fmt: skip
@@ -273,8 +276,9 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     assert "## The run" in (tmp_path / "again/README.md").read_text()
 
 
-@pytest.mark.parametrize("changes", (dict(tie_embeddings=True), dict(pattern="D"), dict(depth="loop", loops=2), dict(num_meta_tokens=2),
-                                     dict(router="hash", bias_update_factor=0.01)), ids=lambda changes: next(iter(changes)))  # fmt: skip
+@pytest.mark.parametrize("changes", (dict(tie_embeddings=True), dict(pattern="D"), dict(depth="loop", loops=2),
+                                     dict(num_meta_tokens=2), dict(router="hash", bias_update_factor=0.01)),
+                                     ids=lambda changes: next(iter(changes)))  # fmt: skip
 def test_any_model_is_saved_and_loaded(changes, tmp_path):
     for config_class in (zoo.Config, model.Config)[: 1 + (changes in IN_CORE)]:
         net = random_net(config_class, **changes)
@@ -366,7 +370,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 def fake_hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     server.files, server.cards, server.requests, server.address = {}, [], [], f"http://127.0.0.1:{server.server_port}"
-    server.env = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret",
+    server.env = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"),
+                  "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret",
                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -486,7 +491,7 @@ class Table:
 
 @pytest.fixture
 def table():
-    """After `=`: `a` 0.5, `b` 0.3, `c` 0.2; after `a`: `a` 0.9, end 0.1; after `b`: `b` 0.2, `c` 0.8; elsewhere all alike."""
+    """After `=`: `a` 0.5, `b` 0.3, `c` 0.2; after `a`: `a` 0.9, `z` 0.1; after `b`: `b` 0.2, `c` 0.8; else uniform."""
     p = torch.full((257, 257), 1 / 257, dtype=torch.float64)
     for before, after in {
         "=": {"a": 0.5, "b": 0.3, "c": 0.2},
@@ -514,7 +519,8 @@ def test_scores_of_continuations_are_those_by_hand(table):
 
 def test_accuracies_of_questions_are_those_by_hand(table):
     """P(a) = .5, P(bc) = .24, P(c) = .2; per byte ln .5 = -.69, ln .405 / 3 = -.30, ln .24 / 2 = -.71."""
-    questions = [{"context": "x=", "choices": ["bc", "a", "c"], "answer": 1}, {"context": "x=", "choices": ["a", "aaa"], "answer": 1},
+    questions = [{"context": "x=", "choices": ["bc", "a", "c"], "answer": 1},
+                 {"context": "x=", "choices": ["a", "aaa"], "answer": 1},
                  {"context": "x=", "choices": ["c", "b"], "answer": 0}]  # fmt: skip
     assert E.answer_questions(table, BYTES, questions) == {
         "acc": pytest.approx(1 / 3),
@@ -597,7 +603,8 @@ def test_the_harness_runs_tasks_of_every_kind(run, tmp_path):
         task = TASK.format(name=name, path=tmp_path / "words.json", kind=kind, target=target, more=more)
         (tmp_path / f"{name}.yaml").write_text(task)
     done = python("benchmarks/evaluate.py", "harness", "--checkpoint", run / "checkpoint", "--tasks", *kinds,
-                  "--include_path", tmp_path, HF_HOME=str(tmp_path / "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # fmt: skip
+                  "--include_path", tmp_path, HF_HOME=str(tmp_path / "hf"),
+                  HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # fmt: skip
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in done.stdout.splitlines()
@@ -614,7 +621,8 @@ def test_the_harness_runs_tasks_of_every_kind(run, tmp_path):
 
 def test_a_missing_harness_is_one_sentence(run):
     code = ("import sys; sys.modules['lm_eval'] = None; from benchmarks import evaluate; "
-            f"sys.argv[1:] = ['harness', '--checkpoint', {str(run / 'checkpoint')!r}, '--tasks', 'hellaswag']; evaluate.main()")  # fmt: skip
+            f"sys.argv[1:] = ['harness', '--checkpoint', {str(run / 'checkpoint')!r}, '--tasks', 'hellaswag']; "
+            "evaluate.main()")  # fmt: skip
     assert "pip install -r benchmarks/requirements-harness.txt" in sentence(python("-c", code, expect=1))
 
 

@@ -1,7 +1,8 @@
 """benchmarks/floor.py, throughput.py, contenders.py, gpu.py, arithmetic.py, domains.py.
 
-FLOPs against the model card and torch's counter, byte counts by hand, properties of every floor, verdicts on given races, and the
-scripts at a tiny shape. CPU, no network; Mixtral only if transformers is installed: `pytest tests/tools/test_benchmarks.py`.
+FLOPs against the model card and torch's counter, byte counts by hand, properties of every floor, verdicts on given
+races, and the scripts at a tiny shape. CPU, no network; Mixtral only if transformers is installed:
+`pytest tests/tools/test_benchmarks.py`.
 """
 
 import dataclasses
@@ -143,7 +144,8 @@ def test_a_part_takes_the_longer_of_computing_and_moving():
 
 
 @pytest.mark.parametrize("optimizer", floor.OPTIMIZERS)
-@pytest.mark.parametrize("more", [dict(n_layer=3), dict(n_embd=128), dict(num_experts=8), dict(top_k=1, num_experts=8, mlp_ratio=8.0),
+@pytest.mark.parametrize("more", [dict(n_layer=3), dict(n_embd=128), dict(num_experts=8),
+                                  dict(top_k=1, num_experts=8, mlp_ratio=8.0),
                                   dict(vocab_size=1024), dict(n_head=4), dict(value_embeds=1)], ids=str)  # fmt: skip
 def test_more_work_takes_longer(optimizer, more):
     bigger = dataclasses.replace(SHAPES["experts"], **more)
@@ -362,7 +364,7 @@ class Clock:
 
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path):
-    """gpu.py at a tiny shape on the CPU: everything but CUDA itself; returns its arguments and a list of what it saves."""
+    """gpu.py at a tiny shape on the CPU, without CUDA; returns its arguments and a list of the rows that it saves."""
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
@@ -411,7 +413,7 @@ def test_a_row_that_fails_is_named_and_affects_no_other(on_cpu, monkeypatch):
     assert gpu.step_rows(args, RATES, saved.append) == ["row moe_16: division by zero"] and [
         row["row"] for row in saved
     ] == ["dense", "moe"]
-    monkeypatch.setattr(model, "softcap_nll", lambda z, target, **options: torch.full((len(z),), math.nan))
+    monkeypatch.setattr(ops, "softcap_nll", lambda z, target, **options: torch.full((len(z),), math.nan))
     saved.clear()
     (dense, *_) = gpu.step_rows(args, RATES, saved.append)
     assert dense.startswith("row dense: the loss is nan") and not saved
@@ -423,7 +425,8 @@ def test_gpu_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypa
     gpu.part_rows(args, saved.append)
     names = [row["part"] for row in saved]
     assert len(set(names)) == len(names)
-    wanted = {"grouped up", "dense up", "MLP, experts, fused", "data, 512 tokens", "gather rows", "combine rows, with gates", "router and its losses",
+    wanted = {"grouped up", "dense up", "MLP, experts, fused", "data, 512 tokens", "gather rows",
+              "combine rows, with gates", "router and its losses",
               "head + loss, fp8", "AdamW on one table"}  # fmt: skip
     assert wanted <= set(names)
     assert {name for name in names if "plain" in name} and all(row["ms"] == 0.5 for row in saved)
@@ -488,7 +491,8 @@ def test_domains_trains_switches_experts_off_and_compares(tmp_path):
     prepare.main(["--source", "domains", "--encoding", "bytes", "--out", str(tmp_path / "shards"), "--path", *paths])
     results = ["--results", tmp_path / "results.jsonl"]
     ours = [*results, "--data", tmp_path / "shards", "--out_dir", tmp_path / "logs", "--seeds", 0, "--val_tokens", 1024]
-    small = "--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64 --batch_tokens=256".split()
+    small = """--n_layer=1 --n_embd=32 --n_head=1 --head_dim=32 --mlp_ratio=1 --shared_dim=32 --seq_len=64
+               --batch_tokens=256""".split()
     benchmark(
         "domains.py",
         "run",

@@ -28,7 +28,6 @@ import arithmetic  # noqa: E402
 import domains  # noqa: E402
 from test_train import TINY_MODEL, WORDS, call, write_data  # noqa: E402
 
-import data  # noqa: E402
 import facts  # noqa: E402
 import logger  # noqa: E402
 import train_adamw  # noqa: E402

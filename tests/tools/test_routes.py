@@ -229,12 +229,13 @@ def run_well(*words):
     assert status == 0, err
 
 
-SMALL = """--preset cpu --device cpu --n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128 --batch_tokens 512
-           --num_iterations 2 --value_embeds 0 --sample_tokens 0 --val_tokens 128""".split()
+SMALL = """--preset cpu --device cpu --n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128
+           --batch_tokens 512 --num_iterations 2 --value_embeds 0 --sample_tokens 0 --val_tokens 128""".split()
 
 
 @pytest.mark.parametrize("script, flags, pictures", (
-    ("train_zoo.py", ["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."], {"layers", "loops", "difficulty"}),
+    ("train_zoo.py", ["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."],
+     {"layers", "loops", "difficulty"}),
     ("train_zoo.py", ["--depth", "loop", "--halt", "act", "--objective", "masked"], {"loops", "difficulty"}),
     ("train_muon.py", [], {"coactivation", "difficulty"})))  # fmt: skip
 def test_routes_of_a_run_are_drawn(script, flags, pictures, tmp_path):

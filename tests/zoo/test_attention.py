@@ -168,9 +168,10 @@ def cached_numbers_per_token(net: zoo.GPT) -> int:
 
 
 @pytest.mark.parametrize("attention, kept", (
-    ("A", 4 * 64), ("AS", 2 * 64), ("ASSS", 64), ("L", 4 * (8 + 8)), ("LS", 2 * (8 + 8)), ("K-", 2 * 64), ("AAAS", 3 * 64)))  # fmt: skip
+    ("A", 4 * 64), ("AS", 2 * 64), ("ASSS", 64), ("L", 4 * (8 + 8)), ("LS", 2 * (8 + 8)), ("K-", 2 * 64),
+    ("AAAS", 3 * 64)))  # fmt: skip
 def test_cache_size(attention, kept):
-    """Keys and values of two heads of 16: 64 numbers. Latent vector and rotating half of a head: 8 + 8. Shared ones: none."""
+    """Keys and values of two heads of 16: 64 numbers; latent vector and rotating half of a head: 8 + 8; shared: 0."""
     config = zoo.Config(**TINY | dict(attention=attention, latent_dim=8))
     assert cached_numbers_per_token(zoo.build(config)) == kept
     in_bf16 = dataclasses.replace(config, dtype="bf16")
@@ -374,7 +375,7 @@ def test_the_norm_pattern_is_per_layer():
     (dict(attention="R", norms="U"), 1),
     (dict(rotary="HVBW", qk_norm="none"), 4), (dict(num_meta_tokens=4, norms="R"), 1),
     (dict(depth="loop", loops=3, norms="RP"), 2),
-    (dict(depth="loop", loops=2, residual="average", looped=".oo."), 2),  # after the loop the number of terms is a tensor
+    (dict(depth="loop", loops=2, residual="average", looped=".oo."), 2),  # behind it the number of terms is a tensor
     (dict(router="attention", experts="mlp*3,constant"), 1)))  # fmt: skip
 def test_layers_of_one_kind_share_one_graph_whatever_the_routes(changes, kinds):
     """A graph without breaks, which other tokens or another step do not compile again."""

@@ -276,8 +276,8 @@ def test_the_order_of_the_list_changes_nothing():
     ("", {}, "it must be names out of"), ("mlp,,zero", {}, "it must be names out of"),
     ("mlp*x", {}, "it must be names out of"),
     ("zero,identity", {}, "at least one that has matmuls: mlp, swiglu, kan, relu"),
-    ("mlp*2,kan", dict(num_experts=3), "without kan: next to an mlp of hidden width 64 its own, a multiple of 8, would be 8 "
-                                       "and its FLOPs 1.12 times"),
+    ("mlp*2,kan", dict(num_experts=3),
+     "without kan: next to an mlp of hidden width 64 its own, a multiple of 8, would be 8 and its FLOPs 1.12 times"),
     ("mlp", dict(top_k=5, mlp_ratio=5.0), "top_k is 5; it must be at most num_experts = 4"),
 ))  # fmt: skip
 def test_a_bad_list_is_one_sentence(experts, changes, message):

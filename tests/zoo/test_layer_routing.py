@@ -43,7 +43,8 @@ def choices_of(net: zoo.GPT, x) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [
-    dict(controller="linear", looped=".ooo"), dict(controller="mlp", halt="act"), dict(controller="lstm", attention="KL-A"),
+    dict(controller="linear", looped=".ooo"), dict(controller="mlp", halt="act"),
+    dict(controller="lstm", attention="KL-A"),
     dict(controller="linear", route_by="first_token", looped="ooo."),
     dict(controller="memoryless", halt="stick_breaking", norms="R", loops=4),
     dict(controller="learned", attention="R", num_meta_tokens=2),
@@ -68,7 +69,8 @@ def test_routing_over_layers_leaks_nothing_and_cached_decoding_equals_the_full_f
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(attention="K-LA", looped=".oo."), dict(router="conv", router_noise=0.0), dict(router="attention", router_noise=0.0),
+    {}, dict(attention="K-LA", looped=".oo."), dict(router="conv", router_noise=0.0),
+    dict(router="attention", router_noise=0.0),
     dict(num_shared_experts=1, mlp_ratio=3.0, shared="conv", router_noise=0.0), dict(pattern="DM", router="hash"),
     dict(norms="R", attn_softmax="ssmax", pattern="D")], ids=name_of)  # fmt: skip
 def test_evaluation_equals_the_mixture_with_one_hot_weights(changes):
@@ -212,9 +214,12 @@ def test_a_controller_finds_the_order_of_trained_layers():
 
 
 @pytest.mark.parametrize("field, value, legal", (
-    ("controller", "gru", "linear"), ("route_by", "last", "token"), ("route_training", "hard", "soft"), ("step_loss", "first", "last"),
-    ("residual", "average", "add"), ("halt", "ponder", "act"), ("loop_keys", "share_first", "latest"), ("attention", "AS", "without S"),
-    ("router_residual", 0.5, "0 with depth routed"), ("identity_layers", -1, "at least 0"), ("anneal_steps", 0, "at least 1")))  # fmt: skip
+    ("controller", "gru", "linear"), ("route_by", "last", "token"), ("route_training", "hard", "soft"),
+    ("step_loss", "first", "last"),
+    ("residual", "average", "add"), ("halt", "ponder", "act"), ("loop_keys", "share_first", "latest"),
+    ("attention", "AS", "without S"),
+    ("router_residual", 0.5, "0 with depth routed"), ("identity_layers", -1, "at least 0"),
+    ("anneal_steps", 0, "at least 1")))  # fmt: skip
 def test_options_that_conflict_with_a_pool_are_refused(field, value, legal):
     with pytest.raises(UserError, match=f"^{field} is {value!r}.*{legal}"):
         zoo.Config(**TINY | POOL | {field: value})

@@ -79,7 +79,8 @@ def test_halting_leaks_nothing_and_cached_decoding_equals_the_full_forward(halt,
 
 
 HALTING = [dict(halt=halt, loop_keys=keys, **more) for halt, keys, more in (
-    ("act", "latest", dict(attention="KL")), ("act", "per_loop", dict(attention="AASA", window="L", residual="average")),
+    ("act", "latest", dict(attention="KL")),
+    ("act", "per_loop", dict(attention="AASA", window="L", residual="average")),
     ("act", "share_first", dict(reinject=0.3)), ("stick_breaking", "latest", dict(norms="R", num_meta_tokens=2)),
     ("stick_breaking", "per_loop", dict(attn_softmax="ssmax")),
     ("threshold", "latest", dict(residual="average_keep_embedding", attention="AA-A")),
@@ -181,7 +182,7 @@ def test_halted_tokens_cost_no_matmuls():
 
 
 def test_a_cache_that_each_iteration_overwrites_is_wrong(monkeypatch):
-    """With one entry per token, later tokens see the end of an earlier token's loop; in training, the same iteration."""
+    """With one entry per token, later tokens see the end of earlier loops; in training, the same iteration."""
 
     class Overwrite(LoopKeys):
         def store(self, module, loop):
@@ -260,8 +261,10 @@ def test_flops_include_every_iteration():
 
 
 @pytest.mark.parametrize("field, value, others, legal", (
-    ("looped", "o.o", {}, "neighbours"), ("looped", ".", {}, "neighbours"), ("looped", "ox", {}, "letters o ."), ("loops", 0, {}, "at least 1"),
-    ("eval_loops", -1, {}, "at least 0"), ("residual", "sub", {}, "add, average"), ("halt", "stop", {}, "act"), ("loop_keys", "all", {}, "latest"),
+    ("looped", "o.o", {}, "neighbours"), ("looped", ".", {}, "neighbours"), ("looped", "ox", {}, "letters o ."),
+    ("loops", 0, {}, "at least 1"),
+    ("eval_loops", -1, {}, "at least 0"), ("residual", "sub", {}, "add, average"), ("halt", "stop", {}, "act"),
+    ("loop_keys", "all", {}, "latest"),
     ("ponder_prior", 1.0, {}, "between 0 and 1"), ("reinject", -1.0, {}, "at least 0"),
     ("router", "conv", dict(depth="loop", halt="act"), "no neighbours"),
     ("shared", "conv", dict(depth="loop", halt="act", num_shared_experts=1, mlp_ratio=3.0), "no neighbours"),
@@ -288,8 +291,8 @@ def test_counting_to_n_takes_n_iterations_and_their_flops(halt, coef, over):
 def moeut(net: zoo.GPT, x):
     """Logits and balance loss of MoEUT (2405.16039) from its definition, token by token.
 
-    SwitchHead attention and sigma-MoE: queries, keys and routers see the normed stream, values and experts the stream. A group
-    of layers is repeated. The balance loss is minus the entropy of the mean choice over tokens and repeats, row by row."""
+    SwitchHead attention and sigma-MoE: queries, keys and routers see the normed stream, values and experts the stream.
+    A group of layers is repeated. The balance loss is minus the entropy of the mean choice, row by row."""
     c, p = net.config, dict(net.named_parameters())
     rms = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     cos, sin = ops.rotary_tables(torch.arange(x.size(1)), c.head_dim, torch.float32)
@@ -342,8 +345,10 @@ def moeut(net: zoo.GPT, x):
 
 
 def test_a_loop_of_routed_attention_and_sigma_moe_is_moeut():
-    net = tiny(depth="loop", loops=3, n_layer=2, attention="R", norms="U", experts="relu", num_experts=6, top_k=3, mlp_ratio=3.0,
-               router_noise=0.0, window="L", router_score="sigmoid", norm_topk_prob=0.0, entropy_coef=0.3, balance_coef=0.0, z_coef=0.0,
+    net = tiny(depth="loop", loops=3, n_layer=2, attention="R", norms="U", experts="relu", num_experts=6, top_k=3,
+        mlp_ratio=3.0,
+               router_noise=0.0, window="L", router_score="sigmoid", norm_topk_prob=0.0, entropy_coef=0.3,
+               balance_coef=0.0, z_coef=0.0,
                value_embeds=0, qk_norm="none", attn_scale=0.25, attn_experts=4, attn_top_k=2).train()  # fmt: skip
     with torch.no_grad():
         net.bias_LE.zero_()

@@ -1,4 +1,4 @@
-"""Routers: each against its definition; scores, noise, the previous layer's logits, Shazeer's losses, the selection bias.
+"""Routers: each against its definition; scores, noise, previous logits, Shazeer's losses, the selection bias.
 
 CPU, no network: `pytest tests/zoo/test_routers.py`.
 """
@@ -231,7 +231,7 @@ def test_the_bias_moves_after_its_threshold_of_tokens():
 
 
 def updates_until_balanced(score: str, factor: float, seed: int, limit: int = 400) -> int:
-    """Optimizer steps of 2,048 tokens until the load of every expert is below 1.15 times the mean; top-6 of 16, skewed logits."""
+    """Optimizer steps of 2,048 tokens until every load is below 1.15 times the mean; top-6 of 16, skewed logits."""
     net = zoo.build(zoo.Config(**TINY | dict(
         n_layer=2, value_embeds=0, pattern="MD", num_experts=16, top_k=6, mlp_ratio=6.0, router_score=score,
         bias_update_factor=factor)))  # fmt: skip

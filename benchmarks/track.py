@@ -53,6 +53,7 @@ from tools import plots, records, sources  # noqa: E402
 
 OURS = """data device num_iterations val_every val_tokens sample_tokens checkpoint_every routes_tokens out_dir
           experiment_name seed resume enable_profiling plan objective""".split()  # flags that are the track's
+LOGS = ROOT / "logs"
 TIMED_STEPS = 20  # that a measurement counts, after as many in which experts meet new row counts, and before as many
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,9 +108,9 @@ class Row:
         if is_record:
             check_gpu(track)
         corpus = pinned_corpus(track, ROOT / folder) if is_record else any_corpus(ROOT / folder)
-        self.val_tokens = corpus.pop("val_tokens", track["val_tokens"])
-        if self.val_tokens < track["val_tokens"]:
-            say(f"note: {folder} has {self.val_tokens:,} validation tokens of the track's {track['val_tokens']:,}")
+        self.val_tokens, there = track["val_tokens"], corpus.pop("val_tokens", track["val_tokens"])
+        if there < self.val_tokens:
+            say(f"note: {folder} has {there:,} validation tokens, fewer than the track's {self.val_tokens:,}")
             self.val_tokens = 0  # all
         if self.val_tokens % self.hp.seq_len:
             legal = f"divide the track's {track['val_tokens']} validation tokens"
@@ -199,7 +200,7 @@ def results_file(args) -> Path:
     """The file of short's lines: the track's own with --record, else --results, else one in logs/."""
     if args.record:
         return ROOT / args.track / "tuning.jsonl"
-    return ROOT / (args.results or f"logs/short_{Path(args.track).name}.jsonl")
+    return ROOT / args.results if args.results else LOGS / f"short_{Path(args.track).name}.jsonl"
 
 
 def read_results(args) -> list[dict]:
@@ -410,7 +411,7 @@ def seed_picture(results: dict[str, dict[int, float]], width: int = 60) -> str:
         for seed, value in seeds.items():
             marks[place(value)] = str(seed % 10) if marks[place(value)] in " |" else "*"
         rows.append(f"{name:{margin}}{''.join(marks)}".rstrip())
-    return "\n".join([*rows, f"{'':{margin}}{low:<{width // 2}.4f}{high:>{width // 2}.4f}"])
+    return "\n".join([*rows, f"{'':{margin}}{low:<{width // 2}.4f}{high:>{width - width // 2}.4f}"])
 
 
 def curve(args):

@@ -94,7 +94,7 @@ NORMS_EVERY = 25  # steps
 class Norms:
     """Norms of gradients and updates by kind of parameter, over the whole model; of every 25th step only.
 
-    Only reads the slabs, so that training keeps its bits. Holds a copy of a bucket's owned slabs during their update."""
+    Training keeps its bits, as slabs are only read. A copy of a bucket's owned slabs lives during their update."""
 
     def __init__(self, exchange, step: int):
         self.due, self.world = (step + 1) % NORMS_EVERY == 0, exchange.world

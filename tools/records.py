@@ -175,12 +175,12 @@ def format_history(folder, track: dict, records: list[dict]) -> str:
 
 def plot_history(figure, target: float, records: list[dict]):
     """Each record's training loss over seconds (mean over seeds), its final validation loss, and the target."""
-    figure.set_size_inches(9, 5)
+    figure.set_size_inches(9, 6)
     ax = figure.subplots()
     for i, record in enumerate(records):
         seconds, value = mean(record["seconds"]), mean(record["values"])
         mean_curve = [[mean(point) for point in zip(*points)] for points in zip(*record["curves"])]
-        ax.plot(*bin_means(mean_curve, 60).T, color=COLOURS[i % 8], linewidth=1)
+        ax.plot(*bin_means(mean_curve, 60).T, color=COLOURS[i % 8], linewidth=1.2)
         ax.plot(seconds, value, "o", markersize=8, color=COLOURS[i % 8],
                 label=f"{i + 1}  {record['name']}: {seconds:,.0f} s")
     ax.axhline(target, color="black", linestyle=":", linewidth=1, label=f"target {target:.4f}")
@@ -190,7 +190,7 @@ def plot_history(figure, target: float, records: list[dict]):
     ax.set_ylim(top=2 * target)  # the first losses would flatten the end
     ax.set_xlabel("training seconds")
     ax.set_ylabel("bits per byte: lines training, dots validation")
-    ax.legend()
+    figure.legend(loc="outside lower center", ncols=2)
 
 
 # -----------------------------------------------------------------------------

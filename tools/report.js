@@ -110,7 +110,7 @@ function tableRow(row) {
 function highlight(index) {  // a row and its curves, or none
   const own = ["run", "low", "high"].map(part => `.trace${part}${index}`);
   get("highlight").textContent = index === null ? "" :
-    `.scatterlayer .trace:not(${own.join(", ")}) { opacity: 0.15 }
+    `.scatterlayer .trace:not(${own.join(", ")}, [class*=level]) { opacity: 0.15 !important }
      .scatterlayer ${own[0]} .js-line { stroke-width: 3.5px !important }`;
   for (const tr of get("runs").tBodies[0].rows) tr.classList.toggle("lit", tr.dataset.index === String(index));
 }
@@ -187,8 +187,8 @@ function compressors(xs) {  // a level line for each value of gzip and xz
   for (const [name, value] of shownRuns().flatMap(run => Object.entries(run.compressors)))
     if (value) values.set(`${name} ${value.toFixed(4)}`, value);
   const ends = xs.length ? [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))] : [];
-  return [...values].map(([name, value]) => ({
-    x: ends, y: ends.map(() => value), name, uid: name.replaceAll(/\W/g, "_"), mode: "lines+text", text: ["", name],
+  return [...values].map(([name, value], i) => ({
+    x: ends, y: ends.map(() => value), name, uid: `level${i}`, mode: "lines+text", text: ["", name],
     textposition: "top left", textfont: { color: colour("--faint") }, hoverinfo: "skip",
     line: { color: colour("--faint"), dash: "4px,3px", width: 1 } }));
 }
@@ -251,7 +251,7 @@ function drawExperts() {
 }
 
 function chooseRun(event) {
-  const run = chosenRun(), atEnd = event || time.value === time.max || time.max === "0";
+  const run = chosenRun(), atEnd = event || +time.value >= +time.max;
   options(layer, range((run.load ? run.load.share[0] : run.coactivation).length));
   time.max = run.load ? run.load.step.length - 1 : 0;
   if (atEnd) time.value = time.max;

@@ -45,7 +45,7 @@ CURVES = {  # key -> title, in the page's order; other metrics are folded away b
 NORMS = {"norm/grad/": "gradient norm", "norm/update/": "update norm"}  # prefix of the key -> title; the rest is a kind
 COMPRESSORS = {"val/gzip_bpb": "gzip", "val/xz_bpb": "xz"}  # lines in the chart of bits per byte
 AXES = {"step": "step", "seconds": "train_time", "flops": "train/flops"}  # the page's name of an x axis -> key
-MAX_POINTS, MAX_LOADS = 16_000, 100_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
+MAX_POINTS, MAX_LOADS = 16_000, 40_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
 HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --routes logs/muon/routes.npz"
                      " --data data/python`, or train with --routes_tokens")
 
@@ -68,7 +68,7 @@ def write_report(runs, out_dir, page, live: bool | None = None, poll_seconds: fl
     numbers = page_data(runs, out_dir, page)
     if live:
         numbers["live"] = {"file": data_file.name, "seconds": poll_seconds}
-    data = json.dumps(finite_or_none(numbers), allow_nan=False)
+    data = json.dumps(finite_or_none(numbers), allow_nan=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # no text of a run may open or close a script element
     plotly = get_plotlyjs().replace("</script", "<\\/script")
     html = html.replace("/* SCRIPT */", script).replace("/* PLOTLY */", plotly)

@@ -1,4 +1,5 @@
-"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
+"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps
+the rules.
 
 pytest tests/tools/test_records.py
 """
@@ -599,7 +600,9 @@ def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch)
 
 def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkeypatch):
     folder, launched = tiny
-    short = lambda *command, seeds=(0,): refused("short", "--record", "--track", folder, "--name", "x", "--seeds", *seeds, *command)
+    short = lambda *command, seeds=(0,): refused(
+        "short", "--record", "--track", folder, "--name", "x", "--seeds", *seeds, *command
+    )
     full = lambda name, *seeds: refused(
         "full", "--folder", folder / name, "--steps", 3, "--seeds", *seeds, *tiny_command(corpus)
     )
@@ -633,7 +636,19 @@ def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     """Processes of its own, from another directory than the repository's."""
     pinned = {sources.torch_version(): "a" * 64}
     (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
-    words = ["short", "--record", "--track", tmp_path, "--name", "MoE", "--seeds", 5, "--steps", 2, *tiny_command(corpus)]
+    words = [
+        "short",
+        "--record",
+        "--track",
+        tmp_path,
+        "--name",
+        "MoE",
+        "--seeds",
+        5,
+        "--steps",
+        2,
+        *tiny_command(corpus),
+    ]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True
     )

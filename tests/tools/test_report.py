@@ -1,15 +1,13 @@
-"""tools/report.py, the page of logger.py --html in a headless browser and --follow, and the sinks of logger.py.
+"""tools/report.py: the numbers of the page and --follow; and the sinks of logger.py. The page: test_page.py.
 
-CPU, no network: `pytest tests/tools/test_report.py`. Tests of the page need Chromium, chromedriver and selenium,
-those of the sinks their packages. They are skipped without (`apt-get install chromium chromium-driver`,
-`pip install selenium tensorboard wandb`)."""
+CPU, no network: `pytest tests/tools/test_report.py`. Tests of the sinks need their packages and are skipped without
+(`pip install tensorboard wandb`)."""
 
 import errno
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -37,8 +35,9 @@ def share(step: int, of: int) -> np.ndarray:
 
 
 def write_run(
-    out_dir, name, steps=40, seed=0, n_layer=4, sample="def f(x):|> return x", end=True, dense=False, **kwargs
-):
+    out_dir, name, steps=40, seed=0, n_layer=4, sample="def f(x):|> return x", end=True, dense=False, shift=0.0,
+    norms=False, compressors=None, data="data/python", **kwargs
+):  # fmt: skip
     rng, rows = np.random.default_rng(seed), []
     for step in range(steps + 1):
         clock = {"step": step, "train_time": 0.2 * step, "train/flops": 1e9 * step}
@@ -51,23 +50,24 @@ def write_run(
                 "time/forward": 0.1,
                 "train/balance_loss": 1.0,
             }
+            if norms and step % 10 == 0:
+                row |= {"norm/grad/matrix": 2.0 + step, "norm/update/matrix": 0.1, "norm/grad/embed": 1.0}
             rows.append(
                 row
                 if dense
                 else row | {"moe/load": share(step, steps), "moe/router_entropy": 0.9, "moe/load_max_over_mean": 1.5}
             )
         if step % 10 == 0:
-            rows.append(clock | {"val/loss": 5.5 - 0.05 * step, "val/bpb": 3 - 0.02 * step})
+            rows.append(clock | {"val/loss": 5.5 - 0.05 * step, "val/bpb": 3 - 0.02 * step + shift})
     if end:
-        rows.append(
-            {"step": steps, "event": "end", "memory/peak_bytes": 10**9} | ({"sample/text": sample} if sample else {})
-        )
+        end_row = {"step": steps, "event": "end", "memory/peak_bytes": 10**9} | (compressors or {})
+        rows.append(end_row | ({"sample/text": sample} if sample else {}))
     config = {
         "experiment_name": name,
         "optimizer": "muon",
         "model": {"n_layer": n_layer, "n_embd": 32},
         "parameters": {"total": 1234, "active": 567},
-        "hyperparameters": {"num_iterations": steps, "seed": seed},
+        "hyperparameters": {"num_iterations": steps, "seed": seed, "data": data},
     }
     with Run(out_dir, name, config=config, sources=[], **kwargs) as run:
         for row in rows:
@@ -131,250 +131,6 @@ def test_a_missing_plotly_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(UserError, match="pip install plotly"):
         report.write_report([logger.read_run(tmp_path / "muon")], tmp_path, tmp_path / "report.html")
-
-
-# -----------------------------------------------------------------------------
-# The page in a browser
-
-
-class Page:
-    """A report in headless Chromium, without a network."""
-
-    def __init__(self, driver, path):
-        self.driver = driver
-        driver.get(path.resolve().as_uri())
-
-    def js(self, code, *arguments):
-        return self.driver.execute_script(code, *arguments)
-
-    def set(self, name, value):
-        """As a user does: the value, then the event."""
-        self.js(
-            "const node = document.getElementById(arguments[0]);"
-            "node[node.type === 'checkbox' ? 'checked' : 'value'] = arguments[1];"
-            "node.dispatchEvent(new Event('input', {bubbles: true}));",
-            name,
-            value,
-        )
-
-    def traces(self, key):
-        """{run: (x, y)} of a chart of curves."""
-        found = self.js(
-            "const chart = document.querySelector(`[data-key='${arguments[0]}']`);"
-            "return chart.data.map(trace => [trace.name, Array.from(trace.x), Array.from(trace.y)])",
-            key,
-        )
-        return {name: (x, y) for name, x, y in found}
-
-    def heat(self, name):
-        return np.array(self.js("return document.getElementById(arguments[0]).data[0].z", name), float)
-
-    def errors(self):
-        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
-
-
-@pytest.fixture(scope="module")
-def driver():
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    chromedriver = shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("no Chromium with chromedriver on this machine: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1400,1000",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-    driver.execute_cdp_cmd("Network.enable", {})
-    driver.execute_cdp_cmd(
-        "Network.emulateNetworkConditions",
-        {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
-    )
-    yield driver
-    driver.quit()
-
-
-SAMPLE = "<!-- <script> </script><b id=bold>|> π"  # possible output of a model of web text
-
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "logs"
-    rows = {"muon": write_run(folder, "muon", sample=SAMPLE), "adamw": write_run(folder, "adamw", seed=1, n_layer=6),
-            "dense": write_run(folder, "dense", dense=True, sample=None)}  # fmt: skip
-    write_routes(folder / "muon")
-    done = script("--out_dir", folder, "--html", "--experiment_name", "muon", "adamw", "dense")
-    assert done.stdout.splitlines()[-1] == str(folder / "plots/report.html") and "bits/byte" in done.stdout
-    return folder, rows
-
-
-@pytest.fixture
-def page(driver, logs):
-    page = Page(driver, logs[0] / "plots/report.html")
-    yield page
-    assert page.errors() == []
-
-
-def test_the_page_holds_the_runs_their_curves_and_links_to_their_logs(page, logs):
-    folder, rows = logs
-    table = page.js(
-        "return [...document.querySelectorAll('#runs tbody tr')]"
-        ".map(tr => [...tr.cells].map(td => td.innerText.trim()))"
-    )
-    assert [cells[0] for cells in table] == ["muon", "adamw", "dense"] and all("2.2000" in cells for cells in table)
-    links = page.js("return [...document.querySelectorAll('#runs a')].map(a => a.getAttribute('href'))")
-    files = {(folder / "plots" / link).resolve().relative_to(folder.resolve()).as_posix() for link in links}
-    assert files == {f"{run}/{name}" for run in rows for name in ("run.log", "metrics.jsonl", "config.json")}
-    assert all((folder / name).exists() for name in files)
-    titles = page.js("return [...document.querySelectorAll('#curves .chart')].map(div => div.layout.title.text)")
-    assert titles == list(report.CURVES.values())
-    for name, (x, y) in page.traces("val/bpb").items():
-        assert x == [0, 10, 20, 30, 40] and y == pytest.approx(
-            [row["val/bpb"] for row in rows[name] if "val/bpb" in row], rel=1e-4
-        )
-    assert list(page.traces("moe/router_entropy")) == ["muon", "adamw"]
-    assert page.js("return performance.getEntriesByType('resource').length") == 0, "it loads nothing"
-    assert page.js("return document.querySelectorAll('.js-plotly-plot .trace').length") > 20, "and it is drawn"
-
-
-def test_the_axis_the_smoothing_and_the_scale_change_the_curves(page, logs):
-    rows = [row for row in logs[1]["muon"] if "train/loss" in row]
-    for axis, key in (("seconds", "train_time"), ("flops", "train/flops"), ("step", "step")):
-        page.set("axis", axis)
-        x, y = page.traces("train/loss")["muon"]
-        assert x == pytest.approx([row[key] for row in rows], rel=1e-4) and y == pytest.approx(
-            [row["train/loss"] for row in rows], rel=1e-4
-        )
-    page.set("smoothing", 0.9)
-    smooth = page.traces("train/loss")["muon"][1]
-    weight = np.array([[0.9 ** (i - j) * (j <= i) for j in range(40)] for i in range(40)])
-    assert smooth == pytest.approx((weight / weight.sum(1, keepdims=True) @ np.array(y)).tolist(), rel=1e-4)
-    assert page.traces("val/bpb")["muon"][1] == pytest.approx(
-        [row["val/bpb"] for row in logs[1]["muon"] if "val/bpb" in row], rel=1e-4
-    )
-    for logarithmic, scales in ((False, ["linear", "linear"]), (True, ["log", "linear"])):
-        page.set("logarithmic", logarithmic)
-        both = (
-            "return ['train/loss', 'train/tok_per_sec']"
-            ".map(key => document.querySelector(`[data-key='${key}']`).layout.yaxis.type)"
-        )
-        assert page.js(both) == scales
-
-
-def test_a_run_can_be_hidden(page):
-    page.js("document.querySelectorAll('#runs input')[1].click()")
-    assert list(page.traces("val/bpb")) == ["muon", "dense"]
-    page.js("document.querySelectorAll('#runs input')[1].click()")
-    assert list(page.traces("val/bpb")) == ["muon", "adamw", "dense"]
-
-
-def test_dragging_zooms_until_a_double_click(page):
-    from selenium.webdriver import ActionChains
-
-    chart = page.driver.find_element("css selector", "[data-key='train/loss']")
-    page.js("arguments[0].scrollIntoView({block: 'center'})", chart)
-    plot = chart.find_element("css selector", ".nsewdrag")
-    range_of = lambda: page.js("return arguments[0].layout.xaxis.range", chart)
-    whole = range_of()
-    ActionChains(page.driver).move_to_element_with_offset(plot, -50, -40).click_and_hold().move_by_offset(
-        90, 80
-    ).release().perform()
-    low, high = range_of()
-    assert whole[0] < low < high < whole[1] and high - low < 0.6 * (whole[1] - whole[0])
-    page.set("smoothing", 0.5)
-    assert range_of() == [low, high], "smoothing keeps the zoom"
-    page.js("Plotly.relayout(arguments[0], {'xaxis.autorange': true, 'yaxis.autorange': true})", chart)
-    assert range_of() == pytest.approx(whole)
-
-
-def test_the_slider_walks_through_the_load(page):
-    assert page.js("return [...document.querySelectorAll('#which option')].map(o => o.innerText)") == ["muon", "adamw"]
-    for frame in (0, 17, 39):
-        page.set("time", frame)
-        assert page.heat("load") == pytest.approx(share(frame + 1, 40) * EXPERTS, abs=1e-3)
-        assert page.js("return document.querySelector('#time').nextElementSibling.innerText") == str(frame + 1)
-    page.js("document.getElementById('layer').selectedIndex = 2")
-    page.set("layer", "2")
-    assert page.heat("history") == pytest.approx(
-        np.stack([share(step, 40)[2] * EXPERTS for step in range(1, 41)], 1), abs=1e-3
-    )
-
-
-def test_experts_that_are_met_together(page):
-    page.set("layer", "1")
-    both = page.heat("coactivation")  # layer 1: experts i and i + 2
-    assert np.isnan(np.diag(both)).all() and both[0, 2] == pytest.approx(0.5) and both[0, 1] == 0
-    page.js("document.getElementById('which').selectedIndex = 1")
-    page.set("which", "adamw")
-    hidden = page.js(
-        "return [document.getElementById('coactivation').hidden, document.getElementById('no_routes').innerText]"
-    )
-    assert hidden[0] and "model.py --checkpoint" in hidden[1]
-
-
-def test_differences_and_samples(page):
-    rows = page.js(
-        "return [...document.querySelectorAll('#differences tbody tr')]"
-        ".map(tr => [...tr.cells].map(td => td.innerText))"
-    )
-    assert rows == [["model.n_layer", "4", "6", "4"], ["hyperparameters.seed", "0", "1", "0"]]
-    samples = page.js("return [...document.querySelectorAll('#samples pre')].map(p => p.innerText)")
-    assert samples == [SAMPLE, "def f(x):|> return x"]
-    assert page.js("return document.getElementById('bold')") is None
-    before = page.js("return document.querySelectorAll('#others .js-plotly-plot').length")
-    page.js("document.getElementById('others').open = true")
-    time.sleep(0.3)
-    assert before == 0 and list(page.traces("time/forward")) == ["muon", "adamw", "dense"]
-
-
-def test_light_dark_and_a_narrow_screen(page):
-    looks = {}
-    for scheme in ("light", "dark", "light"):
-        page.driver.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        )
-        time.sleep(0.3)
-        looks[scheme] = page.js(
-            "const chart = document.querySelector('#curves .chart');"
-            "return [getComputedStyle(document.body).backgroundColor, chart.layout.font.color]"
-        )
-    assert looks == {"light": ["rgb(255, 255, 255)", "#1f2328"], "dark": ["rgb(20, 23, 27)", "#e4e8ed"]}
-    page.driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
-    )
-    page.driver.refresh()
-    widths = page.js(
-        "return [document.documentElement.scrollWidth, innerWidth,document.querySelector('#curves .chart').clientWidth]"
-    )
-    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert widths[0] <= widths[1] == 360 and 300 < widths[2] <= 360
-
-
-def test_one_run_and_fifty(driver, tmp_path):
-    write_run(tmp_path / "one", "muon", sample=None)
-    script("--out_dir", tmp_path / "one", "--html")
-    page = Page(driver, tmp_path / "one/plots/report.html")
-    there = page.js(
-        "return ['differences', 'samples', 'experts', 'curves'].map(id => document.getElementById(id) !== null)"
-    )
-    assert there == [False, False, True, True] and list(page.traces("val/bpb")) == ["muon"] and page.errors() == []
-    for i in range(50):
-        write_run(tmp_path / "many", f"run{i:02}", seed=i)
-    script("--out_dir", tmp_path / "many", "--html")
-    page = Page(driver, tmp_path / "many/plots/report.html")
-    assert len(page.traces("train/loss")) == 50 and page.errors() == []
-    looks = page.js(
-        "return new Set(document.querySelector('[data-key=\"train/loss\"]').data"
-        ".map(t => t.line.color + t.line.dash)).size"
-    )
-    assert looks == 32, "eight colours in four dashes"
 
 
 # -----------------------------------------------------------------------------

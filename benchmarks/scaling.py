@@ -283,7 +283,8 @@ def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_
             own += slab.numel * (owner == me)
             busy[1, owner] += slab.numel * (MUON_PASSES if slab.is_matrix else ADAMW) / hbm
             if slab.is_matrix:
-                busy[0, owner] += slab.cost / newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                rate = newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                busy[0, owner] += MUON.newton_schulz * slab.cost / rate
         if me in bucket.ranks:
             slowest, travels = float(busy[:, bucket.ranks].sum(0).max()), len(bucket.ranks) > 1
             copy = COPY * travels / hbm

@@ -24,7 +24,7 @@ The GPU and its link are two clocks (`two_clocks`), so the tail bucket, whose gr
 A ring's time is its hops plus the bytes that a rank sends over the slowest link. Between nodes that is --network times the ranks that the
 ring has in a node: each of them leads another ring out through its own adapter. MFU counts active parameters, as training does.
 
-Memory of a rank: fp32 weights, the buckets' buffers (Transfer.parts and .mine), the optimizer state of the busiest owner, --reserve, and the
+Memory of a rank: fp32 weights, the buckets' buffers (Transfer.send_buf and .recv_buf), the optimizer state of the busiest owner, --reserve, and the
 larger of two moments: backward (all gradients and the activations of a micro-batch, the largest that fits up to --micro_batch_tokens: an
 upper bound, as gradients come while activations go) and update (the temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a
 bucket's matrices of one shape at once, and the gradients that do not travel).

@@ -190,7 +190,8 @@ def _lock_folder(folder):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(folder / "run.log", "a")
+    with explain_os_errors(folder / "run.log"):
+        file = open(folder / "run.log", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

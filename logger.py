@@ -413,6 +413,12 @@ def has_ended(folder) -> bool:
     return path.exists() and any(row.get("event") == "end" for row in read_rows(path))
 
 
+def has_evaluation(folder, step: int) -> bool:
+    """Whether the run in the folder has logged the evaluation of a step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(row.get("step") == step and "val/loss" in row for row in read_rows(path))
+
+
 def read_rows(path) -> list[dict]:
     """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines."""
     with explain_os_errors(path, "read"):

@@ -25,11 +25,11 @@ The GPU and its link are two clocks (`two_clocks`), so the tail bucket, whose gr
 A ring's time is its hops plus the bytes that a rank sends over the slowest link. Between nodes that is --network times the ranks that the
 ring has in a node: each of them leads another ring out through its own adapter. MFU counts active parameters, as training does.
 
-Memory of a rank: fp32 weights, the buckets' buffers (Transfer.parts and .mine), the optimizer state of the busiest
-owner, --reserve, and the larger of two moments: backward (all gradients and the activations of a micro-batch, the
-largest that fits up to --micro_batch_tokens: an upper bound, as gradients come while activations go) and update (the
-temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a bucket's matrices of one shape at once, and
-the gradients that do not travel).
+Memory of a rank: fp32 weights, the buckets' buffers (Transfer.send_buf and .recv_buf), the optimizer state of the
+busiest owner, --reserve, and the larger of two moments: backward (all gradients and the activations of a micro-batch,
+the largest that fits up to --micro_batch_tokens: an upper bound, as gradients come while activations go) and update
+(the temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a bucket's matrices of one shape at once,
+and the gradients that do not travel).
 
 Not modelled: stragglers, congestion and rail mismatch in the network, collectives slowing the kernels beside them,
 trees and NVLink SHARP, host synchronisation in each exchange of rows, uneven experts other than by --imbalance, data
@@ -346,7 +346,8 @@ def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_
             own += slab.numel * (owner == me)
             busy[1, owner] += slab.numel * (MUON_PASSES if slab.is_matrix else ADAMW) / hbm
             if slab.is_matrix:
-                busy[0, owner] += slab.cost / newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                rate = newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                busy[0, owner] += MUON.newton_schulz * slab.cost / rate
         if me in bucket.ranks:
             slowest, travels = float(busy[:, bucket.ranks].sum(0).max()), len(bucket.ranks) > 1
             copy = COPY * travels / hbm

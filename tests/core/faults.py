@@ -720,6 +720,7 @@ def other_code(lab: Lab) -> str:
     folder = Path(tempfile.mkdtemp(prefix="code_", dir=lab.folder))
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
+    shutil.copytree(HERE / "tools", folder / "tools")
     with open(folder / "model.py", "a") as file:
         file.write("# a remark\n")
     return ranks_differ(lab, "model.py", code=str(folder))

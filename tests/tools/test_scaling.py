@@ -155,7 +155,7 @@ def test_a_bucket_is_updated_when_its_slowest_owner_is_done():
     work, done = [0] * 5, []
     for bucket in distributed.make_buckets(SPARSE, 5, 1, 0):
         for slab, owner in zip(bucket.slabs, bucket.owners):
-            work[owner] += slab.cost * (slab.kind in ("matrix", "expert")) / (1e12 * 32 / 768)
+            work[owner] += MUON.newton_schulz * slab.cost * (slab.kind in ("matrix", "expert")) / (1e12 * 32 / 768)
         done.append(max(work))
     legs, newton_schulz, _ = scaling.make_legs(SPARSE, 5, 1, 64, 0, slow)
     assert list(itertools.accumulate(leg.update for leg in legs)) == pytest.approx(done) and len(set(done)) > 2
@@ -335,13 +335,13 @@ def test_memory_is_that_of_the_tensors_of_an_exchange(ranks, parts, bucket_mb):
         net = GPT(SPARSE, world.expert_ranks)
         exchange = Exchange(net, world, bucket_mb)
         weights.append(nbytes(net.parameters()))
-        buffers.append(nbytes(t for transfer in exchange.transfers for t in (transfer.parts, transfer.mine)))
+        buffers.append(nbytes(t for transfer in exchange.transfers for t in (transfer.send_buf, transfer.recv_buf)))
         staying.append(
             sum(
                 local.value.numel()
                 for transfer in exchange.transfers
                 if not transfer.travels
-                for local in transfer.pieces
+                for local in transfer.slabs
             )
         )
         state = 0
@@ -379,7 +379,7 @@ def test_experts_elsewhere_take_their_copies_and_bring_their_rows():
     fixed = lambda config: scaling.kept_activations(config)[0]
     copies = at(SPARSE, 1) - at(SPARSE, 2, imbalance=1.0)
     routers = (
-        SPARSE.routed_layers * 2 * 4 * (SPARSE.num_experts - half.num_experts) * SPARSE.n_embd
+        SPARSE.num_moe_layers * 2 * 4 * (SPARSE.num_experts - half.num_experts) * SPARSE.n_embd
     )  # gate and noise side by side: on every rank
     assert (
         copies == pytest.approx(fixed(SPARSE) - fixed(half) - routers, rel=0.002) and copies > 0

@@ -21,8 +21,8 @@ from tools import prepare, sources
 ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = [ROOT / "README.md", ROOT / "docs/extending.md"]
-SHOWN = {name: body for page in PAGES  # scripts that the documentation shows
-         for name, body in re.findall(r"```python file: (\w+\.py)\n(.*?)^```", page.read_text(), re.M | re.S)}  # fmt: skip
+BLOCK = re.compile(r"```python file: (\w+\.py)\n(.*?)^```", re.M | re.S)
+SHOWN = {name: body for page in PAGES for name, body in BLOCK.findall(page.read_text())}  # scripts of the documentation
 OPTIMIZER = '''
 from dataclasses import dataclass
 import train_muon
@@ -120,12 +120,13 @@ def test_results_go_to_a_file_of_the_user_unless_a_record_is_meant(tiny, corpus,
     status, out, _ = run_track(*words, "--record", *tiny_command(corpus))
     assert status == 0 and out.splitlines()[-1].endswith("tuning.jsonl: A") and len(lines_of(folder)) == 1
     assert "--row names a row of the record's budget" in refused(*words, "--row", "MoE Muon", *tiny_command(corpus))
-    assert "--record is the track's own file" in run_track(*words, "--record", "--results", "x", *tiny_command(corpus))[2]
+    both = (*words, "--record", "--results", "x", *tiny_command(corpus))
+    assert "--record is the track's own file" in run_track(*both)[2]
 
 
 def write_lines(file: Path, ends, **more):
-    lines = [json.dumps({"name": name, "seeds": seeds, "val/bpb": values} | more) + "\n" for name, seeds, values in ends]
-    file.write_text("".join(lines))
+    lines = [{"name": name, "seeds": seeds, "val/bpb": values} | more for name, seeds, values in ends]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 ENDS = [("A, 60 s", [0, 1, 2], [1.50, 1.60, 1.55]), ("B, 60 s", [0, 1, 2], [1.52, 1.65, 1.58]),
@@ -192,7 +193,8 @@ def test_p_is_that_of_a_paired_t_test():
     assert track.difference(a, b).endswith(f"n = 3, p = {1 - t / (2 + t * t) ** 0.5:.2g}")
     assert track.difference({0: 1.0}, {0: 1.1}).endswith("no p from one seed")
     scipy = pytest.importorskip("scipy.stats")
-    assert track.two_sided_p(mean, error, n) == pytest.approx(scipy.ttest_rel(list(a.values()), list(b.values())).pvalue)
+    theirs = scipy.ttest_rel(list(a.values()), list(b.values())).pvalue
+    assert track.two_sided_p(mean, error, n) == pytest.approx(theirs)
 
 
 def test_the_picture_has_every_seed_at_its_place():
@@ -216,7 +218,8 @@ def test_compare_prints_the_picture_and_p(tiny):
 
 def test_text_of_ones_own_serves_short_runs_but_no_record(tiny, corpus, tmp_path):
     folder, _ = tiny
-    (tmp_path / "notes.txt").write_text("\n".join(f"note {i}: the tide is {i % 7} feet\n<|endoftext|>" for i in range(3000)))
+    notes = [f"note {i}: the tide is {i % 7} feet\n<|endoftext|>" for i in range(3000)]
+    (tmp_path / "notes.txt").write_text("\n".join(notes))
     assert run_prepare(tmp_path)[0] == 0
     own = tiny_command(str(tmp_path / "notes"))
     status, out, err = run_track(*short(folder, "own", 0, "--steps", 3), *own)
@@ -256,7 +259,7 @@ def test_another_gpu_or_torch_serves_short_runs_but_no_record(tiny, corpus, monk
 
 
 def test_the_default_command_names_preset_and_device_on_a_cuda_machine(tiny, corpus, monkeypatch):
-    """There no preset means speedrun: the run gets the track's preset, data and device, so the printed command works."""
+    """There no preset means speedrun; the run gets the track's preset, data and device."""
     folder, launched = tiny
     monkeypatch.setattr(track, "launch", lambda words, threads: launched.append(words) or 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

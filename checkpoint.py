@@ -182,8 +182,10 @@ class Saver:
         return self
 
     def __exit__(self, kind, *exception):
-        if kind is not None:
-            self.abandoned.set()  # other ranks may be gone, and would never report
+        if kind is not None and self.thread is not None:
+            peer_lost = issubclass(kind, RuntimeError)  # a collective failed; that rank would never report
+            self.thread.join(0 if peer_lost else 30)
+            self.abandoned.set()
         self.join()
 
     def join(self):

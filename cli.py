@@ -89,12 +89,12 @@ def flag_name(action: argparse.Action) -> str:
 def describe_flag(action: argparse.Action) -> str:
     """One line: flag, legal values, meaning, default."""
     default = vars(action).get("field_default", action.default)
-    words = [", ".join(map(str, action.choices)) + ":"] if action.choices else []
-    words += [action.help.replace("%%", "%")] if action.help else []
+    choices = [", ".join(map(str, action.choices))] if action.choices else []
+    words = [": ".join(choices + ([action.help.replace("%%", "%")] if action.help else []))]
     is_plain = default is None or default is False or default in ([], argparse.SUPPRESS)
     if "field_default" in vars(action) or not is_plain:
         words.append(f"(default {default!r})" if isinstance(default, str) else f"(default {default})")
-    return f"  {flag_name(action):25} {' '.join(words)}".rstrip()
+    return f"  {flag_name(action):25} {' '.join(filter(None, words))}".rstrip()
 
 
 def add_flags(parser: argparse.ArgumentParser, fields_of: type, defaults=None):
@@ -160,6 +160,33 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+# -----------------------------------------------------------------------------
+# Output
+
+
+class LastingStream:
+    """A standard stream whose reader may go away: a closed pipe or terminal drops the text and raises nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream if stream is not None else open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action):
+        try:
+            action()
+        except (OSError, ValueError):  # ValueError: the file object is closed
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 # -----------------------------------------------------------------------------

@@ -68,21 +68,29 @@ def agree_on(facts: dict, world: World):
 
 
 class StopSignals:
-    """Counts SIGTERM and SIGINT as requests for a checkpoint and an end.
+    """SIGINT, SIGTERM and SIGHUP as requests for a checkpoint and an end.
 
-    On one rank a second Ctrl-C ends at once; with several, torchrun repeats signals by itself."""
+    On one rank a further signal ends the run at once; repeats within REPEATS seconds count as one. With several ranks
+    torchrun repeats signals by itself, so further ones are ignored."""
+
+    REPEATS = 2.0
 
     def __init__(self, world: World):
-        self.world, self.received, self.before = world, 0, {}
+        self.world, self.received, self.first_at, self.before = world, 0, 0.0, {}
 
     def note(self, number, frame):
-        self.received = number
-        if self.world.size == 1:
-            signal.signal(number, self.before[number])
+        if not self.received:
+            self.received, self.first_at = number, time.monotonic()
+            if self.world.rank == 0:
+                again = f"; Ctrl-C again after {self.REPEATS:g} s ends without one" if self.world.size == 1 else ""
+                print(f"\nstopping: saving a checkpoint{again}", file=sys.stderr, flush=True)
+        elif self.world.size == 1 and time.monotonic() - self.first_at > self.REPEATS:
+            os._exit(128 + number)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def __exit__(self, *exception):

@@ -190,7 +190,8 @@ def _lock_folder(folder):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(folder / "run.log", "a")
+    with explain_os_errors(folder / "run.log"):
+        file = open(folder / "run.log", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -410,6 +411,12 @@ def has_ended(folder) -> bool:
     """Whether the run in the folder has reached its end."""
     path = folder / "metrics.jsonl"
     return path.exists() and any(row.get("event") == "end" for row in read_rows(path))
+
+
+def has_evaluation(folder, step: int) -> bool:
+    """Whether the run in the folder has logged the evaluation of a step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(row.get("step") == step and "val/loss" in row for row in read_rows(path))
 
 
 def read_rows(path) -> list[dict]:

@@ -43,7 +43,7 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import Parser, UserError, add_flags, positive, require
+from cli import LastingStream, Parser, UserError, add_flags, positive, require
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
@@ -490,6 +490,7 @@ class Session(NamedTuple):
     folder: Path = Path()  # of the run
     micro_rows: int = 1  # rows of one forward pass
     token_bytes: Tensor | None = None  # UTF-8 bytes of each id, where known
+    signals: guards.StopSignals = guards.StopSignals(World(0, 1, torch.device("cpu")))
 
     @property
     def world(self) -> World:
@@ -528,7 +529,7 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
 
 
 def validation_batches(session: Session, step: int):
-    """Validation batches of this rank; sets the model's step, position and window for each."""
+    """Validation batches of this rank until a signal; sets the model's step, position and window for each."""
     hp, net, world = session.hp, session.model, session.world
     window_now = window(step, hp, net.config)
     for batch in session.recipe.data.validation_batches(
@@ -537,6 +538,8 @@ def validation_batches(session: Session, step: int):
         session.timer.begin("validation")
         net.set_step(hp.seed, step, batch.first_row * hp.seq_len, window_now)
         yield batch
+        if session.signals.received and hp.expert_parallel == 1:  # else other ranks would wait for this rank's experts
+            return
 
 
 def loss_totals(mean_loss: Tensor, targets_BT: Tensor, token_bytes: Tensor | None) -> Tensor:
@@ -548,7 +551,8 @@ def loss_totals(mean_loss: Tensor, targets_BT: Tensor, token_bytes: Tensor | Non
 
 def loss_metrics(prefix: str, totals: Tensor) -> dict[str, float]:
     nats, tokens, nbytes = totals.tolist()
-    return {f"{prefix}/loss": nats / tokens} | ({f"{prefix}/bpb": nats / nbytes / math.log(2)} if nbytes else {})
+    metrics = {f"{prefix}/loss": nats / max(tokens, 1)}
+    return metrics | ({f"{prefix}/bpb": nats / nbytes / math.log(2)} if nbytes else {})
 
 
 # -----------------------------------------------------------------------------
@@ -650,10 +654,11 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     exchange.attach_optimizers(recipe, hp)
     compile_note = compile_model(net, hp, world.device)
     token_bytes = None if meta["token_bytes"] is None else torch.tensor(meta["token_bytes"], device=world.device)
-    session = Session(recipe, hp, net, exchange, timer, folder, loader.micro_rows, token_bytes)
+    signals = guards.StopSignals(world)
+    session = Session(recipe, hp, net, exchange, timer, folder, loader.micro_rows, token_bytes, signals)
 
     watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
-    with guards.StopSignals(world) as signals, watchdog, saver, contextlib.ExitStack() as opened:
+    with signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
         say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
         say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
@@ -677,13 +682,12 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
             log.print(note)
 
         # ---- train, and sum up
-        step, train_time, metrics = train_steps(session, loader, log, saver, signals, start, about)
-        if step < hp.num_iterations:
+        step, train_time, metrics = train_steps(session, loader, log, saver, start, about)
+        if step < hp.num_iterations or metrics is None:
             saver.wait()
             log.flush()
-            mend = "go on with --resume"
-            log.print(f"stopped by a signal after step {step}; the checkpoint is {saver.last_good}; {mend}")
-            raise SystemExit(128 + (signals.received or signal.SIGTERM))
+            log.print(f"stopped by a signal after step {step}; {saver.describe_last_good()}; go on with --resume")
+            raise SystemExit(128 + (session.signals.received or signal.SIGTERM))
         facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
         saver.wait()
         timer.begin("communication")
@@ -735,11 +739,14 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
     manifest = agree(session.world, lambda: load_checkpoint(path, session.exchange, session.model.config, session.hp))
     loader.load_state_dict(manifest["loader"])
     step, notes = manifest["step"], tuple(f"{fault}; going on from step {manifest['step']} instead" for fault in faults)
-    return Start(step, manifest["train_time"], manifest["validated"], step, notes)
+    validated = gather_objects(logger.has_evaluation(session.folder, step), session.world)[0]
+    return Start(step, manifest["train_time"], validated, step, notes)
 
 
-def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start: Start, about: dict):
-    """Validate, save and step until num_iterations or a signal; returns the step, its time and the last evaluation."""
+def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, about: dict):
+    """Save, validate and step until num_iterations or a signal.
+
+    Returns the step, its time, and the last evaluation: {} if there was none, None if a signal interrupted it."""
     hp, world, timer = session.hp, session.world, session.timer
     latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
     flush_every = 1 if world.device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
@@ -756,24 +763,26 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
             if validate_now or save_now:
                 check_health(latest, step, saver)
                 synchronize(world.device)
+            if save_now:  # before the evaluation, which may fail
+                save_checkpoint(session, loader, log, saver, step, train_time + time.perf_counter() - clock, about)
             if validate_now:
                 train_time += time.perf_counter() - clock
                 progress.pause(f"step {step}/{hp.num_iterations}  evaluating")
                 metrics = session.recipe.evaluate(session, step)
-                facts.log_evaluation(session, log, step, train_time, metrics, about)
+                if any(gather_objects(session.signals.received > 0, world)):
+                    metrics = None
+                if metrics is not None:
+                    facts.log_evaluation(session, log, step, train_time, metrics, about)
+                elif not save_now and step not in (0, start.resume_step):
+                    save_checkpoint(session, loader, log, saver, step, train_time, about)
                 synchronize(world.device)
                 clock = time.perf_counter()
-            if save_now:
-                timer.begin("saving")
-                log.flush()
-                seconds, validated = train_time + time.perf_counter() - clock, bool(validate_now or not due)
-                state = {"train_time": seconds, "validated": validated, "loader": loader.state_dict()}
-                saver.save(step, about | {"config_class": class_name(session.model.config)} | state, log)
-            if last or stopping:
+            if last or stopping or metrics is None:
                 return step, train_time, metrics
 
             began = time.perf_counter()
-            row, totals = train_step(session, loader.next_step, step, StepFlags(signals.received > 0, saver.failed))
+            flags = StepFlags(session.signals.received > 0, saver.failed)
+            row, totals = train_step(session, loader.next_step, step, flags)
             previous, latest = latest, AsyncHostCopy(totals)
             timer.begin("communication")
             stopping = check_health(previous, step, saver)  # a host that is ahead of its GPU waits here
@@ -784,6 +793,13 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, signals, start
                 log.flush()
             if step > start.step:
                 progress.update(step, previous.tolist()[0], now - began, row["memory/peak_bytes"])
+
+
+def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int, train_time: float, about: dict):
+    session.timer.begin("saving")
+    log.flush()
+    state = {"train_time": train_time, "loader": loader.state_dict()}
+    saver.save(step, about | {"config_class": class_name(session.model.config)} | state, log)
 
 
 # -----------------------------------------------------------------------------
@@ -904,6 +920,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
 
 
 def main(recipe: Recipe, argv: list[str] | None = None):
+    sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
     world, start = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
     try:
         config, hp, args = parse(recipe, argv)

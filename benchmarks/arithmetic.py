@@ -4,11 +4,12 @@
     python benchmarks/arithmetic.py curve --models loop2x4 loop2x4_act
     python benchmarks/arithmetic.py table
 
-All models take the same number of steps over the same data and differ in which layers run how often: `loop2x4` is two layers run four times,
-`pool4x2` picks one of four layers in each of two steps. `run` trains the models whose seeds are missing (two of them may share the seeds), leaves
-the runs in --out_dir, where `python logger.py --routes` draws where their tokens went, and adds a line for each to records/arithmetic/results.jsonl;
-`curve` evaluates trained loops with other numbers of loops; `table` prints both as markdown. Seeds fix the order of the data, so differences
-are taken seed by seed."""
+All models take the same number of steps over the same data and differ in which layers run how often: `loop2x4` is two
+layers run four times, `pool4x2` picks one of four layers in each of two steps. `run` trains the models whose seeds are
+missing (two of them may share the seeds), leaves the runs in --out_dir, where `python logger.py --routes` draws where
+their tokens went, and adds a line for each to records/arithmetic/results.jsonl; `curve` evaluates trained loops with
+other numbers of loops; `table` prints both as markdown. Seeds fix the order of the data, so differences are taken seed
+by seed."""
 
 import json
 import os
@@ -46,7 +47,18 @@ def loop(layers: int, loops: int, *more: str) -> list[str]:
 
 def pool(layers: int, steps: int, *more: str) -> list[str]:
     """Half of the run goes from a soft mixture to one layer per step, which is what evaluation takes."""
-    return [*stack(layers), "--depth", "routed", "--loops", str(steps), "--route_training", "anneal", "--anneal_steps", str(STEPS // 2), *more]
+    return [
+        *stack(layers),
+        "--depth",
+        "routed",
+        "--loops",
+        str(steps),
+        "--route_training",
+        "anneal",
+        "--anneal_steps",
+        str(STEPS // 2),
+        *more,
+    ]
 
 
 MODELS = {  # name -> flags; the first is what the others are compared with
@@ -87,18 +99,40 @@ def run(args):
     corpus = track.shards_sha256(data.load_meta(args.data))
     for seed in args.seeds:
         for name in args.models:
-            if any((line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps) for line in track.read_tuning(args.results)):
+            if any(
+                (line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps)
+                for line in track.read_tuning(args.results)
+            ):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
-            words = ["train_zoo.py", *flags, *ours.split(), f"--routes_tokens={args.tokens}", f"--val_tokens={8 * args.tokens}"]
+            words = [
+                "train_zoo.py",
+                *flags,
+                *ours.split(),
+                f"--routes_tokens={args.tokens}",
+                f"--val_tokens={8 * args.tokens}",
+            ]
             if track.launch(words, args.threads):
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
             row = logger.get_final_row(logger.read_run(folder)["rows"], "val/bpb")
-            config, hp, _ = train_muon.parse(ZOO_MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"])
-            line = {"model": name, "seed": seed, "steps": args.steps, "flags": flags, "corpus_sha256": corpus, "torch": sources.torch_version(),
-                    "parameters": model.count_parameters(config)["total"], "flops_per_token": model.flops_per_token(config, hp.seq_len) / 3,
-                    "threads": args.threads, "seconds": row["train_time"], "val/bpb": row["val/bpb"], **answers(folder)}  # fmt: skip
+            config, hp, _ = train_muon.parse(
+                ZOO_MUON, [*flags, f"--data={args.data}", "--vocab_size=257", "--eot_token=256"]
+            )
+            line = {
+                "model": name,
+                "seed": seed,
+                "steps": args.steps,
+                "flags": flags,
+                "corpus_sha256": corpus,
+                "torch": sources.torch_version(),
+                "parameters": model.count_parameters(config)["total"],
+                "flops_per_token": model.flops_per_token(config, hp.seq_len) / 3,
+                "threads": args.threads,
+                "seconds": row["train_time"],
+                "val/bpb": row["val/bpb"],
+                **answers(folder),
+            }
             add_line(args.results, line)
             print(f"{folder.name}: {row['val/bpb']:.4f} bits per byte after {row['train_time']:.0f} s", flush=True)
 
@@ -108,17 +142,34 @@ def curve(args):
         for name in args.models:
             net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"{name}_{seed}" / "checkpoint")
             if net.config.depth != "loop":
-                raise UserError(f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}")
+                raise UserError(
+                    f"{name} has no loops; choose one of {', '.join(name for name in MODELS if 'loop' in name)}"
+                )
             for loops in range(1, 2 * net.config.loops + 1):
                 net.eval_loops = loops
-                found = routes.analyse(routes.collect_validation_routes(net, manifest["encoding"], args.data, args.tokens))
-                add_line(args.results, {"model": name, "seed": seed, "eval_loops": loops, "accuracy_by_difficulty": found["accuracy_by_difficulty"]})
-                print(f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, sums {accuracy(found, 'sum'):.3f}", flush=True)
+                found = routes.analyse(
+                    routes.collect_validation_routes(net, manifest["encoding"], args.data, args.tokens)
+                )
+                add_line(
+                    args.results,
+                    {
+                        "model": name,
+                        "seed": seed,
+                        "eval_loops": loops,
+                        "accuracy_by_difficulty": found["accuracy_by_difficulty"],
+                    },
+                )
+                print(
+                    f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, sums {accuracy(found, 'sum'):.3f}",
+                    flush=True,
+                )
 
 
 def accuracy(line: dict, kind: str, least: int = 1) -> float:
     """The mean over difficulties, of `least` operations and more."""
-    return statistics.mean(share for needed, share in line["accuracy_by_difficulty"][kind].items() if int(needed) >= least)
+    return statistics.mean(
+        share for needed, share in line["accuracy_by_difficulty"][kind].items() if int(needed) >= least
+    )
 
 
 def markdown(columns: list[str], rows: list[list]) -> str:
@@ -130,8 +181,12 @@ def tables(lines: list[dict]) -> str:
     trained = [line for line in lines if "val/bpb" in line]
     of = {name: {line["seed"]: line for line in trained if line["model"] == name} for name in MODELS}
     base, rows = next(iter(of)), []
-    measures = {"bits per byte": lambda line: line["val/bpb"], "chains right": lambda line: accuracy(line, "chain"),
-                "of 5 steps and more": lambda line: accuracy(line, "chain", 5), "sums right": lambda line: accuracy(line, "sum")}  # fmt: skip
+    measures = {
+        "bits per byte": lambda line: line["val/bpb"],
+        "chains right": lambda line: accuracy(line, "chain"),
+        "of 5 steps and more": lambda line: accuracy(line, "chain", 5),
+        "sums right": lambda line: accuracy(line, "sum"),
+    }
     for name, runs in of.items():
         if not runs:
             continue
@@ -139,16 +194,35 @@ def tables(lines: list[dict]) -> str:
         line, right = next(iter(runs.values())), {seed: accuracy(line, "chain") for seed, line in of[base].items()}
         alike = name == base or name.endswith("masked")  # which asks something else
         gains = "" if alike else "{:+.3f} ± {:.3f}".format(*track.paired(values["chains right"], right))
-        rows.append([f"`{name}`", f"{line['parameters'] / 1e6:.2f}", f"{line['flops_per_token'] / 1e6:.2f}",
-                     *(f"{statistics.mean(value.values()):.{4 if 'bits' in column else 3}f}" for column, value in values.items()), gains, len(runs)])
-    text = markdown(["model", "M parameters", "MFLOPs forward per token", *measures, f"chains: less {base}'s", "n"], rows)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{line['parameters'] / 1e6:.2f}",
+                f"{line['flops_per_token'] / 1e6:.2f}",
+                *(
+                    f"{statistics.mean(value.values()):.{4 if 'bits' in column else 3}f}"
+                    for column, value in values.items()
+                ),
+                gains,
+                len(runs),
+            ]
+        )
+    text = markdown(
+        ["model", "M parameters", "MFLOPs forward per token", *measures, f"chains: less {base}'s", "n"], rows
+    )
     curves = {}
     for line in lines:
         if "eval_loops" in line:
             curves.setdefault(line["model"], {}).setdefault(line["eval_loops"], []).append(accuracy(line, "chain"))
     most = max((max(curve) for curve in curves.values()), default=0)
-    rows = [[f"`{name}`", *(f"{statistics.mean(curve[i]):.3f}" if i in curve else "" for i in range(1, most + 1)), len(curve[1])]
-            for name, curve in curves.items()]  # fmt: skip
+    rows = [
+        [
+            f"`{name}`",
+            *(f"{statistics.mean(curve[i]):.3f}" if i in curve else "" for i in range(1, most + 1)),
+            len(curve[1]),
+        ]
+        for name, curve in curves.items()
+    ]
     return text + (f"\n\n{markdown(['chains right after loops', *range(1, most + 1), 'n'], rows)}" if rows else "")
 
 
@@ -157,7 +231,8 @@ def table(args):
 
 
 def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser, dict]:
-    """What the command lines of experiments in records/<name> share: the first action trains, the last only reads. And the actions' parsers."""
+    """What the command lines of experiments in records/<name> share: the first action trains, the last only reads. And
+    the actions' parsers."""
     parser = Parser(prog=f"{name}.py", description=description)
     subparsers = parser.add_subparsers(dest="action", required=True)
     add = {function: subparsers.add_parser(function.__name__) for function in actions}
@@ -182,7 +257,9 @@ def act(name: str, args):
 
 
 def main():
-    parser, add = action_parsers("arithmetic", "Stack, loop and pool of layers on problems of known difficulty.", (run, curve, table))
+    parser, add = action_parsers(
+        "arithmetic", "Stack, loop and pool of layers on problems of known difficulty.", (run, curve, table)
+    )
     for function in (run, curve):
         add[function].add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
         add[function].add_argument("--tokens", type=positive, default=ROUTES)

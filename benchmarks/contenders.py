@@ -1,10 +1,13 @@
-"""Who takes part in throughput.py: ours as train_muon.py and train_adamw.py run it, and what users would train instead, as plain scripts would.
+"""Who takes part in throughput.py: ours as train_muon.py and train_adamw.py run it, and what users would train instead,
+as plain scripts would.
 
-A contender's build(work) returns a function that does optimizer step number i, and the active FLOPs per token (see throughput.py).
+A contender's build(work) returns a function that does optimizer step number i, and the active FLOPs per token (see
+throughput.py).
 
-Mixtral: bf16 weights and fused AdamW on them (its best speed: fp32 weights under autocast take 1.1 to 1.2 times as long), SDPA, no auxiliary loss,
-its own loss through `labels`. Its experts are SwiGLU, three matrices: at the same hidden width 1.5 times the FLOPs of ours. Two more for fairness:
-autocast_mixtral keeps fp32 weights as ours does, equal_flops_mixtral has its experts narrowed to our FLOPs. nanoGPT: both ways, the faster counts."""
+Mixtral: bf16 weights and fused AdamW on them (its best speed: fp32 weights under autocast take 1.1 to 1.2 times as
+long), SDPA, no auxiliary loss, its own loss through `labels`. Its experts are SwiGLU, three matrices: at the same
+hidden width 1.5 times the FLOPs of ours. Two more for fairness: autocast_mixtral keeps fp32 weights as ours does,
+equal_flops_mixtral has its experts narrowed to our FLOPs. nanoGPT: both ways, the faster counts."""
 
 import dataclasses
 import math
@@ -54,10 +57,17 @@ class Work(NamedTuple):
 
 def ours(optimizer: str, shape):
     def build(work: Work):
-        keep_freed_memory()  # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
+        # as the scripts do when they start; it makes Mixtral 3% faster and a quarter larger, so it runs without
+        keep_freed_memory()
         config, recipe = shape(work.config), RECIPES[optimizer]
-        hp = dataclasses.replace(recipe.presets["cpu"], batch_tokens=work.tokens, seq_len=work.seq_len, num_iterations=10**5,
-                                 micro_batch_tokens=work.micro_batch_tokens, window_start=config.window_size)  # fmt: skip
+        hp = dataclasses.replace(
+            recipe.presets["cpu"],
+            batch_tokens=work.tokens,
+            seq_len=work.seq_len,
+            num_iterations=10**5,
+            micro_batch_tokens=work.micro_batch_tokens,
+            window_start=config.window_size,
+        )
         world = World(0, 1, CPU)
         exchange = train_muon.Exchange(build_model(config), world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
@@ -93,25 +103,40 @@ def plain_step(model: nn.Module, loss_of, work: Work):
 
 
 def mixtral(experts: str, dtype: str = "bf16", hidden_share: float = 1.0):
-    """experts: transformers' experts_implementation; dtype of the weights: other than Config.dtype means autocast to that."""
+    """experts: transformers' experts_implementation; dtype of the weights: other than Config.dtype means autocast to
+    that."""
 
     def build(work: Work):
         from transformers import MixtralConfig, MixtralForCausalLM
 
         c = work.config
         config = MixtralConfig(
-            vocab_size=c.padded_vocab_size, hidden_size=c.n_embd, intermediate_size=math.ceil(c.hidden_size * hidden_share / 8) * 8,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.head_dim,
-            num_local_experts=c.num_experts, num_experts_per_tok=c.top_k, max_position_embeddings=work.seq_len, output_router_logits=False,
-            use_cache=False, attn_implementation="sdpa", experts_implementation=experts)  # fmt: skip
+            vocab_size=c.padded_vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=math.ceil(c.hidden_size * hidden_share / 8) * 8,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_head,
+            head_dim=c.head_dim,
+            num_local_experts=c.num_experts,
+            num_experts_per_tok=c.top_k,
+            max_position_embeddings=work.seq_len,
+            output_router_logits=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+            experts_implementation=experts,
+        )
         model = MixtralForCausalLM(config).to(DTYPES[dtype]).train()
 
         def loss_of(ids):
             with torch.autocast("cpu", DTYPES[c.dtype], enabled=dtype != c.dtype):
                 return model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss  # it shifts the labels itself
 
-        active = sum(p.numel() * (c.top_k / c.num_experts if ".experts." in name else 1)
-                     for name, p in model.named_parameters() if p.ndim >= 2 and "embed_tokens" not in name)  # fmt: skip
+        active = sum(
+            p.numel() * (c.top_k / c.num_experts if ".experts." in name else 1)
+            for name, p in model.named_parameters()
+            if p.ndim >= 2 and "embed_tokens" not in name
+        )
         return plain_step(model, loss_of, work), 6 * active + work.attention_flops()
 
     return build
@@ -128,7 +153,9 @@ class NanoBlock(nn.Module):
         self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x_BTD)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x_BTD)).chunk(3, -1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.out(y.transpose(1, 2).flatten(-2))
         return x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD))))
@@ -139,7 +166,10 @@ class NanoGPT(nn.Module):
 
     def __init__(self, config: Config, seq_len: int):
         super().__init__()
-        self.embed, self.position = nn.Embedding(config.padded_vocab_size, config.n_embd), nn.Embedding(seq_len, config.n_embd)
+        self.embed, self.position = (
+            nn.Embedding(config.padded_vocab_size, config.n_embd),
+            nn.Embedding(seq_len, config.n_embd),
+        )
         self.blocks = nn.Sequential(*(NanoBlock(config) for _ in range(config.n_layer)))
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
         for p in self.parameters():
@@ -181,16 +211,23 @@ class Contender(NamedTuple):
 
 
 same = lambda config: config
-more = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts)  # of the same hidden width, as many per token
-finer = lambda config: dataclasses.replace(config, num_experts=8 * config.num_experts, top_k=8 * config.top_k)  # each cut into eight
+more = lambda config: dataclasses.replace(
+    config, num_experts=8 * config.num_experts
+)  # of the same hidden width, as many per token
+finer = lambda config: dataclasses.replace(
+    config, num_experts=8 * config.num_experts, top_k=8 * config.top_k
+)  # each cut into eight
 HF = "transformers.models.mixtral.modeling_mixtral"
 
 CONTENDERS = {
-    **{f"{name}_{optimizer}": Contender(ours(optimizer, shape), "torch", shape, optimizer)
-       for name, shape in (("moe", same), ("dense", dense_twin), ("more", more), ("finer", finer)) for optimizer in RECIPES},
+    **{
+        f"{name}_{optimizer}": Contender(ours(optimizer, shape), "torch", shape, optimizer)
+        for name, shape in (("moe", same), ("dense", dense_twin), ("more", more), ("finer", finer))
+        for optimizer in RECIPES
+    },
     **{f"mixtral_{experts}": Contender(mixtral(experts), HF) for experts in ("eager", "batched_mm", "grouped_mm")},
     "autocast_mixtral": Contender(mixtral("eager", "fp32"), HF),
     "equal_flops_mixtral": Contender(mixtral("grouped_mm", hidden_share=2 / 3), HF),
     "nanogpt_autocast": Contender(nanogpt("fp32")),
     "nanogpt_bf16": Contender(nanogpt("bf16")),
-}  # fmt: skip
+}

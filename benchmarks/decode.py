@@ -21,7 +21,8 @@ TOGETHER = 8
 
 @torch.no_grad()  # as GPT.stream
 def cached_and_full(model: GPT, context: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round: of a token after `context` others, cached, the mean of TOGETHER in a row, and of a forward of all."""
+    """Seconds of each round: of a token after `context` others, cached, the mean of TOGETHER in a row, and of a forward
+    of all."""
     device = model.head.device
     ids = torch.randint(0, model.config.vocab_size - 1, (1, context + TOGETHER), device=device)
     cache = model.cache_type(model.config, 1, context + TOGETHER, device)

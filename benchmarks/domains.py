@@ -1,13 +1,15 @@
-"""Do experts become experts of domains, and what does it cost? Six domains, preset 100m-cpu (or another), against a dense model and a cold start.
+"""Do experts become experts of domains, and what does it cost? Six domains, preset 100m-cpu (or another), against a
+dense model and a cold start.
 
     python benchmarks/domains.py run --data data/domains --seeds 0 1 2
     python benchmarks/domains.py off --data data/domains --seeds 0 1 2
     python benchmarks/domains.py table
 
-`run` trains the variants whose seeds are missing (several such commands may run side by side: each takes what no other has begun) and adds a line
-for each to records/domains/results.jsonl; `off` switches one expert off after another in what the warm start trained and notes what that does to
-each domain; `table` prints both as markdown. All variants see the same rows in the same order but for the round robin; the dense one, whose
-steps are shorter, makes as many more as fit into the same seconds."""
+`run` trains the variants whose seeds are missing (several such commands may run side by side: each takes what no other
+has begun) and adds a line for each to records/domains/results.jsonl; `off` switches one expert off after another in
+what the warm start trained and notes what that does to each domain; `table` prints both as markdown. All variants see
+the same rows in the same order but for the round robin; the dense one, whose steps are shorter, makes as many more as
+fit into the same seconds."""
 
 import statistics
 import sys
@@ -32,7 +34,12 @@ from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, VAL_TOKENS = 400, 6 * 2**14
 PACE = 1.334  # of a MoE step on one core, in dense steps, measured side by side
-HALF = ["--domain_steps", str(3 * STEPS // 8), "--domain_anneal_steps", str(STEPS // 8)]  # asked and let go; the other half is free
+HALF = [
+    "--domain_steps",
+    str(3 * STEPS // 8),
+    "--domain_anneal_steps",
+    str(STEPS // 8),
+]  # asked and let go; the other half is free
 VARIANTS = {  # flags on top of the preset's, and steps over STEPS
     "warm": (["--round_robin_steps", "0", "--domain_coef", "0.3", *HALF], 1.0),
     "cold": (["--round_robin_steps", "0", "--domain_coef", "0"], 1.0),
@@ -40,7 +47,10 @@ VARIANTS = {  # flags on top of the preset's, and steps over STEPS
     "round_robin": (["--round_robin_steps", str(STEPS // 2), "--domain_coef", "0.3", *HALF], 1.0),
     "round_robin_alone": (["--round_robin_steps", str(STEPS // 2), "--domain_coef", "0"], 1.0),
 }
-VARIANTS["round_robin_naive"] = ([*VARIANTS["round_robin"][0], "--balance_coef", "0", "--importance_coef", "1"], 1.0)  # balance within each batch
+VARIANTS["round_robin_naive"] = (
+    [*VARIANTS["round_robin"][0], "--balance_coef", "0", "--importance_coef", "1"],
+    1.0,
+)  # balance within each batch
 
 
 def begun(folder: Path) -> bool:
@@ -59,20 +69,43 @@ def run(args):
         for name in args.variants:
             flags, pace = VARIANTS[name]
             folder, steps = Path(args.out_dir) / f"{name}_{seed}", round(args.steps * pace)
-            done = any((line["variant"], line["seed"]) == (name, seed) for line in track.read_tuning(args.results) if "steps" in line)
+            done = any(
+                (line["variant"], line["seed"]) == (name, seed)
+                for line in track.read_tuning(args.results)
+                if "steps" in line
+            )
             if done or not begun(folder):
                 continue
-            base = ["--preset", args.preset, "--sample_tokens", "0", "--val_every", str(max(1, steps // 8)), f"--val_tokens={args.val_tokens}"]
+            base = [
+                "--preset",
+                args.preset,
+                "--sample_tokens",
+                "0",
+                "--val_every",
+                str(max(1, steps // 8)),
+                f"--val_tokens={args.val_tokens}",
+            ]
             ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
             if track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads):
                 folder.with_suffix(".begun").unlink()
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
-            line = {"variant": name, "seed": seed, "preset": args.preset, "flags": [*base, *flags, *args.flags], "steps": steps,
-                    "threads": args.threads, "seconds": rows[-1]["train_time"], "corpus_sha256": corpus,
-                    "torch": sources.torch_version(), "val/bpb": rows[-1]["val/bpb"],
-                    "domains": {domain: rows[-1][f"val/{domain}/bpb"] for domain in corpus},
-                    "information": {row["step"]: row["moe/domain_information"] for row in rows if "moe/domain_information" in row}}  # fmt: skip
+            line = {
+                "variant": name,
+                "seed": seed,
+                "preset": args.preset,
+                "flags": [*base, *flags, *args.flags],
+                "steps": steps,
+                "threads": args.threads,
+                "seconds": rows[-1]["train_time"],
+                "corpus_sha256": corpus,
+                "torch": sources.torch_version(),
+                "val/bpb": rows[-1]["val/bpb"],
+                "domains": {domain: rows[-1][f"val/{domain}/bpb"] for domain in corpus},
+                "information": {
+                    row["step"]: row["moe/domain_information"] for row in rows if "moe/domain_information" in row
+                },
+            }
             add_line(args.results, line)
             print(f"{folder.name}: {line['val/bpb']:.4f} bits per byte after {line['seconds']:.0f} s", flush=True)
 
@@ -82,12 +115,16 @@ def off(args):
     """Bits per byte of each domain with each expert switched off, less those with all on."""
     for seed in args.seeds:
         net, manifest = checkpoint.load_model_from_run(Path(args.out_dir) / f"warm_{seed}" / "checkpoint")
-        hp = train_muon.parse(ZOO_MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"])[1]
+        hp = train_muon.parse(
+            ZOO_MUON, ["--preset", args.preset, f"--data={args.data}", f"--val_tokens={args.val_tokens}"]
+        )[1]
         nbytes, names = torch.tensor(mixture.load_meta(args.data)["token_bytes"]), list(mixture.domains(args.data))
 
         def losses() -> list[float]:
             exchange = train_muon.Exchange(net, World(0, 1, torch.device("cpu")))
-            session = train_muon.Session(ZOO_MUON, hp, net, exchange, logger.PhaseTimer("cpu"), micro_rows=4, token_bytes=nbytes)
+            session = train_muon.Session(
+                ZOO_MUON, hp, net, exchange, logger.PhaseTimer("cpu"), micro_rows=4, token_bytes=nbytes
+            )
             values = ZOO_MUON.evaluate(session, manifest["step"])
             return [values[f"val/{name}/bpb"] for name in names]
 
@@ -102,7 +139,10 @@ def off(args):
                 down[expert] = old
         own = [name for name in names if name != hp.trunk_domain]
         add_line(args.results, {"variant": "warm", "seed": seed, "off": raised, "domains": names, "own": own})
-        print(f"seed {seed}: " + ", ".join(f"{name} {raised[i][names.index(name)]:+.3f}" for i, name in enumerate(own)), flush=True)
+        print(
+            f"seed {seed}: " + ", ".join(f"{name} {raised[i][names.index(name)]:+.3f}" for i, name in enumerate(own)),
+            flush=True,
+        )
 
 
 def tables(lines: list[dict]) -> str:
@@ -116,16 +156,34 @@ def tables(lines: list[dict]) -> str:
             ends, warm = ({seed: line["val/bpb"] for seed, line in of[which].items()} for which in (name, "warm"))
             gain = "" if name == "warm" else "{:+.4f} ± {:.4f}".format(*track.paired(ends, warm))
             told = [list(line["information"].values()) for line in runs.values()]
-            middle = [f"{mean([bits[len(bits) // 2] for bits in told]):.2f}", f"{mean([bits[-1] for bits in told]):.2f}"] if told[0] else ["", ""]
-            rows.append([f"`{name}`", first["steps"], *(f"{mean([line['domains'][domain] for line in runs.values()]):.3f}" for domain in domains),
-                         f"{mean(ends.values()):.4f}", gain, *middle, len(runs)])  # fmt: skip
+            middle = (
+                [f"{mean([bits[len(bits) // 2] for bits in told]):.2f}", f"{mean([bits[-1] for bits in told]):.2f}"]
+                if told[0]
+                else ["", ""]
+            )
+            rows.append(
+                [
+                    f"`{name}`",
+                    first["steps"],
+                    *(f"{mean([line['domains'][domain] for line in runs.values()]):.3f}" for domain in domains),
+                    f"{mean(ends.values()):.4f}",
+                    gain,
+                    *middle,
+                    len(runs),
+                ]
+            )
     columns = ["variant", "steps", *domains, "all", "less warm's", "bits told half way", "at the end", "n"]
     text, offs = markdown(columns, rows), [line for line in lines if "off" in line]
     if offs:
         own, names = offs[0]["own"], offs[0]["domains"]
-        raised = [[statistics.mean(line["off"][i][d] for line in offs) for d in range(len(names))] for i in range(len(offs[0]["off"]))]
+        raised = [
+            [statistics.mean(line["off"][i][d] for line in offs) for d in range(len(names))]
+            for i in range(len(offs[0]["off"]))
+        ]
         mark = lambda x, row: f"**{x:+.3f}**" if x == max(row) else f"{x:+.3f}"
-        rows = [[own[i] if i < len(own) else f"expert {i}", *(mark(x, row) for x in row)] for i, row in enumerate(raised)]
+        rows = [
+            [own[i] if i < len(own) else f"expert {i}", *(mark(x, row) for x in row)] for i, row in enumerate(raised)
+        ]
         text += f"\n\n{markdown(['without the expert of', *names], rows)}"
     return text
 
@@ -135,13 +193,17 @@ def table(args):
 
 
 def main():
-    parser, add = action_parsers("domains", "Experts of domains: a warm start against a cold one and a dense model.", (run, off, table))
+    parser, add = action_parsers(
+        "domains", "Experts of domains: a warm start against a cold one and a dense model.", (run, off, table)
+    )
     for function in (run, off):
         add[function].add_argument("--preset", choices=list(ZOO_MUON.presets), default="100m-cpu")
         add[function].add_argument("--val_tokens", type=positive, default=VAL_TOKENS)
     add[run].add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     add[run].add_argument("--steps", type=positive, default=STEPS)
-    add[run].add_argument("--flags", nargs="*", default=[], help="for train_zoo.py, as words behind =, for instance =--n_layer=2")
+    add[run].add_argument(
+        "--flags", nargs="*", default=[], help="for train_zoo.py, as words behind =, for instance =--n_layer=2"
+    )
     args = parser.parse_args()
     if args.action == "run":
         args.flags = [word.removeprefix("=") for word in args.flags]

@@ -1,12 +1,13 @@
-"""What a trained model knows: bits per byte of any text, questions with choices, and the tasks of EleutherAI's lm-evaluation-harness.
+"""What a trained model knows: bits per byte of any text, questions with choices, and the tasks of EleutherAI's
+lm-evaluation-harness.
 
     python benchmarks/evaluate.py bpb --checkpoint logs/muon/checkpoint --path README.md src/
     python benchmarks/evaluate.py choices --checkpoint logs/muon/checkpoint --path questions.jsonl
     python benchmarks/evaluate.py harness --checkpoint logs/muon/checkpoint --tasks hellaswag arc_easy lambada_openai
 
---checkpoint is what model.py takes: a run's checkpoint, a folder of --save_pretrained, or hf://user/name. A line of questions.jsonl is
-{"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}. The harness needs `pip install -r benchmarks/requirements-harness.txt`, and
-the internet for its data sets.
+--checkpoint is what model.py takes: a run's checkpoint, a folder of --save_pretrained, or hf://user/name. A line of
+questions.jsonl is {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}. The harness needs `pip install -r
+benchmarks/requirements-harness.txt`, and the internet for its data sets.
 
 Every text starts after an end-of-text token, as in training, and none sees another.
 """
@@ -37,8 +38,9 @@ def context_length(model) -> int:
 
 @torch.no_grad()
 def stream_nats(model, ids_N: np.ndarray, seq_len: int) -> float:
-    """Nats of all tokens of a stream but its end-of-text tokens, each given at least seq_len / 2 tokens before it, or all of its document, whose
-    end-of-text token goes ahead (as attention stops there, documents share rows). Windows of seq_len + 1 tokens start every seq_len / 2."""
+    """Nats of all tokens of a stream but its end-of-text tokens, each given at least seq_len / 2 tokens before it, or
+    all of its document, whose end-of-text token goes ahead (as attention stops there, documents share rows). Windows of
+    seq_len + 1 tokens start every seq_len / 2."""
     eot, stride = model.config.eot_token, max(1, seq_len // 2)
     starts = range(0, max(1, len(ids_N) - 1 - seq_len + stride), stride)
     padded_N = np.full(starts[-1] + seq_len + 1, eot, np.int64)
@@ -55,16 +57,23 @@ def stream_nats(model, ids_N: np.ndarray, seq_len: int) -> float:
 
 def bits_per_byte(model, encoding, documents, seq_len: int) -> tuple[float, int, int]:
     """(bits per byte, bytes, tokens) of documents (UTF-8). Raises UserError if there is no text."""
-    ids = [np.concatenate(([encoding.eot_token], encoding.encode(text.decode("utf-8", "replace")))) for text in documents]
+    ids = [
+        np.concatenate(([encoding.eot_token], encoding.encode(text.decode("utf-8", "replace")))) for text in documents
+    ]
     stream_N = np.concatenate(ids) if ids else np.empty(0, np.int64)
     size = len(encoding.decode_bytes(stream_N))
     if size == 0:
         raise UserError("there is no text in it; name other files")
-    return stream_nats(model, stream_N, min(seq_len, len(stream_N) - 1)) / math.log(2) / size, size, len(stream_N) - len(ids)
+    return (
+        stream_nats(model, stream_N, min(seq_len, len(stream_N) - 1)) / math.log(2) / size,
+        size,
+        len(stream_N) - len(ids),
+    )
 
 
 def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, cut where the context ends when the two are encoded as one text; spaces at its end belong to the continuation."""
+    """Ids of both, cut where the context ends when the two are encoded as one text; spaces at its end belong to the
+    continuation."""
     spaces = len(context) - len(context.rstrip(" "))
     if spaces:
         context, continuation = context[:-spaces], " " * spaces + continuation
@@ -74,8 +83,9 @@ def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], l
 
 @torch.no_grad()
 def score(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list[tuple[float, bool]]:
-    """For each (ids before, ids after): the log probability of those after, in nats, and whether they are the likeliest throughout.
-    Of what is before, the last tokens that fit into `longest` count. Raises ValueError for an empty part."""
+    """For each (ids before, ids after): the log probability of those after, in nats, and whether they are the likeliest
+    throughout. Of what is before, the last tokens that fit into `longest` count. Raises ValueError for an empty
+    part."""
     if any(not before or not after for before, after in pairs):
         raise ValueError("a context and a continuation have at least one token each")
     found, order = [None] * len(pairs), sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -90,18 +100,26 @@ def score(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list
         for i, ids, log_prob_TV in zip(batch, rows, log_prob_BTV):
             after_N = torch.tensor(ids[-min(len(pairs[i][1]), len(ids) - 1) :], device=log_prob_TV.device)
             log_prob_NV = log_prob_TV[len(ids) - 1 - len(after_N) : len(ids) - 1]
-            found[i] = log_prob_NV.gather(1, after_N[:, None]).sum().item(), bool((log_prob_NV.argmax(-1) == after_N).all())
+            found[i] = (
+                log_prob_NV.gather(1, after_N[:, None]).sum().item(),
+                bool((log_prob_NV.argmax(-1) == after_N).all()),
+            )
     return found
 
 
 def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]:
-    """Shares of questions whose right answer has the largest probability (acc), and the largest per byte (acc_norm), as in the harness."""
-    pairs = [encode_pair(encoding, question["context"], choice) for question in questions for choice in question["choices"]]
+    """Shares of questions whose right answer has the largest probability (acc), and the largest per byte (acc_norm), as
+    in the harness."""
+    pairs = [
+        encode_pair(encoding, question["context"], choice) for question in questions for choice in question["choices"]
+    ]
     scores, right = iter(score(model, pairs, context_length(model))), {"acc": 0, "acc_norm": 0}
     for question in questions:
         nats = np.array([next(scores)[0] for _ in question["choices"]])
         right["acc"] += int(nats.argmax()) == question["answer"]
-        right["acc_norm"] += int((nats / [len(choice.encode()) for choice in question["choices"]]).argmax()) == question["answer"]
+        right["acc_norm"] += (
+            int((nats / [len(choice.encode()) for choice in question["choices"]]).argmax()) == question["answer"]
+        )
     return {name: count / len(questions) for name, count in right.items()}
 
 
@@ -114,7 +132,10 @@ def read_questions(path: Path) -> list[dict]:
         mend = f"{path}, line {number} is no question ({{error}}): mend or remove it"
         with data.as_data_error(mend, ValueError, KeyError, TypeError, AttributeError):
             question = json.loads(line)
-            if not (isinstance(question["context"], str) and all(isinstance(choice, str) and choice for choice in question["choices"])):
+            if not (
+                isinstance(question["context"], str)
+                and all(isinstance(choice, str) and choice for choice in question["choices"])
+            ):
                 raise ValueError("context is a text, choices are texts that are not empty")
             if not (isinstance(question["answer"], int) and 0 <= question["answer"] < len(question["choices"])):
                 raise ValueError("answer is the number of a choice, from 0")
@@ -126,7 +147,9 @@ def read_questions(path: Path) -> list[dict]:
 
 def harness_model(model, encoding):
     """The model as the harness wants it. Raises UserError where that is not installed."""
-    with data.as_data_error("the harness is not installed: `pip install -r benchmarks/requirements-harness.txt`", ImportError):
+    with data.as_data_error(
+        "the harness is not installed: `pip install -r benchmarks/requirements-harness.txt`", ImportError
+    ):
         from lm_eval.api.model import TemplateLM
 
     longest = context_length(model)
@@ -141,11 +164,17 @@ def harness_model(model, encoding):
 
         def _loglikelihood_tokens(self, requests, **kwargs):
             start = [encoding.eot_token]
-            return score(model, [(before if before[:1] == start else start + before, after) for _, before, after in requests], longest)
+            return score(
+                model,
+                [(before if before[:1] == start else start + before, after) for _, before, after in requests],
+                longest,
+            )
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             texts = [np.array([encoding.eot_token, *self.tok_encode(request.args[0])]) for request in requests]
-            return [-stream_nats(model, ids_N, min(longest, len(ids_N) - 1)) if len(ids_N) > 1 else 0.0 for ids_N in texts]
+            return [
+                -stream_nats(model, ids_N, min(longest, len(ids_N) - 1)) if len(ids_N) > 1 else 0.0 for ids_N in texts
+            ]
 
         def generate_until(self, requests, disable_tqdm=False):
             return [self.one_answer(*request.args) for request in requests]
@@ -157,7 +186,9 @@ def harness_model(model, encoding):
             tokens = torch.tensor([[encoding.eot_token, *self.tok_encode(context)[-room:]]], device=model.head.device)
             temperature = how.get("temperature", 0.0) if how.get("do_sample") else 0.0
             ids = []
-            for id_B in model.stream(tokens, most, temperature, top_p=how.get("top_p", 1.0), stop_at=encoding.eot_token):
+            for id_B in model.stream(
+                tokens, most, temperature, top_p=how.get("top_p", 1.0), stop_at=encoding.eot_token
+            ):
                 ids.append(id_B.item())
                 text = encoding.decode(ids)
                 ends = [text.index(stop) for stop in until if stop in text]
@@ -177,10 +208,15 @@ def measure_bpb(model, encoding, args):
         began = time.perf_counter()
         documents, _ = sources.read_files([path], encoding, args.text_field)
         try:
-            bits, size, tokens = bits_per_byte(model, encoding, (text for _, text in documents), args.seq_len or context_length(model))
+            bits, size, tokens = bits_per_byte(
+                model, encoding, (text for _, text in documents), args.seq_len or context_length(model)
+            )
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        print(f"{path}: {bits:.4f} bits per byte, {size:,} bytes, {tokens:,} tokens in {time.perf_counter() - began:.1f} s", flush=True)
+        print(
+            f"{path}: {bits:.4f} bits per byte, {size:,} bytes, {tokens:,} tokens in {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
 
 
 def measure_choices(model, encoding, args):
@@ -188,7 +224,9 @@ def measure_choices(model, encoding, args):
         questions = read_questions(path)
         shares = answer_questions(model, encoding, questions)
         chance = sum(1 / len(question["choices"]) for question in questions) / len(questions)
-        print(f"{path}: {len(questions):,} questions, acc {shares['acc']:.4f}, acc_norm {shares['acc_norm']:.4f} (chance {chance:.4f})")
+        print(
+            f"{path}: {len(questions):,} questions, acc {shares['acc']:.4f}, acc_norm {shares['acc_norm']:.4f} (chance {chance:.4f})"
+        )
 
 
 def measure_harness(model, encoding, args):
@@ -197,17 +235,28 @@ def measure_harness(model, encoding, args):
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    found = lm_eval.simple_evaluate(model=adapter, tasks=args.tasks, num_fewshot=args.num_fewshot, limit=args.limit, bootstrap_iters=1000,
-                                    task_manager=TaskManager(include_path=args.include_path))  # fmt: skip
+    found = lm_eval.simple_evaluate(
+        model=adapter,
+        tasks=args.tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        bootstrap_iters=1000,
+        task_manager=TaskManager(include_path=args.include_path),
+    )
     print(make_table(found))
 
 
-MEASURES = {"bpb": ("bits per byte of files and folders", measure_bpb), "choices": ("questions of a .jsonl file", measure_choices),
-            "harness": ("tasks of lm-evaluation-harness", measure_harness)}  # fmt: skip
+MEASURES = {
+    "bpb": ("bits per byte of files and folders", measure_bpb),
+    "choices": ("questions of a .jsonl file", measure_choices),
+    "harness": ("tasks of lm-evaluation-harness", measure_harness),
+}
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_subparsers(required=True, metavar="bpb|choices|harness")
     for name, (what, measure) in MEASURES.items():
         part = which.add_parser(name, help=what, allow_abbrev=False)
@@ -216,7 +265,9 @@ def parse(argv=None):
         if measure is not measure_harness:
             part.add_argument("--path", nargs="+", required=True)
     which.choices["bpb"].add_argument("--text_field", default="text", help="of .jsonl and .parquet files")
-    which.choices["bpb"].add_argument("--seq_len", type=positive, help="tokens of a window (default: that of the long layers)")
+    which.choices["bpb"].add_argument(
+        "--seq_len", type=positive, help="tokens of a window (default: that of the long layers)"
+    )
     harness = which.choices["harness"]
     harness.add_argument("--tasks", nargs="+", required=True)
     harness.add_argument("--include_path", help="a folder with tasks of your own")

@@ -1,14 +1,17 @@
-"""A candidate for kernels.py that no GPU has timed yet: the experts' ReLU^2 inside the grouped matmuls before and behind it.
+"""A candidate for kernels.py that no GPU has timed yet: the experts' ReLU^2 inside the grouped matmuls before and
+behind it.
 
-Compiled by Inductor, ReLU^2 and its gradient are passes of their own over (R, F): with H200's 4.25 TB/s some 0.4 ms for every layer and micro-batch
-of preset speedrun, 40 ms of a step, of the dense twin's as well. Here the activation leaves the up-projection's accumulators as the bf16
-that the down-projection reads, and its gradient the accumulators of the down-projection's backward. Nothing else is kept for backward: a = relu(h)^2
-gives relu(h) back as sqrt(a). modded-nanogpt's record 59 does this for its dense MLP and reports a tenth of the MLP's time.
+Compiled by Inductor, ReLU^2 and its gradient are passes of their own over (R, F): with H200's 4.25 TB/s some 0.4 ms for
+every layer and micro-batch of preset speedrun, 40 ms of a step, of the dense twin's as well. Here the activation leaves
+the up-projection's accumulators as the bf16 that the down-projection reads, and its gradient the accumulators of the
+down-projection's backward. Nothing else is kept for backward: a = relu(h)^2 gives relu(h) back as sqrt(a).
+modded-nanogpt's record 59 does this for its dense MLP and reports a tenth of the MLP's time.
 
     bash benchmarks/gpu.sh bench --rows moe_fused dense_fused    # whole steps beside those without; the parts: --only parts
 
-If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/core/test_kernels.py checks it in Triton's
-interpreter and compiles it to machine code. Letters as in model.py; K and N are a matmul's inner and outer width."""
+If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/core/test_kernels.py
+checks it in Triton's interpreter and compiles it to machine code. Letters as in model.py; K and N are a matmul's inner
+and outer width."""
 
 from __future__ import annotations
 
@@ -39,21 +42,43 @@ class Tile(NamedTuple):
 
 
 WIDE = Tile()
-TILES = {"128 x 256": WIDE, "128 x 256, 4 stages": Tile(stages=4), "256 x 128": Tile(256, 128), "128 x 128": Tile(128, 128, warps=4)}
+TILES = {
+    "128 x 256": WIDE,
+    "128 x 256, 4 stages": Tile(stages=4),
+    "256 x 128": Tile(256, 128),
+    "128 x 128": Tile(128, 128, warps=4),
+}
 
 
 @triton.jit
-def grouped_kernel(rows_desc, weight_desc, a_ptr, out_ptr, offs_ptr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BACKWARD: tl.constexpr,
-                   TURNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
-    """Every program takes one tile after another: an expert's rows times some columns of its matrix. relu(.)^2 of the products, or
-    backward the products times the derivative 2 sqrt(a). Tiles of rows begin anew with each expert, whose last one may be short."""
+def grouped_kernel(
+    rows_desc,
+    weight_desc,
+    a_ptr,
+    out_ptr,
+    offs_ptr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TURNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Every program takes one tile after another: an expert's rows times some columns of its matrix. relu(.)^2 of the
+    products, or backward the products times the derivative 2 sqrt(a). Tiles of rows begin anew with each expert, whose
+    last one may be short."""
     expert_E = tl.arange(0, EXPERTS)  # a power of two, the first E of which exist
     end_E = tl.load(offs_ptr + expert_E, mask=expert_E < E, other=0)
     begin_E = tl.load(offs_ptr + expert_E - 1, mask=(expert_E > 0) & (expert_E < E), other=0)
     tiles_E = tl.where(expert_E < E, (end_E - begin_E + ROWS - 1) // ROWS, 0)
     last_tile_E = tl.cumsum(tiles_E)
     across = (N + COLS - 1) // COLS
-    for turn in tl.range(0, TURNS, flatten=True):  # how many tiles there are no host knows: behind the last one no expert has rows
+    for turn in tl.range(
+        0, TURNS, flatten=True
+    ):  # how many tiles there are no host knows: behind the last one no expert has rows
         tile = tl.program_id(0) + turn * tl.num_programs(0)
         down, col0 = tile // across, (tile % across) * COLS
         expert = tl.sum((last_tile_E <= down).to(tl.int32))
@@ -84,14 +109,29 @@ def grouped(rows_RK: Tensor, weight_EXY: Tensor, offs_E: Tensor, a_RN: Tensor | 
     (R, K), E, backward = rows_RK.shape, len(weight_EXY), a_RN is not None
     out_RN = rows_RK.new_empty(R, N)
     block = [tile.depth, tile.cols] if backward else [tile.cols, tile.depth]
-    descriptors = (TensorDescriptor.from_tensor(rows_RK.contiguous(), [tile.rows, tile.depth]),
-                   TensorDescriptor.from_tensor(weight_EXY.contiguous().flatten(0, 1), block))  # fmt: skip
+    descriptors = (
+        TensorDescriptor.from_tensor(rows_RK.contiguous(), [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(weight_EXY.contiguous().flatten(0, 1), block),
+    )
     programs = torch.cuda.get_device_properties(rows_RK.device).multi_processor_count if rows_RK.is_cuda else 5
     most = (triton.cdiv(R, tile.rows) + E - 1) * triton.cdiv(N, tile.cols)
     grouped_kernel[(programs,)](
-        *descriptors, a_RN if backward else out_RN, out_RN, offs_E, E=E, K=K, N=N, BACKWARD=backward, TURNS=triton.cdiv(most, programs),
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, EXPERTS=triton.next_power_of_2(E), num_warps=tile.warps,
-        num_stages=tile.stages)  # fmt: skip
+        *descriptors,
+        a_RN if backward else out_RN,
+        out_RN,
+        offs_E,
+        E=E,
+        K=K,
+        N=N,
+        BACKWARD=backward,
+        TURNS=triton.cdiv(most, programs),
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        DEPTH=tile.depth,
+        EXPERTS=triton.next_power_of_2(E),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out_RN
 
 
@@ -106,7 +146,8 @@ def down_backward_kernel(dy_RD: Tensor, down_EDF: Tensor, a_RF: Tensor, offs_E: 
 
 
 def plain_up(rows_RD: Tensor, up_EFD: Tensor, offs_E: Tensor) -> Tensor:
-    """a = relu(h)^2 (R, F) of h = rows times each expert's matrix (E, F, D); rows behind the last end are left as they are."""
+    """a = relu(h)^2 (R, F) of h = rows times each expert's matrix (E, F, D); rows behind the last end are left as they
+    are."""
     return grouped_mm_op(rows_RD, up_EFD, offs_E).relu().square()
 
 
@@ -143,7 +184,12 @@ class FusedMLP(torch.autograd.Function):
         rows_RD, up_EFD, down_EDF, offs_E, a_RF = ctx.saved_tensors
         dy_RD = dy_RD.contiguous()
         dh_RF = fused_down_backward(dy_RD, down_EDF, a_RF, offs_E)
-        return (grouped_mm_op(dh_RF, up_EFD.mT, offs_E), grouped_outer(dh_RF, rows_RD, offs_E), grouped_outer(dy_RD, a_RF, offs_E), None)
+        return (
+            grouped_mm_op(dh_RF, up_EFD.mT, offs_E),
+            grouped_outer(dh_RF, rows_RD, offs_E),
+            grouped_outer(dy_RD, a_RF, offs_E),
+            None,
+        )
 
 
 class FusedMLPExperts(MLPExperts):

@@ -1,11 +1,13 @@
-"""The speedrun's step on one GPU: MoE against its dense twin at equal active FLOPs, what each part takes, and what the options change.
+"""The speedrun's step on one GPU: MoE against its dense twin at equal active FLOPs, what each part takes, and what the
+options change.
 
     python benchmarks/gpu.py                                   # preset speedrun, 393,216 tokens per step, random tokens
     python benchmarks/gpu.py --data data/h200 --seconds 300    # real text; stop beginning new rows after 300 seconds
     python benchmarks/gpu.py --only steps --rows moe dense --kernels   # two rows, and the kernels that their time goes to
 
-Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first step is not counted.
-Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is train_muon.train_step with Muon, compiled.
+Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first
+step is not counted. Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is
+train_muon.train_step with Muon, compiled.
 
   MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (facts.PEAK_FLOPS), FP8 matmuls counted like all others.
            Attention counts every key inside the window: random tokens have no documents that would hide some
@@ -72,7 +74,12 @@ def uniform(config: Config) -> Config:
 def plain_versions():
     """The functions that have kernels without them; those of the head compiled, which makes them faster."""
     kept = {}
-    for module, name in ((ops, "softcap_nll"), (ops, "quantise"), (train_muon, "gram"), (train_muon, "gram_polynomial")):
+    for module, name in (
+        (ops, "softcap_nll"),
+        (ops, "quantise"),
+        (train_muon, "gram"),
+        (train_muon, "gram_polynomial"),
+    ):
         kept[module, name] = getattr(module, name)
         plain = kept[module, name].__wrapped__
         setattr(module, name, plain if module is train_muon else torch.compile(plain, dynamic=False))
@@ -99,13 +106,17 @@ ROWS = {  # those that matter most first, as time may run out
     "dense": Row(dense_twin, "dense", "the dense twin"),
     "moe": Row(same, "dense", "8 experts, top-2"),
     "half": Row(lambda config: dataclasses.replace(config, pattern="DM"), "dense", "experts in every second layer"),
-    "dense_fused": Row(dense_twin, "dense", "the dense twin, ReLU^2 inside the matmuls", fused_mlp.in_models_built_here),
+    "dense_fused": Row(
+        dense_twin, "dense", "the dense twin, ReLU^2 inside the matmuls", fused_mlp.in_models_built_here
+    ),
     "moe_fused": Row(same, "moe", "ReLU^2 inside the grouped matmuls", fused_mlp.in_models_built_here),
     "dense_bf16": Row(with_head("bf16", dense_twin), "dense", "the dense twin, head in bf16"),
     "moe_bf16": Row(with_head("bf16"), "moe", "head in bf16"),
     "moe_plain": Row(same, "moe", "no Triton kernels of ours: compiled plain versions", plain_versions),
     "moe_uniform": Row(uniform, "moe", "equal load by force, no router"),
-    "moe_1": Row(lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"),
+    "moe_1": Row(
+        lambda config: dataclasses.replace(config, num_experts=1, top_k=1), "dense", "one expert of the dense width"
+    ),
     "moe_16": Row(many(16), "moe", "16 experts of the same width"),
     "moe_64": Row(many(64), "moe", "64 experts of the same width"),
 }
@@ -117,8 +128,14 @@ class Stepper:
     def __init__(self, name: str, config: Config, args: argparse.Namespace):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        hp = dataclasses.replace(train_muon.PRESETS["speedrun"], batch_tokens=args.tokens, seq_len=args.seq_len, micro_batch_tokens=args.micro,
-                                 num_iterations=10**5, window_start=config.window_size)  # fmt: skip
+        hp = dataclasses.replace(
+            train_muon.PRESETS["speedrun"],
+            batch_tokens=args.tokens,
+            seq_len=args.seq_len,
+            micro_batch_tokens=args.micro,
+            num_iterations=10**5,
+            window_start=config.window_size,
+        )
         self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
         rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, World(0, 1, DEVICE))
@@ -168,12 +185,22 @@ def drawn_on_the_device(config: Config) -> GPT:
 
 
 def loader_of(folder: Path, config: Config, seq_len: int, tokens: int, rows: int) -> data.Loader:
-    return data.Loader(folder, seq_len=seq_len, batch_rows=tokens // seq_len, micro_rows=rows, rank=0, world_size=1, seed=0,
-                       vocab_size=config.vocab_size, device=DEVICE)  # fmt: skip
+    return data.Loader(
+        folder,
+        seq_len=seq_len,
+        batch_rows=tokens // seq_len,
+        micro_rows=rows,
+        rank=0,
+        world_size=1,
+        seed=0,
+        vocab_size=config.vocab_size,
+        device=DEVICE,
+    )
 
 
 def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) -> list[list[data.Batch]]:
-    """Micro-batches of a few steps, on the device: of a folder of shards, or random ids without the end-of-text token."""
+    """Micro-batches of a few steps, on the device: of a folder of shards, or random ids without the end-of-text
+    token."""
     if folder:
         loader = loader_of(folder, config, hp.seq_len, hp.batch_tokens, rows)
         made = [loader.next_step() for _ in range(steps)]
@@ -184,26 +211,37 @@ def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) 
     return [[data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(step)] for step in ids]
 
 
-def measured(name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str) -> dict:
+def measured(
+    name: str, mine: list[list[float]], theirs: list[list[float]], stepper: Stepper, floor: float, other: str
+) -> dict:
     """A row of the table: milliseconds, ratio to what it is compared with, MFU, memory."""
     ms, config = statistics.median(sum(mine, [])), stepper.config
     peak = facts.matmul_rate(DEVICE, config.dtype)
     load, loss = stepper.row.get("moe/load_max_over_mean"), stepper.row["train/loss"].item()
     if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong")
+        raise RuntimeError(
+            f"the loss is {loss}, so its times mean nothing; `bash benchmarks/gpu.sh tests` says what is wrong"
+        )
     return {
-        "row": name, "what": ROWS[name].what, "ms": ms, "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms, "against": other,
+        "row": name,
+        "what": ROWS[name].what,
+        "ms": ms,
+        "tokens_per_second": 1000 * stepper.hp.batch_tokens / ms,
+        "against": other,
         "ratio": statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)),
         "ratios": [statistics.median(a) / statistics.median(b) for a, b in zip(mine, theirs)],
-        "mfu": 1000 * stepper.hp.batch_tokens / ms * flops_per_token(config, stepper.hp.seq_len) / peak, "floors": ms / 1000 / floor,
-        "memory": stepper.memory, "loss": loss, "load_max_over_mean": None if load is None else load.item(),
+        "mfu": 1000 * stepper.hp.batch_tokens / ms * flops_per_token(config, stepper.hp.seq_len) / peak,
+        "floors": ms / 1000 / floor,
+        "memory": stepper.memory,
+        "loss": loss,
+        "load_max_over_mean": None if load is None else load.item(),
         "first_steps_seconds": stepper.compile_seconds,
-    }  # fmt: skip
+    }
 
 
 def step_rows(args, rates, save) -> list[str]:
-    """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it. Returns what went wrong: a row that fails,
-    for want of memory or because a kernel does not compile, costs no other its time."""
+    """Every wanted row beside what it is compared with; a model is dropped when nothing later needs it. Returns what
+    went wrong: a row that fails, for want of memory or because a kernel does not compile, costs no other its time."""
     alive, wrong = {}, []
     for i, name in enumerate(args.rows):
         if time.perf_counter() > args.ends:
@@ -213,7 +251,9 @@ def step_rows(args, rates, save) -> list[str]:
             step_row(name, alive, args, rates, save)
         except Exception as error:  # whatever it is, the next row may do without it
             traceback.print_exc()
-            wrong.append(f"row {name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+            wrong.append(
+                f"row {name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            )
             alive.pop(name, None)
         later = {needed for row in args.rows[i + 1 :] for needed in (row, ROWS[row].against)}
         for dropped in alive.keys() - later:
@@ -249,12 +289,16 @@ def kernel_table(stepper: Stepper, most: int = 45) -> str:
         stepper.step()
         torch.cuda.synchronize()
     phases = ("data", "forward", "backward", "communication", "optimizer")
-    rows = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and e.key not in phases]
+    rows = [
+        e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and e.key not in phases
+    ]
     rows.sort(key=lambda e: -e.self_device_time_total)
     total = max(1, sum(e.self_device_time_total for e in rows))
     lines = [f"{stepper.name}: {total / 1000:.1f} ms in kernels, {sum(e.count for e in rows):,} launches"]
     for e in rows[:most]:
-        lines.append(f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}")
+        lines.append(
+            f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}"
+        )
     return "\n".join(lines)
 
 
@@ -303,7 +347,11 @@ def attention_parts(args):
         window = torch.tensor(c.window_size // model.WINDOWS[letter], device=DEVICE)
         mask = model.fastest_mask(DEVICE.type, T)(position, position, doc_BT, doc_BT, window)
         attend = lambda *qkv: mask.attend(*(z.transpose(1, 2) for z in qkv), c.attn_scale)
-        yield f"attention scores, window {window.item()}", forward_backward(attend, *qkv), 12 * model.mean_keys(c, letter, T) * W * T
+        yield (
+            f"attention scores, window {window.item()}",
+            forward_backward(attend, *qkv),
+            12 * model.mean_keys(c, letter, T) * W * T,
+        )
     kind, long = model.fastest_mask(DEVICE.type, T), torch.tensor(c.window_size, device=DEVICE)
     windows = model.window_sizes(c.window, long).values()
     yield "masks of all windows", lambda: [kind(position, position, doc_BT, doc_BT, window) for window in windows], 0
@@ -357,7 +405,10 @@ def head_parts(args):
     c, T = args.config, args.micro
     V, D = c.padded_vocab_size, c.n_embd
     x, w = grad(T, D), (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
-    target, z = torch.randint(c.vocab_size, (T,), device=DEVICE), torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16)
+    target, z = (
+        torch.randint(c.vocab_size, (T,), device=DEVICE),
+        torch.randn(min(8192, T), V, device=DEVICE, dtype=torch.bfloat16),
+    )
     nll = lambda z, target: ops.softcap_nll(z, target, vocab_size=c.vocab_size, softcap=c.softcap)
     loss = lambda head: lambda x, w: ops.chunked_loss(x, w, target, ops.HEADS[head], nll)
     for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions compiled")):
@@ -372,8 +423,11 @@ def optimizer_parts(args):
     """(name, call, FLOPs): once per step."""
     c = args.config
     D, H, W = c.n_embd, c.hidden_size, c.n_head * c.head_dim
-    shapes = {"experts": (2 * c.num_experts * c.n_layer, H, D), "dense MLPs": (2 * c.n_layer, c.top_k * H, D),
-              "attention matrices": (4 * c.n_layer, W, D)}  # fmt: skip
+    shapes = {
+        "experts": (2 * c.num_experts * c.n_layer, H, D),
+        "dense MLPs": (2 * c.n_layer, c.top_k * H, D),
+        "attention matrices": (4 * c.n_layer, W, D),
+    }
     for versions, said in ((contextlib.nullcontext, ""), (plain_versions, ", plain versions")):
         for name, (count, rows, cols) in shapes.items():
             with versions():
@@ -386,10 +440,14 @@ def optimizer_parts(args):
 
 
 def mlp_parts(args):
-    """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones alone, by tile.
-    The dense twin's is one expert of top_k times the width, over fewer rows. Last, as a new kernel may fail."""
+    """(name, call, FLOPs): both matmuls of the MLPs with ReLU^2 between them, as they are and fused; the two fused ones
+    alone, by tile. The dense twin's is one expert of top_k times the width, over fewer rows. Last, as a new kernel may
+    fail."""
     c, product, activation = args.config, ops.grouped_mm, ops.relu_squared
-    for load, E, R, H in (("dense", 1, args.micro, c.top_k * c.hidden_size), ("experts", c.num_experts, args.micro * c.top_k, c.hidden_size)):
+    for load, E, R, H in (
+        ("dense", 1, args.micro, c.top_k * c.hidden_size),
+        ("experts", c.num_experts, args.micro * c.top_k, c.hidden_size),
+    ):
         rows, up, down, flops = grad(R, c.n_embd), grad(E, H, c.n_embd), grad(E, c.n_embd, H), 12 * R * H * c.n_embd
         offs_E = torch.linspace(R / E, R, E, device=DEVICE).int()
         plain = torch.compile(lambda rows, up, down: product(activation(product(rows, up, offs_E)), down, offs_E))
@@ -400,7 +458,11 @@ def mlp_parts(args):
         a, dy = fused_mlp.fused_up(rows, up, offs_E), torch.randn_like(rows)
         for name, tile in fused_mlp.TILES.items() if DEVICE.type == "cuda" else ():
             yield f"up, {load}, {name}", lambda: fused_mlp.up_kernel(rows, up, offs_E, tile), flops / 6
-            yield f"down's backward, {load}, {name}", lambda: fused_mlp.down_backward_kernel(dy, down, a, offs_E, tile), flops / 6
+            yield (
+                f"down's backward, {load}, {name}",
+                lambda: fused_mlp.down_backward_kernel(dy, down, a, offs_E, tile),
+                flops / 6,
+            )
 
 
 def part_rows(args, save):
@@ -412,11 +474,17 @@ def part_rows(args, save):
 
 
 def data_part(args):
-    """(name, call, FLOPs) of a step's batches, read and sent while nothing else keeps the loader waiting: of --data, or random tokens."""
+    """(name, call, FLOPs) of a step's batches, read and sent while nothing else keeps the loader waiting: of --data, or
+    random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
-            data.write_shard(Path(folder) / "random_train_000001.bin", torch.randint(args.config.eot_token, (2 * args.tokens + 1,)).numpy())
-        loader = loader_of(args.data or Path(folder), args.config, args.seq_len, args.tokens, args.micro // args.seq_len)
+            data.write_shard(
+                Path(folder) / "random_train_000001.bin",
+                torch.randint(args.config.eot_token, (2 * args.tokens + 1,)).numpy(),
+            )
+        loader = loader_of(
+            args.data or Path(folder), args.config, args.seq_len, args.tokens, args.micro // args.seq_len
+        )
         yield f"data, {args.tokens:,} tokens", loader.next_step, 0
         loader.close()
 
@@ -426,17 +494,26 @@ def data_part(args):
 
 
 def text(results: dict) -> str:
-    lines = [f"{results['gpu']}, torch {results['torch']}: matmul {results['rates']['matmul'] / 1e12:,.0f} TFLOP/s, copy "
-             f"{results['rates']['memory'] / 1e12:.2f} TB/s; {results['tokens']:,} tokens per step, {results['micro']:,} at a time"]  # fmt: skip
+    lines = [
+        f"{results['gpu']}, torch {results['torch']}: matmul {results['rates']['matmul'] / 1e12:,.0f} TFLOP/s, copy "
+        f"{results['rates']['memory'] / 1e12:.2f} TB/s; {results['tokens']:,} tokens per step, {results['micro']:,} at a time"
+    ]
     if results["parts"]:
         lines.append(f"{'part, forward + backward of a micro-batch':<55}{'ms':>9}{'TFLOP/s':>9}")
-        lines += [f"{row['part']:<55}{row['ms']:>9.3f}" + (f"{row['tflops']:>9.0f}" if row["tflops"] else "") for row in results["parts"]]
+        lines += [
+            f"{row['part']:<55}{row['ms']:>9.3f}" + (f"{row['tflops']:>9.0f}" if row["tflops"] else "")
+            for row in results["parts"]
+        ]
     if results["steps"]:
-        lines.append(f"{'row':<13}{'ms/step':>9}{'tokens/s':>11}{'MFU':>7}{'x floor':>9}{'ratio':>8} to {'':<8}{'MiB':>8}{'load':>6}")
+        lines.append(
+            f"{'row':<13}{'ms/step':>9}{'tokens/s':>11}{'MFU':>7}{'x floor':>9}{'ratio':>8} to {'':<8}{'MiB':>8}{'load':>6}"
+        )
     for row in results["steps"]:
         load = "-" if row["load_max_over_mean"] is None else f"{row['load_max_over_mean']:.2f}"
-        lines.append(f"{row['row']:<13}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}{row['floors']:>9.2f}{row['ratio']:>8.3f}"
-                     f" to {row['against']:<8}{row['memory'] / 2**20:>8,.0f}{load:>6}  {row['what']}")  # fmt: skip
+        lines.append(
+            f"{row['row']:<13}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}{row['floors']:>9.2f}{row['ratio']:>8.3f}"
+            f" to {row['against']:<8}{row['memory'] / 2**20:>8,.0f}{load:>6}  {row['what']}"
+        )
     return "\n".join(lines)
 
 
@@ -452,10 +529,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro", type=positive, default=49_152, help="tokens of one forward pass")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=2, help="of a turn")
-    parser.add_argument("--seconds", type=positive, default=540, help="after which no new row begins; parts take a quarter of them")
+    parser.add_argument(
+        "--seconds", type=positive, default=540, help="after which no new row begins; parts take a quarter of them"
+    )
     parser.add_argument("--only", choices=["parts", "steps"], help="default: steps, then parts")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--kernels", action="store_true", help="print what kernels the steps of moe and dense spend their time in")
+    parser.add_argument(
+        "--kernels", action="store_true", help="print what kernels the steps of moe and dense spend their time in"
+    )
     parser.add_argument("--kernels_of", nargs="+", choices=list(ROWS), default=["moe", "dense"])
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="written anew after every row")
     return parser.parse_args(argv)
@@ -464,20 +545,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main():
     args = parse()
     if DEVICE.type != "cuda":
-        sys.exit("gpu.py: error: needs a CUDA device, and this machine has none; benchmarks/throughput.py measures a CPU")
+        sys.exit(
+            "gpu.py: error: needs a CUDA device, and this machine has none; benchmarks/throughput.py measures a CPU"
+        )
     args.config, share = PRESETS[args.preset], 1 if args.only else STEPS_SHARE
     args.ends = time.perf_counter() + share * args.seconds
     try:
         rates = measure_rates(torch.bfloat16, [], DEVICE.type)
-        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                   "rates": {name: getattr(rates, name) for name in ("matmul", "memory", "cache", "exp")},
-                   "tokens": args.tokens, "seq_len": args.seq_len, "micro": args.micro, "model": dataclasses.asdict(args.config),
-                   "steps": [], "parts": []}  # fmt: skip
+        results = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "rates": {name: getattr(rates, name) for name in ("matmul", "memory", "cache", "exp")},
+            "tokens": args.tokens,
+            "seq_len": args.seq_len,
+            "micro": args.micro,
+            "model": dataclasses.asdict(args.config),
+            "steps": [],
+            "parts": [],
+        }
 
         def save(row: dict):
             results["parts" if "part" in row else "steps"].append(row)
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-            print(row.get("part", row.get("row")), f"{row['ms']:.3f} ms", f"ratio {row['ratio']:.3f}" if "ratio" in row else "", flush=True)
+            print(
+                row.get("part", row.get("row")),
+                f"{row['ms']:.3f} ms",
+                f"ratio {row['ratio']:.3f}" if "ratio" in row else "",
+                flush=True,
+            )
 
         wrong = step_rows(args, rates, save) if args.only != "parts" else []
         if args.only != "steps":

@@ -3,10 +3,11 @@
     python benchmarks/overlap.py                       # two ranks on this machine, preset cpu
     python benchmarks/overlap.py --ranks 2 --delay_ms 20 --steps 15 --json overlap.json
 
-Exposed wait is the phase "communication" of train_step: time in which the training thread does nothing but wait. Both variants send
-the same buckets in the same order and end bit for bit alike; they take turns step by step in one run, so the machine's drift hits
-them alike. The delay stands for a network: a collective is not done before `delay_ms` have passed since it began, and waiting for
-that costs no processor. On a CPU the ranks and gloo share the cores, so without a delay no speed-up is to be expected."""
+Exposed wait is the phase "communication" of train_step: time in which the training thread does nothing but wait. Both
+variants send the same buckets in the same order and end bit for bit alike; they take turns step by step in one run, so
+the machine's drift hits them alike. The delay stands for a network: a collective is not done before `delay_ms` have
+passed since it began, and waiting for that costs no processor. On a CPU the ranks and gloo share the cores, so without
+a delay no speed-up is to be expected."""
 
 import argparse
 import json
@@ -87,10 +88,18 @@ def table(result: dict) -> str:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = Parser(prog="overlap.py", description="Exposed wait per step, with and without overlap and an injected delay.")
+    parser = Parser(
+        prog="overlap.py", description="Exposed wait per step, with and without overlap and an injected delay."
+    )
     parser.add_argument("--ranks", type=positive, default=2)
     parser.add_argument("--preset", choices=list(train_muon.PRESETS), default="cpu")
-    parser.add_argument("--delay_ms", "--delay-ms", type=float, default=20.0, help="least duration of each collective in the delayed variants")
+    parser.add_argument(
+        "--delay_ms",
+        "--delay-ms",
+        type=float,
+        default=20.0,
+        help="least duration of each collective in the delayed variants",
+    )
     parser.add_argument("--steps", type=positive, default=15, help="measured steps of each variant")
     parser.add_argument("--json", type=Path, help="write every measured second there")
     return parser.parse_args(argv)

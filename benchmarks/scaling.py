@@ -1,11 +1,12 @@
-"""Scale on paper: what a step of this code would take, send and hold, on 1 GPU to 1,024 and with 124M to 100B parameters.
+"""Scale on paper: what a step of this code would take, send and hold, on 1 GPU to 1,024 and with 124M to 100B
+parameters.
 
     python benchmarks/scaling.py                                                   # table, where each scheme stops, scaling.png
     python benchmarks/scaling.py --gpu H200 --models 30x3584-e128k4 --scaling weak --json rows.json
 
-Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of cost.plan, parameters those of
-model.count_parameters, activations those of cost.activation_bytes; this file adds seconds. Every number that it divides by is a flag
-whose help names its source.
+Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of cost.plan, parameters
+those of model.count_parameters, activations those of cost.activation_bytes; this file adds seconds. Every number that
+it divides by is a flag whose help names its source.
 
 Three schemes, as many as --expert_parallel can express:
   replicated  every rank holds all experts; their gradients and values travel
@@ -24,18 +25,20 @@ The GPU and its link are two clocks (`two_clocks`), so the tail bucket, whose gr
 A ring's time is its hops plus the bytes that a rank sends over the slowest link. Between nodes that is --network times the ranks that the
 ring has in a node: each of them leads another ring out through its own adapter. MFU counts active parameters, as training does.
 
-Memory of a rank: fp32 weights, the buckets' buffers (Transfer.parts and .mine), the optimizer state of the busiest owner, --reserve, and the
-larger of two moments: backward (all gradients and the activations of a micro-batch, the largest that fits up to --micro_batch_tokens: an
-upper bound, as gradients come while activations go) and update (the temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a
-bucket's matrices of one shape at once, and the gradients that do not travel).
+Memory of a rank: fp32 weights, the buckets' buffers (Transfer.send_buf and .recv_buf), the optimizer state of the
+busiest owner, --reserve, and the larger of two moments: backward (all gradients and the activations of a micro-batch,
+the largest that fits up to --micro_batch_tokens: an upper bound, as gradients come while activations go) and update
+(the temporaries of Muon.step, which takes up to MAX_BATCH_NUMEL elements of a bucket's matrices of one shape at once,
+and the gradients that do not travel).
 
-Not modelled: stragglers, congestion and rail mismatch in the network, collectives slowing the kernels beside them, trees and NVLink SHARP,
-host synchronisation in each exchange of rows, uneven experts other than by --imbalance, data loading, checkpoints, validation, the shorter
-attention windows at a run's start, and that a larger batch (weak scaling) needs more tokens for the same loss.
+Not modelled: stragglers, congestion and rail mismatch in the network, collectives slowing the kernels beside them,
+trees and NVLink SHARP, host synchronisation in each exchange of rows, uneven experts other than by --imbalance, data
+loading, checkpoints, validation, the shorter attention windows at a run's start, and that a larger batch (weak scaling)
+needs more tokens for the same loss.
 
-One check against hardware: modded-nanogpt's record 23 (nearly the dense twin of the speedrun, the same batch, 8 x H100) took 178.7 s for 1,770
-steps; test_scaling.py holds the prediction to within a fifth of that. The rows with experts have no such check.
-"""
+One check against hardware: modded-nanogpt's record 23 (nearly the dense twin of the speedrun, the same batch, 8 x H100)
+took 178.7 s for 1,770 steps; test_scaling.py holds the prediction to within a fifth of that. The rows with experts have
+no such check."""
 
 import argparse
 import dataclasses
@@ -67,7 +70,8 @@ from train_muon import MUON, MuonConfig  # noqa: E402
 # -----------------------------------------------------------------------------
 # The machine: every field is a flag
 
-GPUS = {  # NVIDIA's data sheets of the SXM boards: HBM in bytes and bytes/s, NVLink per GPU and direction (half of "900 GB/s")
+# NVIDIA's data sheets of the SXM boards: HBM in bytes and bytes/s, NVLink per GPU and direction (half of "900 GB/s")
+GPUS = {
     "H100": dict(peak=facts.PEAK_FLOPS["H100"], memory=80e9, hbm=3.35e12, nvlink=450e9),
     "H200": dict(peak=facts.PEAK_FLOPS["H200"], memory=141e9, hbm=4.8e12, nvlink=450e9),
 }
@@ -85,22 +89,52 @@ class Machine:
     memory: float = quantity(None, "bytes of HBM (NVIDIA data sheet)")
     hbm: float = quantity(None, "bytes/s of HBM (NVIDIA data sheet)")
     nvlink: float = quantity(None, "bytes/s per GPU and direction inside a node (NVIDIA data sheet)")
-    network: float = quantity(50e9, "bytes/s per GPU and direction between nodes: 400 Gb/s InfiniBand NDR (NVIDIA ConnectX-7 data sheet)")
-    efficiency: float = quantity(0.46, "share of the peak in forward and backward of a dense model: nanochat d18, 46%% MFU on H100 (its dev/LOG.md, "
-                                       "2026-02-19)", least=0.01, most=1)  # fmt: skip
-    moe_efficiency: float = quantity(0.35, "the same with routed layers: nanochat d18 with 8 experts, 35%% (same entry); Megatron-Core reports 39 to "
-                                           "49%% for MoEs of 57B and 141B (2504.14960)", least=0.01, most=1)  # fmt: skip
-    ns_efficiency: float = quantity(0.17, "share of the peak in Newton-Schulz of 768-wide matrices: modded-nanogpt's 560 + 545 us per step on "
-                                          "8 x H100, for 190 GFLOPs per GPU by our count; taken to grow with the smaller side up to --efficiency "
-                                          "(assumed)", least=0.01, most=1)  # fmt: skip
-    hbm_fraction: float = quantity(0.8, "share of --hbm that copies and element-wise kernels reach (assumed)", least=0.01, most=1)
-    link_fraction: float = quantity(0.8, "share of --nvlink and --network that collectives reach (assumed)", least=0.01, most=1)
-    base_latency: float = quantity(8.4e-6, "seconds before a collective moves anything (NCCL src/graph/tuning.cc, ring, Simple)", least=0, most=1)
+    network: float = quantity(
+        50e9, "bytes/s per GPU and direction between nodes: 400 Gb/s InfiniBand NDR (NVIDIA ConnectX-7 data sheet)"
+    )
+    efficiency: float = quantity(
+        0.46,
+        "share of the peak in forward and backward of a dense model: nanochat d18, 46%% MFU on H100 (its dev/LOG.md, "
+        "2026-02-19)",
+        least=0.01,
+        most=1,
+    )
+    moe_efficiency: float = quantity(
+        0.35,
+        "the same with routed layers: nanochat d18 with 8 experts, 35%% (same entry); Megatron-Core reports 39 to "
+        "49%% for MoEs of 57B and 141B (2504.14960)",
+        least=0.01,
+        most=1,
+    )
+    ns_efficiency: float = quantity(
+        0.17,
+        "share of the peak in Newton-Schulz of 768-wide matrices: modded-nanogpt's 560 + 545 us per step on "
+        "8 x H100, for 190 GFLOPs per GPU by our count; taken to grow with the smaller side up to --efficiency "
+        "(assumed)",
+        least=0.01,
+        most=1,
+    )
+    hbm_fraction: float = quantity(
+        0.8, "share of --hbm that copies and element-wise kernels reach (assumed)", least=0.01, most=1
+    )
+    link_fraction: float = quantity(
+        0.8, "share of --nvlink and --network that collectives reach (assumed)", least=0.01, most=1
+    )
+    base_latency: float = quantity(
+        8.4e-6, "seconds before a collective moves anything (NCCL src/graph/tuning.cc, ring, Simple)", least=0, most=1
+    )
     nvlink_hop: float = quantity(3.4e-6, "seconds per hop of a ring inside a node (same table)", least=0, most=1)
     network_hop: float = quantity(14e-6, "seconds per hop between nodes (same table)", least=0, most=1)
-    imbalance: float = quantity(1.14, "rows of the busiest rank over the mean, where experts are shared: max/mean load of noisy top-k with its "
-                                      "balance losses, measured by Shazeer et al. (1701.06538); your run logs moe/load_max_over_mean")  # fmt: skip
-    reserve: float = quantity(5e9, "bytes that nothing below counts: CUDA and NCCL, a chunk of logits (up to 3.2 GB), fragments (assumed)", least=0)
+    imbalance: float = quantity(
+        1.14,
+        "rows of the busiest rank over the mean, where experts are shared: max/mean load of noisy top-k with its "
+        "balance losses, measured by Shazeer et al. (1701.06538); your run logs moe/load_max_over_mean",
+    )
+    reserve: float = quantity(
+        5e9,
+        "bytes that nothing below counts: CUDA and NCCL, a chunk of logits (up to 3.2 GB), fragments (assumed)",
+        least=0,
+    )
     gpus_per_node: int = quantity(8, "GPUs that NVLink joins (HGX and DGX boards)")
 
 
@@ -119,7 +153,8 @@ def ring_seconds(ranks: tuple[int, ...], part: int, machine: Machine) -> float:
 
 
 def rows_seconds(leaving: float, exchanges: int, parts: int, machine: Machine) -> float:
-    """All-to-alls among `parts` ranks in a row, of which a rank sends `leaving` bytes to others in all; near and far bytes move at once."""
+    """All-to-alls among `parts` ranks in a row, of which a rank sends `leaving` bytes to others in all; near and far
+    bytes move at once."""
     if parts == 1:
         return 0.0
     neighbours = math.gcd(parts, machine.gpus_per_node)
@@ -145,7 +180,9 @@ LADDER = {  # layers x width, then e experts, k of them per token; k * hidden = 
 
 SCHEMES = {  # name -> ranks that share the experts: (experts, ranks, GPUs per node) -> expert_parallel
     "replicated": lambda experts, ranks, per_node: 1,
-    "node": lambda experts, ranks, per_node: math.gcd(experts, ranks, per_node) if ranks > per_node else math.gcd(experts, ranks),
+    "node": lambda experts, ranks, per_node: (
+        math.gcd(experts, ranks, per_node) if ranks > per_node else math.gcd(experts, ranks)
+    ),
     "spread": lambda experts, ranks, per_node: math.gcd(experts, ranks),
 }
 
@@ -167,15 +204,22 @@ def parameter_of(slab: Slab) -> str:
 
 @functools.cache
 def planned(config: Config, world_size: int, parts: int, seq_len: int, bucket_mb: float) -> dict:
-    """cost.plan of one row per rank (what depends on tokens grows with them, the rest does not), the rank that sends most, and
-    what its buckets take there besides weights and state."""
-    hp = MuonConfig(batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb)
+    """cost.plan of one row per rank (what depends on tokens grows with them, the rest does not), the rank that sends
+    most, and what its buckets take there besides weights and state."""
+    hp = MuonConfig(
+        batch_tokens=seq_len * world_size, seq_len=seq_len, val_tokens=0, expert_parallel=parts, bucket_mb=bucket_mb
+    )
     p = cost.plan(config, hp, MUON, world_size)
     busiest = busiest_rank(p["buckets"])
     own = [bucket for bucket in p["buckets"] if busiest in bucket.ranks]
     staying = sum(slab.numel for bucket in own if len(bucket.ranks) == 1 for slab in bucket.slabs)
     update = max(largest_update(bucket, matrix_shapes(config)) for bucket in p["buckets"])
-    return p | {"busiest": busiest, "buffer_bytes": sum(map(buffer_bytes, own)), "staying": staying, "largest_update": update}
+    return p | {
+        "busiest": busiest,
+        "buffer_bytes": sum(map(buffer_bytes, own)),
+        "staying": staying,
+        "largest_update": update,
+    }
 
 
 def busiest_rank(buckets: list[Bucket]) -> int:
@@ -209,13 +253,16 @@ def largest_update(bucket: Bucket, shapes: dict[str, tuple[int, int]]) -> int:
 
 @functools.cache
 def kept_activations(config: Config) -> tuple[float, float]:
-    """Bytes kept for backward: (whatever the tokens, per token). The first are the bf16 copies of weights and the head's gradient."""
+    """Bytes kept for backward: (whatever the tokens, per token). The first are the bf16 copies of weights and the
+    head's gradient."""
     short, long = 136, 264
     a, b = activation_bytes(config, short), activation_bytes(config, long)
     return a - (b - a) / (long - short) * short, (b - a) / (long - short)
 
 
-MUON_TEMPORARIES = 14  # bytes per element in Muon.step: Nesterov 4, batch 2, X 2, next X 2, A 2, B 2 (square matrices; 12 at 1:2)
+MUON_TEMPORARIES = (
+    14  # bytes per element in Muon.step: Nesterov 4, batch 2, X 2, next X 2, A 2, B 2 (square matrices; 12 at 1:2)
+)
 
 
 def memory(config: Config, p: dict, parts: int, tokens: int, machine: Machine) -> dict[str, float]:
@@ -223,10 +270,21 @@ def memory(config: Config, p: dict, parts: int, tokens: int, machine: Machine) -
     fixed, per_token = kept_activations(config)
     itemsize = DTYPES[config.dtype].itemsize
     elsewhere = itemsize * counts_of(config)["expert"] * (1 - 1 / parts)  # copies of experts that other ranks hold
-    rows = itemsize * config.num_moe_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)  # what experts keep of a token
+    rows = (
+        itemsize * config.num_moe_layers * config.top_k * (config.n_embd + 2 * config.hidden_size)
+    )  # what experts keep of a token
     uneven = (machine.imbalance - 1) * rows if parts > 1 else 0.0
-    always = {"weights": 4 * p["held"], "buffers": p["buffer_bytes"], "optimizer": p["optimizer_bytes"], "reserve": machine.reserve}
-    backward = {"gradients": 4 * p["held"], "activations": fixed - elsewhere + tokens * (per_token + uneven), "temporaries": 0}
+    always = {
+        "weights": 4 * p["held"],
+        "buffers": p["buffer_bytes"],
+        "optimizer": p["optimizer_bytes"],
+        "reserve": machine.reserve,
+    }
+    backward = {
+        "gradients": 4 * p["held"],
+        "activations": fixed - elsewhere + tokens * (per_token + uneven),
+        "temporaries": 0,
+    }
     update = {"gradients": 4 * p["staying"], "activations": 0, "temporaries": MUON_TEMPORARIES * p["largest_update"]}
     return always | max(backward, update, key=lambda moment: sum(moment.values()))
 
@@ -268,7 +326,12 @@ def newton_schulz_rate(side: int, machine: Machine) -> float:
 def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_mb: float, machine: Machine) -> Legs:
     p = planned(config, world_size, parts, seq_len, bucket_mb)
     buckets, me, shapes, hbm = p["buckets"], p["busiest"], matrix_shapes(config), machine.hbm * machine.hbm_fraction
-    active = {"matrix": 1, "head": 1, "router": 1, "expert": config.top_k / config.num_experts}  # share of a weight's FLOPs; tables have none
+    active = {
+        "matrix": 1,
+        "head": 1,
+        "router": 1,
+        "expert": config.top_k / config.num_experts,
+    }  # share of a weight's FLOPs; tables have none
 
     work = Counter()  # of backward, by the moment at which gradients come
     for slab in itertools.chain.from_iterable(bucket.slabs for bucket in buckets):
@@ -283,23 +346,34 @@ def make_legs(config: Config, world_size: int, parts: int, seq_len: int, bucket_
             own += slab.numel * (owner == me)
             busy[1, owner] += slab.numel * (MUON_PASSES if slab.is_matrix else ADAMW) / hbm
             if slab.is_matrix:
-                busy[0, owner] += slab.cost / newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                rate = newton_schulz_rate(min(shapes[parameter_of(slab)]), machine)
+                busy[0, owner] += MUON.newton_schulz * slab.cost / rate
         if me in bucket.ranks:
             slowest, travels = float(busy[:, bucket.ranks].sum(0).max()), len(bucket.ranks) > 1
             copy = COPY * travels / hbm
             held = sum(slab.numel for slab in bucket.slabs)
             ready = max(reached[backward_order(slab)] for slab in bucket.slabs) / reached[moments[-1]]
-            legs.append(Leg(ready, ring_seconds(bucket.ranks, bucket.part, machine), copy * held, copy * own, copy * (held - own),
-                            max(0.0, slowest - done)))  # fmt: skip
+            legs.append(
+                Leg(
+                    ready,
+                    ring_seconds(bucket.ranks, bucket.part, machine),
+                    copy * held,
+                    copy * own,
+                    copy * (held - own),
+                    max(0.0, slowest - done),
+                )
+            )
             done = max(done, slowest)
     total = busy.sum(0)
-    legs[-1] = legs[-1]._replace(update=legs[-1].update + float(total.max()) - done)  # a slower owner may sit in a bucket of others
+    legs[-1] = legs[-1]._replace(
+        update=legs[-1].update + float(total.max()) - done
+    )  # a slower owner may sit in a bucket of others
     return Legs(legs, *map(float, busy[:, total.argmax()]))
 
 
 def two_clocks(legs: list[Leg], backward: float) -> float:
-    """Seconds from the start of the last backward to the end of the step: the clock of the GPU, and that of the link, which sends one
-    bucket after the other, first all gradients, then all values."""
+    """Seconds from the start of the last backward to the end of the step: the clock of the GPU, and that of the link,
+    which sends one bucket after the other, first all gradients, then all values."""
     gpu = link = spent = 0.0
     arrived, returned = [], []
     for leg in legs:
@@ -317,12 +391,22 @@ def two_clocks(legs: list[Leg], backward: float) -> float:
     return gpu
 
 
-def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micro_batches: int, seq_len: int, bucket_mb: float,
-                    machine: Machine) -> dict[str, float]:  # fmt: skip
+def seconds_of_step(
+    config: Config,
+    world_size: int,
+    parts: int,
+    rows: int,
+    micro_batches: int,
+    seq_len: int,
+    bucket_mb: float,
+    machine: Machine,
+) -> dict[str, float]:
     """Where a step of `rows` rows per rank goes; the values add up to it."""
     p, hbm = planned(config, world_size, parts, seq_len, bucket_mb), machine.hbm * machine.hbm_fraction
     legs, newton_schulz, passes = make_legs(config, world_size, parts, seq_len, bucket_mb, machine)
-    in_experts = 6 * counts_of(config)["expert"] * config.top_k / config.num_experts / flops_of(config, seq_len)  # share of the FLOPs
+    in_experts = (
+        6 * counts_of(config)["expert"] * config.top_k / config.num_experts / flops_of(config, seq_len)
+    )  # share of the FLOPs
     uneven = (machine.imbalance - 1) * in_experts if parts > 1 else 0.0
     rate = machine.peak * (machine.moe_efficiency if config.num_moe_layers else machine.efficiency)
     compute = p["model_flops"] * rows / rate * (1 + uneven)
@@ -342,8 +426,13 @@ def seconds_of_step(config: Config, world_size: int, parts: int, rows: int, micr
 # Rows of the table
 
 
-BOUND = {"compute": "compute", "newton_schulz": "Newton-Schulz", "memory": "memory passes", "rows": "rows between ranks",
-         "waiting": "gradients and values"}  # fmt: skip
+BOUND = {
+    "compute": "compute",
+    "newton_schulz": "Newton-Schulz",
+    "memory": "memory passes",
+    "rows": "rows between ranks",
+    "waiting": "gradients and values",
+}
 
 
 def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args: argparse.Namespace) -> dict:
@@ -359,17 +448,30 @@ def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args
             break
         room = (micro_rows - 1) * args.seq_len
     rows = batch_tokens // args.seq_len // world_size
-    seconds = seconds_of_step(config, world_size, parts, rows, rows // micro_rows, args.seq_len, args.bucket_mb, machine)
+    seconds = seconds_of_step(
+        config, world_size, parts, rows, rows // micro_rows, args.seq_len, args.bucket_mb, machine
+    )
     step, counts = sum(seconds.values()), counts_of(config)
     return {
-        "parameters": counts["total"], "active": counts["active"], "world_size": world_size, "expert_parallel": parts,
-        "batch_tokens": batch_tokens, "micro_batch_tokens": micro_rows * args.seq_len, "micro_batches": rows // micro_rows,
-        "step_seconds": step, "seconds": seconds, "exposed": (seconds["rows"] + seconds["waiting"]) / step,
-        "sent_bytes": p["sent_bytes"] + p["rows_bytes"] * rows, "newton_schulz_flops": p["newton_schulz_flops"],
-        "memory_bytes": sum(held.values()), "memory": held, "fits": sum(held.values()) <= machine.memory,
-        "mfu": p["model_flops"] * rows / (machine.peak * step), "tokens_per_second": batch_tokens / step,
+        "parameters": counts["total"],
+        "active": counts["active"],
+        "world_size": world_size,
+        "expert_parallel": parts,
+        "batch_tokens": batch_tokens,
+        "micro_batch_tokens": micro_rows * args.seq_len,
+        "micro_batches": rows // micro_rows,
+        "step_seconds": step,
+        "seconds": seconds,
+        "exposed": (seconds["rows"] + seconds["waiting"]) / step,
+        "sent_bytes": p["sent_bytes"] + p["rows_bytes"] * rows,
+        "newton_schulz_flops": p["newton_schulz_flops"],
+        "memory_bytes": sum(held.values()),
+        "memory": held,
+        "fits": sum(held.values()) <= machine.memory,
+        "mfu": p["model_flops"] * rows / (machine.peak * step),
+        "tokens_per_second": batch_tokens / step,
         "bound": BOUND[max(seconds, key=seconds.get)],
-    }  # fmt: skip
+    }
 
 
 def parts_of(scheme: str, name: str, world_size: int, machine: Machine) -> int:
@@ -383,7 +485,9 @@ def all_rows(args: argparse.Namespace) -> list[dict]:
         tokens = args.batch_tokens if scaling == "strong" else args.tokens_per_gpu * world_size
         for parts in dict.fromkeys(parts_of(scheme, name, world_size, args.machine) for scheme in SCHEMES):
             try:
-                rows.append({"model": name, "scaling": scaling} | predict(LADDER[name], world_size, parts, tokens, args))
+                rows.append(
+                    {"model": name, "scaling": scaling} | predict(LADDER[name], world_size, parts, tokens, args)
+                )
             except UserError:
                 break
     return rows
@@ -391,14 +495,19 @@ def all_rows(args: argparse.Namespace) -> list[dict]:
 
 def select(rows: list[dict], name: str, scaling: str, scheme: str, machine: Machine) -> list[dict]:
     """A scheme's rows by number of ranks; schemes that place experts alike share them."""
-    return [row for row in rows if (row["model"], row["scaling"]) == (name, scaling)
-            and row["expert_parallel"] == parts_of(scheme, name, row["world_size"], machine)]  # fmt: skip
+    return [
+        row
+        for row in rows
+        if (row["model"], row["scaling"]) == (name, scaling)
+        and row["expert_parallel"] == parts_of(scheme, name, row["world_size"], machine)
+    ]
 
 
 def stop(rows: list[dict], world_sizes: list[int]) -> tuple[int, str]:
     """(the last number of ranks that is worth it, why no more); 0 if none is.
 
-    Worth it: it fits, and MFU is at least half of the best on fewer ranks. Why: memory, or what costs most time besides compute."""
+    Worth it: it fits, and MFU is at least half of the best on fewer ranks. Why: memory, or what costs most time besides
+    compute."""
     best, last, why = 0.0, 0, ""
     for row in rows:
         if not row["fits"]:
@@ -432,14 +541,19 @@ def table(rows: list[dict]) -> str:
     lines = []
     for name, group in itertools.groupby(rows, key=lambda row: row["model"]):
         group = list(group)
-        lines += ["", f"{name}: {short(group[0]['parameters'])} parameters, {short(group[0]['active'])} active",
-                  f"{'scaling':<8}{'GPUs':>5}{'experts':>9}{'tokens':>9}{'micro':>8}{'step':>14}{'exposed':>9}{'sent/GPU':>10}{'memory/GPU':>12}"
-                  f"{'fits':>6}{'MFU':>7}  bound by"]  # fmt: skip
+        lines += [
+            "",
+            f"{name}: {short(group[0]['parameters'])} parameters, {short(group[0]['active'])} active",
+            f"{'scaling':<8}{'GPUs':>5}{'experts':>9}{'tokens':>9}{'micro':>8}{'step':>14}{'exposed':>9}{'sent/GPU':>10}{'memory/GPU':>12}"
+            f"{'fits':>6}{'MFU':>7}  bound by",
+        ]
         for row in group:
             shared = "all here" if row["expert_parallel"] == 1 else f"over {row['expert_parallel']}"
-            lines.append(f"{row['scaling']:<8}{row['world_size']:>5}{shared:>9}{short(row['batch_tokens']):>9}{short(row['micro_batch_tokens']):>8}"
-                         f"{1000 * row['step_seconds']:>11,.1f} ms{row['exposed']:>9.1%}{row['sent_bytes'] / 1e9:>7,.2f} GB"
-                         f"{row['memory_bytes'] / 1e9:>9,.1f} GB{'yes' if row['fits'] else 'NO':>6}{row['mfu']:>7.1%}  {row['bound']}")  # fmt: skip
+            lines.append(
+                f"{row['scaling']:<8}{row['world_size']:>5}{shared:>9}{short(row['batch_tokens']):>9}{short(row['micro_batch_tokens']):>8}"
+                f"{1000 * row['step_seconds']:>11,.1f} ms{row['exposed']:>9.1%}{row['sent_bytes'] / 1e9:>7,.2f} GB"
+                f"{row['memory_bytes'] / 1e9:>9,.1f} GB{'yes' if row['fits'] else 'NO':>6}{row['mfu']:>7.1%}  {row['bound']}"
+            )
     return "\n".join(lines[1:])
 
 
@@ -462,7 +576,9 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
 
     names = [name for name in args.models if any(row["model"] == name for row in rows)]
     names = [names[round(i * (len(names) - 1) / 3)] for i in range(4)] if len(names) > 4 else names
-    looks = dict(zip(SCHEMES, zip(COLOURS, ("o", "s", "^"), (7, 5, 4))))  # where schemes coincide, the larger marker shows behind
+    looks = dict(
+        zip(SCHEMES, zip(COLOURS, ("o", "s", "^"), (7, 5, 4)))
+    )  # where schemes coincide, the larger marker shows behind
     panels = [(scaling, "mfu") for scaling in args.scaling] + [(args.scaling[-1], "memory_bytes")]
     with open_figure(path) as figure:
         figure.set_size_inches(1.2 + 2.8 * len(names), 0.9 + 2.5 * len(panels))
@@ -470,13 +586,27 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
         for (scaling, key), line in zip(panels, axes):
             for name, ax in zip(names, line):
                 for scheme, (colour, marker, size) in looks.items():
-                    mine = select(rows, name, scaling, scheme, args.machine) if scheme == "replicated" or LADDER[name].num_experts > 1 else []
-                    xs, ys = [row["world_size"] for row in mine], [row[key] * (100 if key == "mfu" else 1e-9) for row in mine]
+                    mine = (
+                        select(rows, name, scaling, scheme, args.machine)
+                        if scheme == "replicated" or LADDER[name].num_experts > 1
+                        else []
+                    )
+                    xs, ys = (
+                        [row["world_size"] for row in mine],
+                        [row[key] * (100 if key == "mfu" else 1e-9) for row in mine],
+                    )
                     ax.plot(xs, ys, color=colour, linewidth=1.3, alpha=0.8)
                     for fits in (True, False):
                         kept = [i for i, row in enumerate(mine) if row["fits"] == fits]
-                        ax.plot([xs[i] for i in kept], [ys[i] for i in kept], marker, color=colour, markersize=size, linestyle="none",
-                                markerfacecolor=colour if fits else "white")  # fmt: skip
+                        ax.plot(
+                            [xs[i] for i in kept],
+                            [ys[i] for i in kept],
+                            marker,
+                            color=colour,
+                            markersize=size,
+                            linestyle="none",
+                            markerfacecolor=colour if fits else "white",
+                        )
                 ax.set_xscale("log", base=2)
                 ax.xaxis.set_major_locator(FixedLocator([2**i for i in range(0, 21, 2)]))
                 ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -484,11 +614,22 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
                 ax.axvline(args.machine.gpus_per_node, color="#8a929c", linewidth=0.8, linestyle=(0, (1, 2)))
                 least, most = args.world_sizes[0], args.world_sizes[-1]
                 ax.set_xlim(least / 1.4, 1.4 * most)
-                ends = max((row["world_size"] for row in rows if (row["model"], row["scaling"]) == (name, scaling)), default=most)
+                ends = max(
+                    (row["world_size"] for row in rows if (row["model"], row["scaling"]) == (name, scaling)),
+                    default=most,
+                )
                 if ends < most:
                     ax.axvspan(1.4 * ends, 1.4 * most, color="#f3f4f6", zorder=0)
-                    ax.text(1.4 * math.sqrt(ends * most), 0.5, "the batch has\nno more rows", color="#57606a", fontsize=9.5,
-                            ha="center", va="center", transform=ax.get_xaxis_transform())  # fmt: skip
+                    ax.text(
+                        1.4 * math.sqrt(ends * most),
+                        0.5,
+                        "the batch has\nno more rows",
+                        color="#57606a",
+                        fontsize=9.5,
+                        ha="center",
+                        va="center",
+                        transform=ax.get_xaxis_transform(),
+                    )
                 if key == "mfu":
                     ax.set_ylim(bottom=0)
                 else:
@@ -497,16 +638,36 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
                     ax.axhline(args.machine.memory / 1e9, color="#8a929c", linewidth=1, linestyle=(0, (4, 3)))
         for name, ax in zip(names, axes[0]):
             counts = next(row for row in rows if row["model"] == name)
-            ax.set_title(f"{name}\n{short(counts['parameters'])} parameters, {short(counts['active'])} active", fontsize=10)
+            ax.set_title(
+                f"{name}\n{short(counts['parameters'])} parameters, {short(counts['active'])} active", fontsize=10
+            )
         for (scaling, key), line in zip(panels, axes):
-            amount = f"{short(args.batch_tokens)} tokens/step" if scaling == "strong" else f"{short(args.tokens_per_gpu)} tokens/GPU"
-            unit = "MFU (%)" if key == "mfu" else "GB per GPU"
+            strong, weak = f"{short(args.batch_tokens)} tokens/step", f"{short(args.tokens_per_gpu)} tokens/GPU"
+            unit, amount = "MFU (%)" if key == "mfu" else "GB per GPU", strong if scaling == "strong" else weak
             line[0].set_ylabel(f"{unit}\n{scaling}: {amount}", fontsize=11)
         lines = f"dotted: a node of {args.machine.gpus_per_node}; dashed: {args.machine.memory / 1e9:.0f} GB"
         figure.supxlabel(f"GPUs ({args.gpu}; {lines})", fontsize=11)
-        says = {"replicated": "experts on every GPU", "node": "shared inside a node", "spread": "shared over all GPUs that divide them"}
-        handles = [Line2D([], [], color=colour, marker=marker, markersize=5, label=says[scheme]) for scheme, (colour, marker, _) in looks.items()]
-        handles.append(Line2D([], [], color="#57606a", marker="o", markersize=5, markerfacecolor="white", linestyle="none", label="does not fit"))
+        says = {
+            "replicated": "experts on every GPU",
+            "node": "shared inside a node",
+            "spread": "shared over all GPUs that divide them",
+        }
+        handles = [
+            Line2D([], [], color=colour, marker=marker, markersize=5, label=says[scheme])
+            for scheme, (colour, marker, _) in looks.items()
+        ]
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="#57606a",
+                marker="o",
+                markersize=5,
+                markerfacecolor="white",
+                linestyle="none",
+                label="does not fit",
+            )
+        )
         figure.legend(handles=handles, loc="outside upper center", ncols=4)
 
 
@@ -542,26 +703,76 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def add(name: str, **options):
         parser.add_argument(*sorted({f"--{name}", f"--{name.replace('_', '-')}"}), **options)
 
-    add("models", nargs="+", choices=list(LADDER), default=list(LADDER), metavar="MODEL", help=f"of {', '.join(LADDER)}")
-    add("world_sizes", nargs="+", type=positive, default=[2**i for i in range(11)], metavar="GPUS", help="numbers of GPUs")
-    add("scaling", nargs="+", choices=("strong", "weak"), default=["strong", "weak"],
-        help="strong: --batch_tokens per step whatever the GPUs; weak: --tokens_per_gpu on each")  # fmt: skip
-    add("batch_tokens", type=positive, default=speedrun.batch_tokens, help="tokens per step of strong scaling (the speedrun's)")
-    add("tokens_per_gpu", type=positive, default=speedrun.batch_tokens // 8, help="tokens per step and GPU of weak scaling (the speedrun's on 8)")
-    add("seq_len", type=positive, default=2048, help="tokens per row; a rank needs at least one row (the speedrun's 49,152 would end at 8 GPUs)")
-    add("micro_batch_tokens", type=positive, default=speedrun.micro_batch_tokens, help="tokens of one forward pass, at most")
-    add("bucket_mb", type=number_in(0, math.inf), default=speedrun.bucket_mb, help="MiB of gradients, at least, that travel together")
+    add(
+        "models", nargs="+", choices=list(LADDER), default=list(LADDER), metavar="MODEL", help=f"of {', '.join(LADDER)}"
+    )
+    add(
+        "world_sizes",
+        nargs="+",
+        type=positive,
+        default=[2**i for i in range(11)],
+        metavar="GPUS",
+        help="numbers of GPUs",
+    )
+    add(
+        "scaling",
+        nargs="+",
+        choices=("strong", "weak"),
+        default=["strong", "weak"],
+        help="strong: --batch_tokens per step whatever the GPUs; weak: --tokens_per_gpu on each",
+    )
+    add(
+        "batch_tokens",
+        type=positive,
+        default=speedrun.batch_tokens,
+        help="tokens per step of strong scaling (the speedrun's)",
+    )
+    add(
+        "tokens_per_gpu",
+        type=positive,
+        default=speedrun.batch_tokens // 8,
+        help="tokens per step and GPU of weak scaling (the speedrun's on 8)",
+    )
+    add(
+        "seq_len",
+        type=positive,
+        default=2048,
+        help="tokens per row; a rank needs at least one row (the speedrun's 49,152 would end at 8 GPUs)",
+    )
+    add(
+        "micro_batch_tokens",
+        type=positive,
+        default=speedrun.micro_batch_tokens,
+        help="tokens of one forward pass, at most",
+    )
+    add(
+        "bucket_mb",
+        type=number_in(0, math.inf),
+        default=speedrun.bucket_mb,
+        help="MiB of gradients, at least, that travel together",
+    )
     add("gpu", choices=list(GPUS), default="H100", help="whose data sheet fills in peak, memory, hbm and nvlink")
     for field in dataclasses.fields(Machine):
         parse_one = number_in(field.metadata["least"], field.metadata["most"], int if field.type is int else float)
         fill = "" if field.default is not None else "; of the --gpu"
-        add(field.name, type=parse_one, default=field.default if fill == "" else argparse.SUPPRESS, metavar=field.name.upper(),
-            help=field.metadata["source"] + fill)  # fmt: skip
+        add(
+            field.name,
+            type=parse_one,
+            default=field.default if fill == "" else argparse.SUPPRESS,
+            metavar=field.name.upper(),
+            help=field.metadata["source"] + fill,
+        )
     add("out", type=writable, default=Path(__file__).with_name("scaling.png"), help="where the picture goes")
     add("json", type=writable, metavar="FILE", help="write all rows there too")
     args = parser.parse_args(argv)
-    values = GPUS[args.gpu] | {field.name: getattr(args, field.name) for field in dataclasses.fields(Machine) if field.name in args}
-    args.machine, args.world_sizes, args.models = Machine(**values), sorted(set(args.world_sizes)), [n for n in LADDER if n in args.models]
+    values = GPUS[args.gpu] | {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(Machine) if field.name in args
+    }
+    args.machine, args.world_sizes, args.models = (
+        Machine(**values),
+        sorted(set(args.world_sizes)),
+        [n for n in LADDER if n in args.models],
+    )
     for tokens in (args.batch_tokens, args.tokens_per_gpu):
         if tokens % args.seq_len:
             parser.error(f"argument --seq_len: {args.seq_len} does not divide {tokens} tokens into rows")
@@ -576,10 +787,14 @@ def main():
         sys.exit(f"scaling.py: error: {error}")
     stops = stop_lines(rows, args)
     print(table(rows))
-    print("\nWhere each scheme stops: the last number of GPUs on which it fits and keeps half of the best MFU on fewer GPUs")
+    print(
+        "\nWhere each scheme stops: the last number of GPUs on which it fits and keeps half of the best MFU on fewer GPUs"
+    )
     print("\n".join(stops))
     if args.json:
-        args.json.write_text(json.dumps({"machine": dataclasses.asdict(args.machine), "rows": rows, "stops": stops}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": dataclasses.asdict(args.machine), "rows": rows, "stops": stops}, indent=1) + "\n"
+        )
     draw(rows, args, args.out)
     print(f"\n{args.out}")
 

@@ -2,9 +2,10 @@
 
     python benchmarks/tokenise.py --path web.txt python.txt math.txt
 
-In turns: the whole command `data.py --source files` (reading, tokenising on every core, writing, checksums, gzip and xz of the validation text),
-and one thread that reads the same documents and calls tiktoken's encode_ordinary. Both streams of ids are compared by their sha256. Memory is
-that of all processes together, pages that they share counted once for each, looked up every 50 ms; Linux only."""
+In turns: the whole command `data.py --source files` (reading, tokenising on every core, writing, checksums, gzip and xz
+of the validation text), and one thread that reads the same documents and calls tiktoken's encode_ordinary. Both streams
+of ids are compared by their sha256. Memory is that of all processes together, pages that they share counted once for
+each, looked up every 50 ms; Linux only."""
 
 import hashlib
 import os
@@ -40,7 +41,18 @@ def resident_bytes(pid: int) -> int:
 
 def ours(paths: list[str], encoding: str, num_proc: int | None, out: Path) -> tuple[float, int, dict[str, str]]:
     """Seconds, peak bytes and sha256 of each split's ids of one run of data.py."""
-    words = [sys.executable, "data.py", "--source", "files", "--encoding", encoding, "--out", str(out), "--path", *paths]
+    words = [
+        sys.executable,
+        "data.py",
+        "--source",
+        "files",
+        "--encoding",
+        encoding,
+        "--out",
+        str(out),
+        "--path",
+        *paths,
+    ]
     began, peak = time.perf_counter(), 0
     words += ["--num_proc", str(num_proc)] if num_proc else []
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -92,9 +104,12 @@ def main():
             plain_seconds, tokens, plain_ids = plain(paths, args.encoding)
             if ids != plain_ids:
                 raise UserError("the ids differ from tiktoken's: this is a bug of data.py")
-            print(f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
-                  f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
-                  f"ratio {plain_seconds / seconds:.2f}", flush=True)  # fmt: skip
+            print(
+                f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
+                f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
+                f"ratio {plain_seconds / seconds:.2f}",
+                flush=True,
+            )
     except (UserError, OSError) as error:
         sys.exit(f"tokenise.py: error: {error}")
 

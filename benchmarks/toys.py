@@ -4,19 +4,19 @@
     python benchmarks/toys.py route
     python benchmarks/toys.py recover
 
-`count`: each token holds a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; the output should be n. Only
-the halting head is trained. Printed for each rule of zoo.halting.HALTS: the squared error, and the iterations of each n under the hard
-rule of evaluation; then FLOPs and seconds of batches of small, mixed and large numbers. A soft mixture can give the right answer
-without any token halting, so the table shows the depth.
+`count`: each token holds a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; the output
+should be n. Only the halting head is trained. Printed for each rule of zoo.halting.HALTS: the squared error, and the
+iterations of each n under the hard rule of evaluation; then FLOPs and seconds of batches of small, mixed and large
+numbers. A soft mixture can give the right answer without any token halting, so the table shows the depth.
 
-`route`: each token holds a value mod 11 and a program of 1 to 5 steps out of +1, x2, negate. The pool is these three, frozen, and one
-identity; in 5 steps the controller has to run the program. Printed for each controller: accuracy of the soft mixture and of one layer
-per step, the identities used beyond those needed, and the same if training used one layer per step from the start. The memoryless
-controller cannot solve it: the negative control.
+`route`: each token holds a value mod 11 and a program of 1 to 5 steps out of +1, x2, negate. The pool is these three,
+frozen, and one identity; in 5 steps the controller has to run the program. Printed for each controller: accuracy of the
+soft mixture and of one layer per step, the identities used beyond those needed, and the same if training used one layer
+per step from the start. The memoryless controller cannot solve it: the negative control.
 
-`recover`: a small dense transformer of three layers is trained on chains of operations (tools/sources.py), then its layers are frozen
-and put into a pool with one identity. Does a controller find their order? Printed: the loss of the transformer, of its layers in
-every order, and of each controller, with the share of each layer in each step."""
+`recover`: a small dense transformer of three layers is trained on chains of operations (tools/sources.py), then its
+layers are frozen and put into a pool with one identity. Does a controller find their order? Printed: the loss of the
+transformer, of its layers in every order, and of each controller, with the share of each layer in each step."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,8 @@ MOST, LOOPS, WIDTH = 8, 11, 32  # numbers, loops at most, channels
 
 
 class Counter(nn.Module):
-    """A block that adds 1 to channel 0, in units in which MOST is sqrt(WIDTH), and has `work` pairs of matmuls without effect."""
+    """A block that adds 1 to channel 0, in units in which MOST is sqrt(WIDTH), and has `work` pairs of matmuls without
+    effect."""
 
     def __init__(self, work: int = 0):
         super().__init__()
@@ -86,7 +87,9 @@ class Counting(NamedTuple):
     block: Counter
 
     def run(self, n_BT: Tensor) -> TrunkOutput:
-        share_BT = n_BT / MOST  # the rest of the vector's length is in a third channel, so that the norm changes nothing
+        share_BT = (
+            n_BT / MOST
+        )  # the rest of the vector's length is in a third channel, so that the norm changes nothing
         x_BTD = torch.zeros(*n_BT.shape, WIDTH)
         x_BTD[..., 1], x_BTD[..., 2] = share_BT, (1 - share_BT**2).sqrt()
         return run_layers_alone(self.net, [self.block], norm(x_BTD))
@@ -98,15 +101,30 @@ class Counting(NamedTuple):
 
 def counting(halt: str, coef: float, steps: int = 1500, seed: int = 0) -> Counting:
     """The halting head, trained by Adam on 256 random numbers per step."""
-    config = Config(vocab_size=64, eot_token=0, n_layer=1, n_embd=WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D", depth="loop", loops=LOOPS,
-                    halt=halt, ponder_coef=coef, dtype="fp32")  # fmt: skip
+    config = Config(
+        vocab_size=64,
+        eot_token=0,
+        n_layer=1,
+        n_embd=WIDTH,
+        n_head=1,
+        head_dim=8,
+        value_embeds=0,
+        pattern="D",
+        depth="loop",
+        loops=LOOPS,
+        halt=halt,
+        ponder_coef=coef,
+        dtype="fp32",
+    )
     toy, generator = Counting(zoo.build(config), Counter()), torch.Generator().manual_seed(seed)
 
     def loss_of(step: int) -> Tensor:
         n_BT = torch.randint(1, MOST + 1, (4, 64), generator=generator)
         trunk = toy.run(n_BT)
         errors = [((answer_BT - n_BT).square(), weight_BT) for answer_BT, weight_BT in toy.answers(trunk)]
-        return trunk.loss + sum((error_BT if weight_BT is None else error_BT * weight_BT).mean() for error_BT, weight_BT in errors)
+        return trunk.loss + sum(
+            (error_BT if weight_BT is None else error_BT * weight_BT).mean() for error_BT, weight_BT in errors
+        )
 
     minimise(toy.net, toy.net.halt.parameters(), loss_of, steps, 0.03)
     return toy
@@ -118,7 +136,11 @@ def depths(toy: Counting) -> tuple[list[int], float, float]:
     n_BT = torch.arange(1, MOST + 1)[None]
     trunk = toy.run(n_BT)
     loops = trunk.loops_BT[0]
-    correlation = torch.corrcoef(torch.stack([n_BT[0].float(), loops.float()]))[0, 1].item() if loops.unique().numel() > 1 else 0.0
+    correlation = (
+        torch.corrcoef(torch.stack([n_BT[0].float(), loops.float()]))[0, 1].item()
+        if loops.unique().numel() > 1
+        else 0.0
+    )
     answer_BT, _ = toy.answers(trunk)[-1]
     return loops.tolist(), correlation, (answer_BT - n_BT).square().mean().item()
 
@@ -142,8 +164,18 @@ COEFS = {"act": (0.1, 0.01), "stick_breaking": (0.1, 0.01), "ponder": (0.01, 0.1
 
 def count(args):
     generator = torch.Generator().manual_seed(1)
-    batches = {f"{low} to {high}": torch.randint(low, high + 1, (8, 512), generator=generator) for low, high in ((1, 2), (1, 8), (7, 8))}
-    columns = ["halt", "ponder_coef", f"loops for n = 1 .. {MOST}", "correlation", "squared error", *(f"n {name}: GFLOPs, ms" for name in batches)]
+    batches = {
+        f"{low} to {high}": torch.randint(low, high + 1, (8, 512), generator=generator)
+        for low, high in ((1, 2), (1, 8), (7, 8))
+    }
+    columns = [
+        "halt",
+        "ponder_coef",
+        f"loops for n = 1 .. {MOST}",
+        "correlation",
+        "squared error",
+        *(f"n {name}: GFLOPs, ms" for name in batches),
+    ]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for halt in args.halt:
         for coef in COEFS[halt]:
@@ -199,9 +231,23 @@ class Running(NamedTuple):
 
 def running(controller: str, training: str = "soft", steps: int = 1500, seed: int = 0) -> Running:
     """The controller, trained by Adam on 256 random programs per step."""
-    config = Config(vocab_size=64, eot_token=0, n_layer=len(OPERATIONS), n_embd=PROGRAM_WIDTH, n_head=1, head_dim=8, value_embeds=0, pattern="D",
-                    depth="routed", loops=LENGTH, identity_layers=1, controller=controller, route_training=training,
-                    anneal_steps=steps, dtype="fp32")  # fmt: skip
+    config = Config(
+        vocab_size=64,
+        eot_token=0,
+        n_layer=len(OPERATIONS),
+        n_embd=PROGRAM_WIDTH,
+        n_head=1,
+        head_dim=8,
+        value_embeds=0,
+        pattern="D",
+        depth="routed",
+        loops=LENGTH,
+        identity_layers=1,
+        controller=controller,
+        route_training=training,
+        anneal_steps=steps,
+        dtype="fp32",
+    )
     toy = Running(zoo.build(config), [Operation(operation) for operation in OPERATIONS.values()])
     toy.net.packs, generator = False, torch.Generator().manual_seed(seed)  # these blocks have no queries and keys
 
@@ -216,7 +262,8 @@ def running(controller: str, training: str = "soft", steps: int = 1500, seed: in
 
 @torch.no_grad()
 def accuracies(toy: Running, count: int = 4096) -> tuple[float, float, float]:
-    """Accuracy of the soft mixture and of one layer per step, and the mean excess of identities over LENGTH - program length."""
+    """Accuracy of the soft mixture and of one layer per step, and the mean excess of identities over LENGTH - program
+    length."""
     x, target, length = programs(count, torch.Generator().manual_seed(1))
     found = []
     for toy.net.hard_evaluation in (False, True):
@@ -227,7 +274,9 @@ def accuracies(toy: Running, count: int = 4096) -> tuple[float, float, float]:
 
 
 def route(args):
-    print("| controller | training | accuracy, soft | accuracy, one layer per step | identities off by |\n|---|---|---|---|---|")
+    print(
+        "| controller | training | accuracy, soft | accuracy, one layer per step | identities off by |\n|---|---|---|---|---|"
+    )
     for controller in args.controller:
         for training in args.training:
             soft, hard, off = accuracies(running(controller, training, args.steps))
@@ -252,8 +301,21 @@ def chains(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
 
 
 EOT = 256
-IN_TURN = Config(vocab_size=EOT + 1, eot_token=EOT, n_layer=3, n_embd=32, n_head=2, head_dim=16, value_embeds=0, pattern="D", window_size=ROW,
-                 depth="routed", loops=3, controller="fixed", dtype="fp32")  # fmt: skip
+IN_TURN = Config(
+    vocab_size=EOT + 1,
+    eot_token=EOT,
+    n_layer=3,
+    n_embd=32,
+    n_head=2,
+    head_dim=16,
+    value_embeds=0,
+    pattern="D",
+    window_size=ROW,
+    depth="routed",
+    loops=3,
+    controller="fixed",
+    dtype="fp32",
+)
 
 
 def fit(net: GPT, parameters, steps: int, lr: float) -> GPT:
@@ -273,7 +335,9 @@ def use(net: GPT) -> Tensor:
     net(*chains(10**6))
     del net.run_blocks
     choices, choices_SBT = net.config.n_layer + net.config.identity_layers, trunks[0].choices_SBT
-    return torch.stack([torch.bincount(picked.flatten(), minlength=choices) / picked.numel() for picked in choices_SBT], 1)
+    return torch.stack(
+        [torch.bincount(picked.flatten(), minlength=choices) / picked.numel() for picked in choices_SBT], 1
+    )
 
 
 def in_order(net: GPT, order: tuple[int, ...]) -> GPT:
@@ -301,7 +365,10 @@ def recover(args):
         for training in args.training:
             net = recovered(trained, controller, training, args.steps)
             rows = "; ".join(" ".join(f"{share:.2f}" for share in row) for row in use(net).tolist())
-            print(f"{controller}, {training}: {held_out(net):.4f}; layers (the identity last) by steps: {rows}", flush=True)
+            print(
+                f"{controller}, {training}: {held_out(net):.4f}; layers (the identity last) by steps: {rows}",
+                flush=True,
+            )
 
 
 def main():
@@ -312,8 +379,12 @@ def main():
     add.add_argument("--steps", type=int, default=1500)
     add.set_defaults(function=count)
     add = actions.add_parser("route")
-    add.add_argument("--controller", nargs="+", choices=list(CONTROLLERS), default=["linear", "mlp", "lstm", "memoryless", "learned"])
-    add.add_argument("--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal", "straight_through"])
+    add.add_argument(
+        "--controller", nargs="+", choices=list(CONTROLLERS), default=["linear", "mlp", "lstm", "memoryless", "learned"]
+    )
+    add.add_argument(
+        "--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal", "straight_through"]
+    )
     add.add_argument("--steps", type=int, default=1500)
     add.set_defaults(function=route)
     add = actions.add_parser("recover")

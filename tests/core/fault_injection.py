@@ -1,4 +1,5 @@
-"""Faults that a test injects into a run, as functions of the token's number in the global batch: the same on any layout of ranks.
+"""Faults that a test injects into a run, as functions of the token's number in the global batch: the same on any layout
+of ranks.
 
 Each takes a pytest.MonkeyPatch (or anything with its setattr) and the first token of the second half of the batch."""
 
@@ -44,7 +45,9 @@ def no_gradient(patch, half: int, names: tuple[str, ...]):
 def traced(patch, half: int):
     """Blocks are traced whole, forward and backward, but no code is generated, which would take minutes."""
     compile_function = torch.compile
-    patch.setattr(torch, "compile", lambda function, **names: compile_function(function, **{"backend": "aot_eager"} | names))
+    patch.setattr(
+        torch, "compile", lambda function, **names: compile_function(function, **{"backend": "aot_eager"} | names)
+    )
     patch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     torch._dynamo.reset()
 
@@ -52,7 +55,9 @@ def traced(patch, half: int):
 ODD = {
     "an expert without tokens in one half": lambda patch, half: starve(patch, half, [0, 3], False),
     "an expert without tokens anywhere": lambda patch, half: starve(patch, half, [2], True),
-    "no gradient in one half": lambda patch, half: no_gradient(patch, half, ("blocks.1.attention.out", "blocks.0.ffn.router.gate", "embed")),
+    "no gradient in one half": lambda patch, half: no_gradient(
+        patch, half, ("blocks.1.attention.out", "blocks.0.ffn.router.gate", "embed")
+    ),
 }
 
 INJECTIONS = ODD | {"traced": traced}

@@ -4,9 +4,10 @@
     python tests/core/faults.py --kills 100 --seed 7              # more kills, at other moments
     python tests/core/faults.py --only dead_rank_1 full_disk      # these rows alone
 
-A run is a process of its own: this file, whose function `worker` first arranges the fault and then trains. What a fault may cost is
-time. A run that goes on must end as the uninterrupted one ends, bit for bit; one that cannot go on must say why in one sentence and
-leave every checkpoint as it was. Exit status 1 if a row is not ok. test_faults.py runs the same functions on fewer moments.
+A run is a process of its own: this file, whose function `worker` first arranges the fault and then trains. What a fault
+may cost is time. A run that goes on must end as the uninterrupted one ends, bit for bit; one that cannot go on must say
+why in one sentence and leave every checkpoint as it was. Exit status 1 if a row is not ok. test_faults.py runs the same
+functions on fewer moments.
 
 Rows about disks mount a tmpfs or an ext4 image of their own, which needs root on Linux; elsewhere they are skipped."""
 
@@ -47,10 +48,34 @@ from cli import UserError  # noqa: E402
 from tools import prepare  # noqa: E402
 
 STEPS, EVERY = 60, 4  # of a run, and between its checkpoints
-TINY = dict(preset="cpu", device="cpu", n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, mlp_ratio=4.0, attention="AK",
-            ngrams="2", ngram_rows=64, window="L", window_size=64, dtype="fp32",
-            ns_dtype="fp32", seq_len=32, batch_tokens=384, micro_batch_tokens=192, window_start=64, num_iterations=STEPS, val_every=20, val_tokens=0,
-            checkpoint_every=EVERY, sample_tokens=0, warmup_steps=0)  # fmt: skip
+TINY = dict(
+    preset="cpu",
+    device="cpu",
+    n_layer=2,
+    n_embd=32,
+    n_head=1,
+    head_dim=32,
+    value_embeds=1,
+    num_experts=4,
+    mlp_ratio=4.0,
+    attention="AK",
+    ngrams="2",
+    ngram_rows=64,
+    window="L",
+    window_size=64,
+    dtype="fp32",
+    ns_dtype="fp32",
+    seq_len=32,
+    batch_tokens=384,
+    micro_batch_tokens=192,
+    window_start=64,
+    num_iterations=STEPS,
+    val_every=20,
+    val_tokens=0,
+    checkpoint_every=EVERY,
+    sample_tokens=0,
+    warmup_steps=0,
+)
 PATIENCE = 150  # seconds after which whatever should have happened did not
 
 # -----------------------------------------------------------------------------
@@ -93,16 +118,24 @@ def poison(at: int, act):
         made.append(self)
 
     model.GPT.__init__ = noted
-    before_step(at, lambda: act(next(p for net in made for p in net.blocks.parameters() if p.ndim > 1 and p.device.type != "meta")))
+    before_step(
+        at,
+        lambda: act(next(p for net in made for p in net.blocks.parameters() if p.ndim > 1 and p.device.type != "meta")),
+    )
 
 
 def die_at_operation(at: int):
-    """kill -9 before the `at`-th time that a file or folder of checkpoints is opened, made, listed, renamed or removed."""
+    """kill -9 before the `at`-th time that a file or folder of checkpoints is opened, made, listed, renamed or
+    removed."""
     seen = 0
 
     def count(event, words):
         nonlocal seen
-        if event.startswith(("open", "os.", "shutil.")) and words and re.search(r"/checkpoint\b|rank\d+\.pt|manifest\.json", str(words[0])):
+        if (
+            event.startswith(("open", "os.", "shutil."))
+            and words
+            and re.search(r"/checkpoint\b|rank\d+\.pt|manifest\.json", str(words[0]))
+        ):
             seen += 1
             if seen == at:
                 kill_me()
@@ -159,7 +192,11 @@ def last_step(run: Path) -> int:
 def continuations(run: Path) -> list[int]:
     """The steps from which a run went on."""
     log = run / "run.log"
-    return [int(step) for step in re.findall(r"^the run continues from step (-?\d+)", log.read_text(), re.M)] if log.exists() else []
+    return (
+        [int(step) for step in re.findall(r"^the run continues from step (-?\d+)", log.read_text(), re.M)]
+        if log.exists()
+        else []
+    )
 
 
 def newest(run: Path) -> int:
@@ -180,7 +217,9 @@ TIMED = ("train_time", "time/", "train/tok_per_sec", "train/mfu", "memory/")
 
 def untimed(run: Path) -> list[dict]:
     """The rows up to the last step, without what a clock or the machine puts in."""
-    rows = [row for row in rows_of(run) if row.get("event") != "end"]  # a run killed after its last checkpoint has nothing left to do
+    rows = [
+        row for row in rows_of(run) if row.get("event") != "end"
+    ]  # a run killed after its last checkpoint has nothing left to do
     return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
 
 
@@ -199,17 +238,26 @@ def end_of(straight: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 def check_equal(run: Path, straight: Path):
     """Both runs have the same rows and end with the same tensors, bit for bit."""
     rows, (expected, wanted) = untimed(run), end_of(straight)
-    check(rows == expected, f"{len(rows)} rows where {len(expected)} were expected, or others: "
-          f"{next(((a, b) for a, b in zip(rows, expected) if a != b), 'the shorter one ends first')}")  # fmt: skip
+    check(
+        rows == expected,
+        f"{len(rows)} rows where {len(expected)} were expected, or others: "
+        f"{next(((a, b) for a, b in zip(rows, expected) if a != b), 'the shorter one ends first')}",
+    )
     state = state_of(run)
     other = [name for name in wanted if name not in state or not torch.equal(state[name], wanted[name])]
-    check(state.keys() == wanted.keys() and not other, f"the last checkpoint differs in {other[:3]} and {len(other)} tensors in all")
+    check(
+        state.keys() == wanted.keys() and not other,
+        f"the last checkpoint differs in {other[:3]} and {len(other)} tensors in all",
+    )
 
 
 def check_finite(run: Path):
     for path in checkpoint.checkpoints(run / "checkpoint"):
         for name, slab in checkpoint.read_checkpoint(path)[1].items():
-            check(all(value.isfinite().all() for value in slab.values()), f"{path.name} holds a value of {name} that is not finite")
+            check(
+                all(value.isfinite().all() for value in slab.values()),
+                f"{path.name} holds a value of {name} that is not finite",
+            )
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -221,11 +269,16 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def command_line(**values) -> list[str]:
-    return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return [
+        word
+        for name, value in values.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 def one_sentence(text: str) -> str:
-    """The only line of an output in which our code speaks of an error; torchrun may add its own noise, but not we a traceback."""
+    """The only line of an output in which our code speaks of an error; torchrun may add its own noise, but not we a
+    traceback."""
     said = re.findall(r"(?:train_muon\.py: |\b)error: [^\r\n]*", text)
     check(len(said) == 1, f"{len(said)} sentences instead of one: {said}")
     check(re.search(r"(^|[\r\n])" + re.escape(said[0]), text), f"the sentence does not begin a line: {said[0]}")
@@ -244,12 +297,28 @@ class Job:
         self.run = out / "muon"
         self.pids = Path(tempfile.mkdtemp(prefix="pids_", dir=lab.folder))
         self.output = self.pids.with_suffix(".txt")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
-        words = [*(torchrun if ranks > 1 else []), __file__, *command_line(**TINY | {"data": lab.data, "out_dir": out} | values)]
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "LOCAL_", "MASTER_", "TORCHELASTIC"))}
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            f"--max-restarts={restarts}",
+        ]
+        words = [
+            *(torchrun if ranks > 1 else []),
+            __file__,
+            *command_line(**TINY | {"data": lab.data, "out_dir": out} | values),
+        ]
+        ours = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RANK", "WORLD", "LOCAL_", "MASTER_", "TORCHELASTIC"))
+        }
         ours |= {"OMP_NUM_THREADS": "1", "FAULTS": json.dumps(fault or {}), "FAULTS_PIDS": str(self.pids)}
         with open(self.output, "wb") as file:
-            self.process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, env=ours, cwd=lab.folder, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *words], stdout=file, stderr=file, env=ours, cwd=lab.folder, start_new_session=True
+            )
 
     def __enter__(self):
         return self
@@ -334,7 +403,8 @@ class Job:
 
 
 def alive(pid: int) -> bool:
-    """Is this still a worker? Where there is /proc, not a process that has got its number since, nor one that is dead but not buried."""
+    """Is this still a worker? Where there is /proc, not a process that has got its number since, nor one that is dead
+    but not buried."""
     try:
         if Path("/proc/self").exists():
             return Path(__file__).name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -383,7 +453,10 @@ class Lab:
         """The out_dir of a run that died in its last step, with checkpoints at 52 and 56."""
         out = self.out()
         with Job(self, out, ranks, fault={"kind": "die", "at": STEPS - 1, "rank": 0}) as job:
-            check(job.end() != 0 and newest(job.run) == STEPS - EVERY, f"it did not die in step {STEPS}, or too early: {job.tail}")
+            check(
+                job.end() != 0 and newest(job.run) == STEPS - EVERY,
+                f"it did not die in step {STEPS}, or too early: {job.tail}",
+            )
         return out
 
     def copy_of_interrupted(self, ranks: int = 1) -> Path:
@@ -396,7 +469,8 @@ class Lab:
             check_equal(job.run, self.straight(ranks).run)
 
     def here(self, out: Path, fault: dict | None = None, **values) -> tuple[int, str]:
-        """The exit status and output of a run in this process, for faults that do not kill; an import of torch takes longer than they."""
+        """The exit status and output of a run in this process, for faults that do not kill; an import of torch takes
+        longer than they."""
         said, argv, rate = io.StringIO(), sys.argv, facts.matmul_rate
         whole = data.Loader.next_step, model.GPT.__init__
         if fault:
@@ -413,7 +487,9 @@ class Lab:
         except Exception as error:
             status = 1
             said.write(f"\n{traceback.format_exc()}")
-            frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+            frames = [
+                f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+            ]
             raise Wrong(f"{type(error).__name__}: {error} (in {' > '.join(frames[-4:])})\n{said.getvalue()}") from None
         finally:
             sys.argv, facts.matmul_rate = argv, rate
@@ -425,16 +501,28 @@ class Lab:
 # Rows: kill -9
 
 
-AIMS = ("time", "saving", "time", "operation", "startup", "saving", "operation", "time")  # half of them at a checkpoint being written
+AIMS = (
+    "time",
+    "saving",
+    "time",
+    "operation",
+    "startup",
+    "saving",
+    "operation",
+    "time",
+)  # half of them at a checkpoint being written
 
 
 def kills(lab: Lab, ranks: int, count: int) -> str:
-    """Runs that are killed up to six times each, until so many kills have happened; all of them end as if nothing had."""
+    """Runs that are killed up to six times each, until so many kills have happened; all of them end as if nothing
+    had."""
     straight, tally = lab.straight(ranks), {"kills": 0, "runs": 0, "half": 0, "lost": 0}
     while tally["kills"] < count:
         out, before = lab.out(), tally["kills"]
         tally["runs"] += 1
-        while tally["kills"] < min(count, before + 6) and one_kill(lab, out, ranks, AIMS[tally["kills"] % len(AIMS)], straight, tally):
+        while tally["kills"] < min(count, before + 6) and one_kill(
+            lab, out, ranks, AIMS[tally["kills"] % len(AIMS)], straight, tally
+        ):
             pass
         if newest(out / "muon") < STEPS or not last_step(out / "muon"):
             with Job(lab, out, ranks, **{"resume": True} if (out / "muon").exists() else {}) as job:
@@ -448,7 +536,12 @@ def one_kill(lab: Lab, out: Path, ranks: int, aim: str, straight: Straight, tall
     """Start a run or let it go on, kill it at one moment, and look at what is left; False if it was faster."""
     dice, run = lab.random, out / "muon"
     there, was, known = run.exists(), newest(run), len(continuations(run))
-    saves, left, victim, fault = max(1, (STEPS - was) // EVERY), (STEPS - was) / STEPS, dice.choice([*range(ranks), "all"]), None
+    saves, left, victim, fault = (
+        max(1, (STEPS - was) // EVERY),
+        (STEPS - was) / STEPS,
+        dice.choice([*range(ranks), "all"]),
+        None,
+    )
     if aim == "operation":
         rank = dice.randrange(ranks)
         fault = {"kind": "die at operation", "at": dice.randint(1, saves * (2 if rank else 10)), "rank": rank}
@@ -472,10 +565,16 @@ def one_kill(lab: Lab, out: Path, ranks: int, aim: str, straight: Straight, tall
         died = status == -signal.SIGKILL or (ranks > 1 and "exitcode: -9" in job.text)
         check(status == 0 or died, f"aimed at {aim}, exit status {status}: {job.tail}")
     steps = continuations(run)[known:]
-    check(all(max(step, 0) == was for step in steps), f"went on from step {steps}, with a checkpoint of step {was} on the disk")
+    check(
+        all(max(step, 0) == was for step in steps),
+        f"went on from step {steps}, with a checkpoint of step {was} on the disk",
+    )
     if status != 0:
         reached = last_step(run)
-        check(newest(run) >= (reached - 1) // EVERY * EVERY - EVERY, f"after step {reached} the newest checkpoint is of step {newest(run)}")
+        check(
+            newest(run) >= (reached - 1) // EVERY * EVERY - EVERY,
+            f"after step {reached} the newest checkpoint is of step {newest(run)}",
+        )
         tally["kills"] += 1
         tally["half"] += half_done(run)
         tally["lost"] += reached - newest(run)
@@ -511,8 +610,10 @@ def signalled(lab: Lab, ranks: int, number: int, rank: int | None = None) -> str
         said = re.findall(r"stopped by a signal after step (\d+); the checkpoint is (\S+); go on with --resume", text)
         check(len(said) == 1 and not traceback_of_ours(text) and "error: " not in text, f"it said {said}: {job.tail}")
         step = int(said[0][0])
-        check(newest(job.run) == step == last_step(job.run) and f"step_{step:06d}" in said[0][1],
-              f"stopped after step {last_step(job.run)}, the newest checkpoint is of step {newest(job.run)}, it said {said}")  # fmt: skip
+        check(
+            newest(job.run) == step == last_step(job.run) and f"step_{step:06d}" in said[0][1],
+            f"stopped after step {last_step(job.run)}, the newest checkpoint is of step {newest(job.run)}, it said {said}",
+        )
     lab.resume(out, ranks)
     check(continuations(job.run) == [step], f"went on from {continuations(job.run)} instead of {step}")
     return f"exit status {status}, checkpoint at step {step} where it stopped; resumed"
@@ -539,14 +640,18 @@ def dead_torchrun(lab: Lab) -> str:
         job.process.kill()
         job.end()
         said = re.findall(r"\berror: [^\r\n]*", job.text)
-        check(len(said) <= 2 and all("torchrun" in words for words in said) and not traceback_of_ours(job.text), f"it said {said}: {job.tail}")
+        check(
+            len(said) <= 2 and all("torchrun" in words for words in said) and not traceback_of_ours(job.text),
+            f"it said {said}: {job.tail}",
+        )
         step = newest(job.run)
     lab.resume(out, 2)
     return f"the ranks ended, with a checkpoint of step {step}: {said[0] if said else 'without a word'}; resumed"
 
 
 def stopped_rank(lab: Lab, victim: int, patient: bool = True) -> str:
-    """SIGSTOP of one of two ranks. torchrun gives a rank 30 s to end, which a stopped one uses up, unless we are not patient."""
+    """SIGSTOP of one of two ranks. torchrun gives a rank 30 s to end, which a stopped one uses up, unless we are not
+    patient."""
     with Job(lab, lab.out(), 2, stuck_after=5) as job:
         job.until_step(10)
         job.kill(victim, signal.SIGSTOP)
@@ -583,7 +688,10 @@ def not_finite(lab: Lab, ranks: int, fault: dict | None = None, within: int = 20
             said = job.fail()
     good = [path.name for path in checkpoint.checkpoints(run / "checkpoint")[:1]]
     check(re.search(r"\bstep \d+", said) and last_step(run) <= within, f"after step {last_step(run)} it said: {said}")
-    check((good[0] in said if good else "no checkpoint" in said), f"it does not say that {good or 'nothing'} is good: {said}")
+    check(
+        (good[0] in said if good else "no checkpoint" in said),
+        f"it does not say that {good or 'nothing'} is good: {said}",
+    )
     check_finite(run)
     check(not list((run / "checkpoint").glob("*.partial")), "a half-written checkpoint is left")
     return said.replace(str(run), "...")
@@ -601,13 +709,18 @@ def ranks_differ(lab: Lab, name: str, **fault) -> str:
 
 def other_data(lab: Lab) -> str:
     folder = lab.folder / "birds"
-    return ranks_differ(lab, "shard", words=["--data", str(folder if folder.exists() else write_data(folder, ["wren ", "owl ", "swift ", "kite "]))])
+    return ranks_differ(
+        lab,
+        "shard",
+        words=["--data", str(folder if folder.exists() else write_data(folder, ["wren ", "owl ", "swift ", "kite "]))],
+    )
 
 
 def other_code(lab: Lab) -> str:
     folder = Path(tempfile.mkdtemp(prefix="code_", dir=lab.folder))
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
+    shutil.copytree(HERE / "tools", folder / "tools")
     with open(folder / "model.py", "a") as file:
         file.write("# a remark\n")
     return ranks_differ(lab, "model.py", code=str(folder))
@@ -651,7 +764,8 @@ def tmpfs(size: int) -> list[str]:
 
 
 def full_disk(lab: Lab, ranks: int, rooms: tuple[float, ...]) -> str:
-    """A disk with room for the log and for so many checkpoints, where three are needed; with more room the run goes on."""
+    """A disk with room for the log and for so many checkpoints, where three are needed; with more room the run goes
+    on."""
     straight, told = lab.straight(ranks).run, []
     needed = sum(map(len, contents(checkpoint.latest_checkpoint(straight / "checkpoint")).values()))
     log = sum(len(text) for path, text in contents(straight).items() if path.parent == straight)
@@ -661,11 +775,16 @@ def full_disk(lab: Lab, ranks: int, rooms: tuple[float, ...]) -> str:
             with Job(lab, out, ranks) as job:
                 said = job.fail()
             check(str(job.run) in said and re.search("space|written", said), said)
-            sound = [checkpoint.verified_manifest(path)["step"] for path in checkpoint.checkpoints(job.run / "checkpoint")]
+            sound = [
+                checkpoint.verified_manifest(path)["step"] for path in checkpoint.checkpoints(job.run / "checkpoint")
+            ]
             told.append(f"room for {room:g}: stopped at step {last_step(job.run)} with {sound or 'nothing'} saved")
             check(root("mount", "-o", f"remount,size={2**26}", folder), "the disk cannot be made larger")
             lab.resume(out, ranks)
-            check(max(continuations(job.run)[-1], 0) == max(sound, default=0), f"went on from {continuations(job.run)}, saved were {sound}")
+            check(
+                max(continuations(job.run)[-1], 0) == max(sound, default=0),
+                f"went on from {continuations(job.run)}, saved were {sound}",
+            )
     return "; ".join(told) + "; resumed"
 
 
@@ -684,7 +803,8 @@ def read_only(lab: Lab) -> str:
 
 
 def broken_disk(lab: Lab) -> str:
-    """A disk that takes no more writes in the middle of a run, and keeps only what had been brought onto it: ext4 after an error."""
+    """A disk that takes no more writes in the middle of a run, and keeps only what had been brought onto it: ext4 after
+    an error."""
     image = Path(tempfile.mkdtemp(prefix="image_", dir=lab.folder)) / "ext4"
     with open(image, "wb") as file:
         file.truncate(2**26)
@@ -700,7 +820,9 @@ def broken_disk(lab: Lab) -> str:
         check(root("umount", folder), "the broken disk is still in use")
     with mounted(lab, "-o", "loop", image) as folder:
         there = newest(folder / "logs/muon")
-        check(there >= reached - 3 * EVERY, f"after step {reached} the newest checkpoint on the disk is of step {there}")
+        check(
+            there >= reached - 3 * EVERY, f"after step {reached} the newest checkpoint on the disk is of step {there}"
+        )
         lab.resume(folder / "logs")
     return f"{said}; step {reached} was reached, checkpoint {there} had come onto the disk; resumed"
 
@@ -739,20 +861,34 @@ def another_position(contents: bytearray, dice: random.Random):
 
 OTHER_JSON = ["[]", "null", "7", "{}", '{"files": {}}', '{"files": []}']
 CHECKPOINT_DAMAGE = {
-    "cut short": lambda folder, dice: os.truncate(folder / "rank0.pt", dice.randrange((folder / "rank0.pt").stat().st_size)),
-    "longer": lambda folder, dice: rewrite(folder / "rank0.pt", lambda contents: contents.extend(dice.randbytes(dice.randint(1, 4096)))),
+    "cut short": lambda folder, dice: os.truncate(
+        folder / "rank0.pt", dice.randrange((folder / "rank0.pt").stat().st_size)
+    ),
+    "longer": lambda folder, dice: rewrite(
+        folder / "rank0.pt", lambda contents: contents.extend(dice.randbytes(dice.randint(1, 4096)))
+    ),
     "a bit flipped": lambda folder, dice: rewrite(folder / "rank0.pt", lambda contents: flip(contents, dice)),
     "missing": lambda folder, dice: (folder / "rank0.pt").unlink(),
     "empty": lambda folder, dice: (folder / "rank0.pt").write_bytes(b""),
-    "a block of zeros": lambda folder, dice: rewrite(folder / "rank0.pt", lambda contents: contents.__setitem__(slice(4096, 8192), bytes(4096))),
+    "a block of zeros": lambda folder, dice: rewrite(
+        folder / "rank0.pt", lambda contents: contents.__setitem__(slice(4096, 8192), bytes(4096))
+    ),
 }
 MANIFEST_DAMAGE = {
-    "cut short": lambda folder, dice: os.truncate(folder / "manifest.json", dice.randrange((folder / "manifest.json").stat().st_size)),
+    "cut short": lambda folder, dice: os.truncate(
+        folder / "manifest.json", dice.randrange((folder / "manifest.json").stat().st_size)
+    ),
     "a bit flipped": lambda folder, dice: rewrite(folder / "manifest.json", lambda contents: flip(contents, dice)),
-    "another digit": lambda folder, dice: rewrite(folder / "manifest.json", lambda contents: another_digit(contents, dice)),
-    "another letter": lambda folder, dice: rewrite(folder / "manifest.json", lambda contents: another_letter(contents, dice)),
+    "another digit": lambda folder, dice: rewrite(
+        folder / "manifest.json", lambda contents: another_digit(contents, dice)
+    ),
+    "another letter": lambda folder, dice: rewrite(
+        folder / "manifest.json", lambda contents: another_letter(contents, dice)
+    ),
     "noise": lambda folder, dice: (folder / "manifest.json").write_bytes(dice.randbytes(500)),
-    "another position": lambda folder, dice: rewrite(folder / "manifest.json", lambda contents: another_position(contents, dice)),
+    "another position": lambda folder, dice: rewrite(
+        folder / "manifest.json", lambda contents: another_position(contents, dice)
+    ),
     "other JSON": lambda folder, dice: (folder / "manifest.json").write_text(dice.choice(OTHER_JSON)),
     "missing": lambda folder, dice: (folder / "manifest.json").unlink(),
 }
@@ -800,7 +936,9 @@ def all_damaged(lab: Lab, count: int) -> str:
     wrong, every = {}, CHECKPOINT_DAMAGE | {f"manifest {name}": MANIFEST_DAMAGE[name] for name in blatant}
     for i in range(count):
         out = lab.copy_of_interrupted()
-        kinds = [list(every)[i % len(every)]] * 2 if i < len(every) else [lab.random.choice(list(every)) for _ in range(2)]
+        kinds = (
+            [list(every)[i % len(every)]] * 2 if i < len(every) else [lab.random.choice(list(every)) for _ in range(2)]
+        )
         for kind, step in zip(kinds, (STEPS - 2 * EVERY, STEPS - EVERY)):
             every[kind](out / "muon/checkpoint" / f"step_{step:06d}", lab.random)
         before = contents(out)
@@ -842,7 +980,11 @@ def shard_damage(contents: bytearray, dice: random.Random):
 def damaged_headers(lab: Lab, count: int) -> str:
     """read_shard refuses a damaged shard in one sentence or returns what was in it: never other tokens."""
     whole = (lab.data / "words_train_000001.bin").read_bytes()
-    tokens, path, refused = np.frombuffer(whole, "<u2", offset=data.HEADER_BYTES), lab.folder / "damaged_train_000001.bin", 0
+    tokens, path, refused = (
+        np.frombuffer(whole, "<u2", offset=data.HEADER_BYTES),
+        lab.folder / "damaged_train_000001.bin",
+        0,
+    )
     for _ in range(count):
         changed = bytearray(whole)
         shard_damage(changed, lab.random)
@@ -853,7 +995,10 @@ def damaged_headers(lab: Lab, count: int) -> str:
             check("\n" not in str(error) and str(path) in str(error), f"not a sentence about {path}: {error}")
             refused += 1
         else:
-            check(np.array_equal(found, tokens), f"other tokens from a header of {bytes(changed[:16]).hex()} and {len(changed)} bytes")
+            check(
+                np.array_equal(found, tokens),
+                f"other tokens from a header of {bytes(changed[:16]).hex()} and {len(changed)} bytes",
+            )
     path.unlink()
     return f"{refused} refused, {count - refused} with the right tokens (a field that means nothing)"
 
@@ -889,7 +1034,9 @@ BEFORE = "goes on from the checkpoint before, says so, ends exactly"
 ROWS = {
     "kill_9_one_process": Row(lambda lab: kills(lab, 1, lab.kills - lab.kills // 4), EXACTLY),
     "kill_9_two_ranks": Row(lambda lab: kills(lab, 2, lab.kills // 4), EXACTLY),
-    "torchrun_restarts": Row(lambda lab: torchrun_restarts(lab, (1, 0)), "goes on by itself and ends bit for bit as without the fault"),
+    "torchrun_restarts": Row(
+        lambda lab: torchrun_restarts(lab, (1, 0)), "goes on by itself and ends bit for bit as without the fault"
+    ),
     "sigterm": Row(lambda lab: signalled(lab, 1, signal.SIGTERM), STOPS),
     "sigint": Row(lambda lab: signalled(lab, 1, signal.SIGINT), STOPS),
     "sigterm_torchrun": Row(lambda lab: signalled(lab, 2, signal.SIGTERM), STOPS),
@@ -906,12 +1053,16 @@ ROWS = {
     "nan_loss": Row(lambda lab: not_finite(lab, 1, {"kind": "weight", "at": 9}), NAN),
     "nan_gradient": Row(lambda lab: not_finite(lab, 1, {"kind": "gradient", "at": 9}), NAN),
     "nan_gradient_before_saving": Row(lambda lab: not_finite(lab, 1, {"kind": "gradient", "at": 3 * EVERY - 1}), NAN),
-    "nan_gradient_in_the_last_step": Row(lambda lab: not_finite(lab, 1, {"kind": "gradient", "at": STEPS - 1}, STEPS), NAN),
+    "nan_gradient_in_the_last_step": Row(
+        lambda lab: not_finite(lab, 1, {"kind": "gradient", "at": STEPS - 1}, STEPS), NAN
+    ),
     "nan_gradient_on_one_rank": Row(lambda lab: not_finite(lab, 2, {"kind": "gradient", "at": 9, "rank": 1}), NAN),
     "absurd_rates": Row(lambda lab: not_finite(lab, 1, embed_lr=1e29, router_lr=1e29), NAN),
     "ranks_differ_in_seed": Row(lambda lab: ranks_differ(lab, "--seed", words=["--seed", "5"]), NOT_BEGUN),
     "ranks_differ_in_rate": Row(lambda lab: ranks_differ(lab, "--muon_lr", words=["--muon_lr", "0.1"]), NOT_BEGUN),
-    "ranks_differ_in_profiling": Row(lambda lab: ranks_differ(lab, "enable_profiling", words=["--enable_profiling"]), NOT_BEGUN),
+    "ranks_differ_in_profiling": Row(
+        lambda lab: ranks_differ(lab, "enable_profiling", words=["--enable_profiling"]), NOT_BEGUN
+    ),
     "ranks_differ_in_data": Row(other_data, NOT_BEGUN),
     "ranks_differ_in_code": Row(other_code, NOT_BEGUN),
     "ranks_differ_in_path": Row(other_path, "trains: the same data are the same"),
@@ -929,10 +1080,14 @@ ROWS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Inject faults into runs of a tiny model and print what came of them.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Inject faults into runs of a tiny model and print what came of them.", allow_abbrev=False
+    )
     parser.add_argument("--kills", type=int, default=30, help="kill -9 so many times (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damage (default 0)")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=f"some of: {', '.join(ROWS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=f"some of: {', '.join(ROWS)}"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is cleaned up
     bad = []
@@ -952,7 +1107,9 @@ def main():
             print(f"{name} | {happened} | {ROWS[name].expected} | {ok} | {time.monotonic() - began:.0f}", flush=True)
             if details:
                 print("    " + details.rstrip().replace("\n", "\n    "), flush=True)
-    print(f"{len(args.only) - len(bad)} of {len(args.only)} as expected" + (f"; not ok: {' '.join(bad)}" if bad else ""))
+    print(
+        f"{len(args.only) - len(bad)} of {len(args.only)} as expected" + (f"; not ok: {' '.join(bad)}" if bad else "")
+    )
     sys.exit(bool(bad))
 
 

@@ -1,4 +1,5 @@
 """data.py: shards, encodings, the loader, validation batches. CPU, no network: `pytest tests/core/test_data.py`."""
+
 import errno
 import functools
 import json
@@ -22,6 +23,7 @@ BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards
+
 
 def make_shards(folder, lengths, split="train", vocab=50257, name="fineweb"):
     """Shards whose tokens are random, so that a row is recognised by its contents."""
@@ -56,10 +58,21 @@ def corrupt(raw, where, value):
     return header.tobytes()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda raw: b"", lambda raw: raw[:100], lambda raw: raw[:-2], lambda raw: raw + b"\0\0", lambda raw: raw[:1024],
-    lambda raw: b"a foreign file" * 100,
-    lambda raw: corrupt(raw, 0, 20240521), lambda raw: corrupt(raw, 1, 2), lambda raw: corrupt(raw, 2, 0), lambda raw: corrupt(raw, 2, -3)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[:100],
+        lambda raw: raw[:-2],
+        lambda raw: raw + b"\0\0",
+        lambda raw: raw[:1024],
+        lambda raw: b"a foreign file" * 100,
+        lambda raw: corrupt(raw, 0, 20240521),
+        lambda raw: corrupt(raw, 1, 2),
+        lambda raw: corrupt(raw, 2, 0),
+        lambda raw: corrupt(raw, 2, -3),
+    ],
+)
 def test_bad_shards_are_refused_by_name(tmp_path, damage):
     path = tmp_path / "odd_val_000000.bin"
     write_shard(path, np.arange(10))
@@ -74,10 +87,15 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
     """meta.json promises a sha256 for each shard; the ranks of a host share the looking."""
     make_shards(tmp_path, [500, 600, 700], vocab=257)
     make_shards(tmp_path, [500], split="val", vocab=257)
-    shards = [{"file": path.name, "tokens": len(read_shard(path)), "sha256": file_sha256(path)} for path in sorted(tmp_path.glob("*.bin"))]
+    shards = [
+        {"file": path.name, "tokens": len(read_shard(path)), "sha256": file_sha256(path)}
+        for path in sorted(tmp_path.glob("*.bin"))
+    ]
     (tmp_path / "meta.json").write_text(json.dumps(BYTES | {"shards": shards}))
     whole = data.fingerprint(tmp_path)
-    assert len(whole) == 4 and all(digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]])
+    assert len(whole) == 4 and all(
+        digest in whole[shard["file"]] for shard in load_meta(tmp_path)["shards"] for digest in [shard["sha256"]]
+    )
     for rank in range(3):
         data.verify(tmp_path, rank, 3)
     damaged = sorted(tmp_path.glob("*_train_*.bin"))[1]
@@ -90,7 +108,12 @@ def test_a_flipped_bit_is_found_by_the_rank_that_looks_at_its_shard(tmp_path):
             data.verify(tmp_path, rank, 3)
         except UserError as error:
             complaints.append(str(error))
-    assert len(complaints) == 1 and damaged.name in complaints[0] and "sha256" in complaints[0] and "python data.py" in complaints[0]
+    assert (
+        len(complaints) == 1
+        and damaged.name in complaints[0]
+        and "sha256" in complaints[0]
+        and "python data.py" in complaints[0]
+    )
     with pytest.raises(UserError, match=damaged.name):
         data.verify(tmp_path)
 
@@ -102,7 +125,12 @@ def test_a_changed_meta_json_is_noticed(tmp_path):
     path = tmp_path / "meta.json"
     path.write_text(json.dumps(meta))
     load_meta(tmp_path)
-    for change in ({"vocab_size": 258}, {"token_bytes": [2] * 257}, {"shards": [{"file": "x"}], "sha256": None}, {"sha256": "0"}):
+    for change in (
+        {"vocab_size": 258},
+        {"token_bytes": [2] * 257},
+        {"shards": [{"file": "x"}], "sha256": None},
+        {"sha256": "0"},
+    ):
         path.write_text(json.dumps({key: value for key, value in (meta | change).items() if value is not None}))
         with pytest.raises(UserError, match=r"meta.json is damaged .*python data.py"):
             load_meta(tmp_path)
@@ -138,7 +166,9 @@ def test_failed_write_leaves_the_old_shard(tmp_path, monkeypatch, step):
 
 def test_a_shard_that_meta_json_does_not_list_is_refused(tmp_path):
     make_shards(tmp_path, [50], vocab=257)
-    (tmp_path / "meta.json").write_text(json.dumps(BYTES | {"shards": [{"file": "fineweb_train_000001.bin", "tokens": 50}]}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps(BYTES | {"shards": [{"file": "fineweb_train_000001.bin", "tokens": 50}]})
+    )
     assert len(data.open_split(tmp_path, "train")) == 1
     write_shard(tmp_path / "more_train_000009.bin", np.arange(50))
     with pytest.raises(UserError, match="more_train_000009.bin is a shard that meta.json does not list"):
@@ -147,6 +177,7 @@ def test_a_shard_that_meta_json_does_not_list_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encodings
+
 
 def test_bytes_encoding():
     encoding = get_encoding("bytes")
@@ -164,7 +195,12 @@ def test_gpt2_encoding(gpt2):
     ids = gpt2.encode(text)
     assert ids.dtype == np.uint16 and 50256 not in ids and gpt2.decode(ids) == text and gpt2.decode([50256]) == ""
     token_bytes = gpt2.token_bytes()
-    assert token_bytes.dtype == np.int32 and token_bytes.shape == (50257,) and token_bytes[50256] == 0 and token_bytes[:50256].min() == 1
+    assert (
+        token_bytes.dtype == np.int32
+        and token_bytes.shape == (50257,)
+        and token_bytes[50256] == 0
+        and token_bytes[:50256].min() == 1
+    )
     assert token_bytes[ids].sum() == len(text.encode())
     assert gpt2.encode("a\ud800b").tolist() == gpt2.encode("a?b").tolist()
 
@@ -183,20 +219,32 @@ def test_riptoken_is_used_if_it_agrees(gpt2, monkeypatch):
     for top in (128, 0x600, 0xD7FF, 0x1FFFF):
         text = "".join(chr(i) for i in random.integers(1, top, 4000) if not 0xD800 <= i < 0xE000)
         assert gpt2.encode(text).tolist() == bpe.encode_ordinary(text)
-    monkeypatch.setattr(riptoken, "get_encoding", lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]))
+    monkeypatch.setattr(
+        riptoken,
+        "get_encoding",
+        lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]),
+    )
     assert data.riptoken_encoder(bpe) is None
 
 
 def test_importing_needs_numpy_alone():
     code = "import sys, data; print([m for m in ('torch', 'tiktoken', 'datasets', 'tqdm', 'pyarrow', 'huggingface_hub') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loader
 
+
 def rows_of(batches):
-    return [tuple(inputs.tolist()) + (targets.tolist()[-1],) for batch in batches for inputs, targets in zip(batch.inputs_BT, batch.targets_BT)]
+    return [
+        tuple(inputs.tolist()) + (targets.tolist()[-1],)
+        for batch in batches
+        for inputs, targets in zip(batch.inputs_BT, batch.targets_BT)
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
@@ -210,7 +258,16 @@ def test_permute_is_a_bijection(n):
 
 
 def test_permute_is_pinned_and_looks_uniform():
-    assert data.permute(np.arange(8), 10**6, 0, 0).tolist() == [228831, 314315, 572436, 743526, 97770, 597512, 340571, 954798]
+    assert data.permute(np.arange(8), 10**6, 0, 0).tolist() == [
+        228831,
+        314315,
+        572436,
+        743526,
+        97770,
+        597512,
+        340571,
+        954798,
+    ]
     assert abs(np.corrcoef(np.arange(50_000), data.permute(np.arange(50_000), 50_000, 0, 0))[0, 1]) < 0.02
 
 
@@ -221,7 +278,10 @@ def test_one_epoch_sees_every_row_once(tmp_path):
     loader = Loader(tmp_path / "d", seq_len=8, batch_rows=4, micro_rows=2, seed=5)
     batches = [batch for _ in range(5) for batch in loader.next_step()]
     assert [batch.first_row for batch in batches] == [0, 2] * 5 and loader.position == 20
-    assert all(batch.inputs_BT.dtype == batch.targets_BT.dtype == torch.int64 and batch.inputs_BT.shape == (2, 8) for batch in batches)
+    assert all(
+        batch.inputs_BT.dtype == batch.targets_BT.dtype == torch.int64 and batch.inputs_BT.shape == (2, 8)
+        for batch in batches
+    )
     assert all((batch.inputs_BT[:, 1:] == batch.targets_BT[:, :-1]).all() for batch in batches)
     seen = rows_of(batches)
     assert sorted(seen) == sorted(expected) and seen != expected
@@ -242,7 +302,9 @@ def test_ranks_and_micro_steps_split_the_same_batches(tmp_path, world_size, micr
         [whole] = one.next_step()
         steps = [loader.next_step() for loader in ranks]
         for rank, step in enumerate(steps):
-            assert [batch.first_row for batch in step] == [(m * world_size + rank) * micro_rows for m in range(12 // (world_size * micro_rows))]
+            assert [batch.first_row for batch in step] == [
+                (m * world_size + rank) * micro_rows for m in range(12 // (world_size * micro_rows))
+            ]
         parts = [batch for step in steps for batch in step]
         assert rows_of(sorted(parts, key=lambda batch: batch.first_row)) == rows_of([whole])
         assert {rank.state_dict()["position"] for rank in ranks} == {one.state_dict()["position"]}
@@ -276,7 +338,13 @@ def test_fineweb_shards_from_elsewhere(tmp_path):
     make_shards(tmp_path, [1000])
     make_shards(tmp_path, [100], "val")
     meta = load_meta(tmp_path)
-    assert (meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["token_bytes"], meta["gzip_bpb"]) == ("gpt2", 50257, 50256, None, None)
+    assert (meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["token_bytes"], meta["gzip_bpb"]) == (
+        "gpt2",
+        50257,
+        50256,
+        None,
+        None,
+    )
     loader = Loader(tmp_path, seq_len=16, batch_rows=2, micro_rows=2)
     assert loader.next_step()[0].inputs_BT.shape == (2, 16)
     loader.close()
@@ -311,11 +379,15 @@ def test_loader_refuses_bad_input(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation
 
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [[100, 33, 1, 2], [5], [9, 9]])
 def test_validation_predicts_every_token_once(tmp_path, world_size, lengths):
     shards = make_shards(tmp_path, lengths, "val")
-    ranks = [list(validation_batches(tmp_path, seq_len=8, rows=3, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    ranks = [
+        list(validation_batches(tmp_path, seq_len=8, rows=3, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
     for rank, batches in enumerate(ranks):
         assert [batch.first_row for batch in batches] == [(j * world_size + rank) * 3 for j in range(len(ranks[0]))]
     batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: batch.first_row)
@@ -328,12 +400,15 @@ def test_validation_predicts_every_token_once(tmp_path, world_size, lengths):
 
 def test_validation_max_tokens(tmp_path):
     [first, second] = make_shards(tmp_path, [20, 50], "val")
-    [batch] = validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=39)  # 4 rows: 8 + 8 + 3 of the first shard, 8 of the second
+    [batch] = validation_batches(
+        tmp_path, seq_len=8, rows=6, max_tokens=39
+    )  # 4 rows: 8 + 8 + 3 of the first shard, 8 of the second
     assert batch.targets_BT[batch.targets_BT >= 0].tolist() == first[1:].tolist() + second[1:9].tolist()
     assert (batch.targets_BT[4:] == -1).all()
     everything = list(validation_batches(tmp_path, seq_len=8, rows=6))
-    assert [batch.targets_BT.tolist() for batch in validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=10**9)] == \
-        [batch.targets_BT.tolist() for batch in everything]
+    assert [
+        batch.targets_BT.tolist() for batch in validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=10**9)
+    ] == [batch.targets_BT.tolist() for batch in everything]
     with pytest.raises(UserError, match="max_tokens=7"):
         validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=7)
     with pytest.raises(UserError, match="holds token id"):

@@ -1,7 +1,8 @@
-"""Several ranks: the same run at every number of ranks and of expert parts, bucket by bucket and bit by bit. gloo on one CPU.
+"""Several ranks: the same run at every number of ranks and of expert parts, bucket by bucket and bit by bit. gloo on
+one CPU.
 
-Each number of ranks is one torchrun that trains a list of tiny jobs under spies (worker.py); what they saw is compared here with runs
-in this process and with one another."""
+Each number of ranks is one torchrun that trains a list of tiny jobs under spies (worker.py); what they saw is compared
+here with runs in this process and with one another."""
 
 import contextlib
 import json
@@ -63,7 +64,13 @@ HALF = 6 * 32  # the first token of the second half of the batch
 
 def job(recipe=MUON, copy=None, plant=None, **values) -> dict:
     name = "zoo" if recipe is ZOO_MUON else recipe.name
-    return {"recipe": name, "copy": copy, "plant": plant, "half": HALF, "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values}
+    return {
+        "recipe": name,
+        "copy": copy,
+        "plant": plant,
+        "half": HALF,
+        "values": LAYOUT_RUNS[recipe.name] | {"bucket_mb": 0} | values,
+    }
 
 
 def resumed(source: str, **values) -> dict:
@@ -103,7 +110,9 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
         "muon3": job(),
         "adamw3": job(ADAMW),
         "muon3_from2": resumed("muon2"),
-        "muon3_small": job(n_layer=1, value_embeds=0, num_experts=1, top_k=1, pattern="D", num_iterations=6, scalar_lr=0),
+        "muon3_small": job(
+            n_layer=1, value_embeds=0, num_experts=1, top_k=1, pattern="D", num_iterations=6, scalar_lr=0
+        ),
     },
     4: {
         "muon4": job(),
@@ -115,21 +124,26 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
         "muon4_parts2_from2_parts2": resumed("muon2_parts2", expert_parallel=2),
         "hash4_parts4": job(router="hash", num_experts=8, num_iterations=1, expert_parallel=4),
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, shards):  # noqa: F811
-    """ranks -> the folder in which the jobs of that many ranks ran. What needs two ranks' checkpoints asks for two first."""
+    """ranks -> the folder in which the jobs of that many ranks ran. What needs two ranks' checkpoints asks for two
+    first."""
     out = tmp_path_factory.mktemp("ranks")
 
     @once
     def get(ranks: int) -> Path:
         if ranks != 2:
             get(2)
-        words = lambda name, one: flags(train_recipe(one), data=shards, out_dir=out, experiment_name=name, **one["values"])
+        words = lambda name, one: flags(
+            train_recipe(one), data=shards, out_dir=out, experiment_name=name, **one["values"]
+        )
         copies = lambda name, one: one["copy"] and [str(out / one["copy"][0]), str(out / name)]
-        listed = {name: one | {"words": words(name, one), "copy": copies(name, one)} for name, one in JOBS[ranks].items()}
+        listed = {
+            name: one | {"words": words(name, one), "copy": copies(name, one)} for name, one in JOBS[ranks].items()
+        }
         (out / f"jobs{ranks}.json").write_text(json.dumps(listed))
         done = torchrun(ranks, ROOT / "tests/core/worker.py", out, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -156,7 +170,12 @@ class Seen:
             self.gradients |= mine
 
 
-EQUAL = [name for jobs in JOBS.values() for name in jobs if re.fullmatch(r"(muon|adamw)\d(_parts\d|_micro|_one_bucket)?", name)]
+EQUAL = [
+    name
+    for jobs in JOBS.values()
+    for name in jobs
+    if re.fullmatch(r"(muon|adamw)\d(_parts\d|_micro|_one_bucket)?", name)
+]
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -226,11 +245,23 @@ def test_buckets_leave_in_the_planned_order_on_every_rank(name, world):
 
 def parsed(name: str):
     [one] = [jobs[name] for jobs in JOBS.values() if name in jobs]
-    config, hp, _ = train_muon.parse(train_recipe(one), flags(train_recipe(one), experiment_name=name, **one["values"] | {"resume": None}))
+    config, hp, _ = train_muon.parse(
+        train_recipe(one), flags(train_recipe(one), experiment_name=name, **one["values"] | {"resume": None})
+    )
     return config, hp
 
 
-PLANNED = ["muon2", "muon2_one_bucket", "adamw2", "muon2_parts2", "muon3", "muon4", "muon4_parts2", "muon4_parts4", "hash4_parts4"]
+PLANNED = [
+    "muon2",
+    "muon2_one_bucket",
+    "adamw2",
+    "muon2_parts2",
+    "muon3",
+    "muon4",
+    "muon4_parts2",
+    "muon4_parts4",
+    "hash4_parts4",
+]
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -253,7 +284,9 @@ def test_the_plan_predicts_the_optimizer_s_memory(world):
         held = []
         for rank in range(job.ranks):
             slabs = torch.load(folder / f"rank{rank}.pt", weights_only=True)
-            held.append(sum(t.nbytes for slab in slabs.values() for key, t in slab.items() if key not in ("value", "step")))
+            held.append(
+                sum(t.nbytes for slab in slabs.values() for key, t in slab.items() if key not in ("value", "step"))
+            )
         plan = cost.plan(config, hp, recipe, job.ranks)
         assert max(held) == plan["optimizer_bytes"] and sum(held) == plan["optimizer_bytes_total"]
 
@@ -262,7 +295,9 @@ def test_newton_schulz_s_flops_are_counted_by_torch_too():
     from torch.utils.flop_counter import FlopCounterMode
 
     config = CONFIGS["tiny"]
-    matrices = [p for name, p in GPT(config).named_parameters() if model.parameter_rule(name).kind in ("matrix", "expert")]
+    matrices = [
+        p for name, p in GPT(config).named_parameters() if model.parameter_rule(name).kind in ("matrix", "expert")
+    ]
     with FlopCounterMode(display=False) as counter:
         for p in matrices:
             train_muon.newton_schulz(torch.randn(p.shape))
@@ -327,7 +362,10 @@ def test_an_expert_that_no_rank_uses_stands_still(world):
     assert all(not gradient.any() for slab, gradient in job.gradients.items() if re.search(r"experts.*\[2\]", slab))
     loads = np.array([load for _, load in series(job.run, "moe/load")])
     assert (loads[:, :, 2] == 0).all() and np.allclose(loads.sum(-1), 1)
-    net, start = checkpoint.load_model_from_run(job.run / "checkpoint")[0], tiny_model().init_weights(LAYOUT_RUNS["muon"]["seed"])
+    net, start = (
+        checkpoint.load_model_from_run(job.run / "checkpoint")[0],
+        tiny_model().init_weights(LAYOUT_RUNS["muon"]["seed"]),
+    )
     assert torch.equal(net.blocks[0].ffn.experts.up[2], start.blocks[0].ffn.experts.up[2])
     assert not torch.equal(net.blocks[0].ffn.experts.up[1], start.blocks[0].ffn.experts.up[1])
 
@@ -338,11 +376,18 @@ def test_more_ranks_than_matrices(world, shards, tmp_path):  # noqa: F811
     run, job = train(tmp_path, data=shards, **values), Seen(world, "muon3_small")
     assert_near(state_of(job.run), state_of(run), 1e-4)
     config, hp = parsed("muon3_small")
-    owners = {owner for bucket in make_buckets(config, 16) for slab, owner in zip(bucket.slabs, bucket.owners) if slab.is_matrix}
+    owners = {
+        owner
+        for bucket in make_buckets(config, 16)
+        for slab, owner in zip(bucket.slabs, bucket.owners)
+        if slab.is_matrix
+    }
     assert len(owners) == 6
     idle = min(set(range(16)) - owners)
     exchange = train_muon.Exchange(GPT(config), World(idle, 16, torch.device("cpu")))
-    assert not any(isinstance(o, train_muon.Muon) for t in exchange.transfers for o in MUON.make_optimizers(t.owned_by_kind(), hp))
+    assert not any(
+        isinstance(o, train_muon.Muon) for t in exchange.transfers for o in MUON.make_optimizers(t.owned_by_kind(), hp)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -361,7 +406,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_anywhere(name, world, whole_batch):  
     for key in ("train/loss", "val/loss"):
         assert_near_series(tail(job.run, key), tail(straight.run, key), 1e-5)
     assert_near(state_of(job.run), state_of(straight.run), 1e-4)
-    assert len(json.loads((checkpoint.latest_checkpoint(job.run / "checkpoint") / "manifest.json").read_text())["files"]) == job.ranks
+    assert (
+        len(json.loads((checkpoint.latest_checkpoint(job.run / "checkpoint") / "manifest.json").read_text())["files"])
+        == job.ranks
+    )
 
 
 def test_at_the_same_number_of_ranks_it_goes_on_bit_by_bit(world):
@@ -384,7 +432,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_alone(source, world, shards, tmp_path
 def test_one_rank_s_checkpoint_is_continued_by_three(shards, tmp_path, whole_batch):  # noqa: F811
     run, whole = Path(shutil.copytree(whole_batch(MUON)[0], tmp_path / "muon")), whole_batch(MUON)[0]
     shutil.rmtree(run / "checkpoint/step_000030")
-    done = torchrun(3, ROOT / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path, resume=True, **LAYOUT_RUNS["muon"]))
+    done = torchrun(
+        3, ROOT / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path, resume=True, **LAYOUT_RUNS["muon"])
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the run continues from step 24" in (run / "run.log").read_text()
     assert_near_series(series(run, "train/loss"), series(whole, "train/loss"), 1e-5)
@@ -403,10 +453,28 @@ def free_port() -> int:
 
 def start_agent(words, endpoint: str, prefix=(), extra=(), **env) -> subprocess.Popen:
     """One host's torchrun, as the README prints it, with one rank."""
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint={endpoint}", "--rdzv-id=7", *extra, str(ROOT / "train_muon.py"), *map(str, words)]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env=os.environ | env)  # fmt: skip
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        "--rdzv-id=7",
+        *extra,
+        str(ROOT / "train_muon.py"),
+        *map(str, words),
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | env,
+    )
 
 
 def finish_agents(agents: list[subprocess.Popen], timeout=100):
@@ -431,7 +499,9 @@ def test_two_agents_on_the_loopback_train_the_run_of_one(shards, tmp_path, whole
 
 def test_a_host_that_loses_its_rank_is_joined_by_the_other_one_anew(shards, tmp_path):  # noqa: F811
     """Each agent counts its own restarts alone, and the store still holds what the dead left there."""
-    words = flags(MUON, data=shards, out_dir=tmp_path, **LAYOUT_RUNS["muon"] | dict(num_iterations=200, checkpoint_every=20))
+    words = flags(
+        MUON, data=shards, out_dir=tmp_path, **LAYOUT_RUNS["muon"] | dict(num_iterations=200, checkpoint_every=20)
+    )
     endpoint = f"127.0.0.1:{free_port()}"
     agents = [start_agent(words, endpoint, extra=["--max-restarts=2"]) for _ in range(2)]
     try:
@@ -461,11 +531,17 @@ def two_hosts():
         return subprocess.run(["ip", *words], capture_output=True, text=True)
 
     try:
-        steps = [("netns", "add", name) for name, _ in hosts] + [("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])]
+        steps = [("netns", "add", name) for name, _ in hosts] + [
+            ("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        ]
         for (name, address), end in zip(hosts, ends):
             inside = ("-n", name)
-            steps += [("link", "set", end, "netns", name), (*inside, "addr", "add", f"{address}/24", "dev", end),
-                      (*inside, "link", "set", end, "up"), (*inside, "link", "set", "lo", "up")]  # fmt: skip
+            steps += [
+                ("link", "set", end, "netns", name),
+                (*inside, "addr", "add", f"{address}/24", "dev", end),
+                (*inside, "link", "set", end, "up"),
+                (*inside, "link", "set", "lo", "up"),
+            ]
         for step in steps:
             try:
                 done = ip(*step)
@@ -549,7 +625,8 @@ def test_loops_and_pools_train_on_two_ranks_as_on_one(name, world, shards, tmp_p
 
 
 def test_compiled_blocks_hand_over_their_gradients_one_by_one(world):
-    """Each compiled block is one node of the backward graph; the first buckets leave between two of them, without and with an exchange of rows."""
+    """Each compiled block is one node of the backward graph; the first buckets leave between two of them, without and
+    with an exchange of rows."""
     for name in ("muon2_traced", "muon2_parts2_traced"):
         job = Seen(world, name)
         assert "; compiled" in (job.run / "run.log").read_text()

@@ -1,4 +1,5 @@
-"""What faults.py injects, at fewer moments: runs that are killed, stopped, poisoned and left without room, and files that are damaged.
+"""What faults.py injects, at fewer moments: runs that are killed, stopped, poisoned and left without room, and files
+that are damaged.
 
 CPU, about two minutes: `pytest tests/core/test_faults.py`. All of it, with a table: `python tests/core/faults.py`."""
 
@@ -40,7 +41,9 @@ def test_row(name, lab):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("damages, count", [(faults.CHECKPOINT_DAMAGE, 6), (faults.MANIFEST_DAMAGE, 8)], ids=["tensors", "manifest"])
+@pytest.mark.parametrize(
+    "damages, count", [(faults.CHECKPOINT_DAMAGE, 6), (faults.MANIFEST_DAMAGE, 8)], ids=["tensors", "manifest"]
+)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(damages, count, lab):
     faults.damaged(lab, damages, count)
 

@@ -41,8 +41,11 @@ SCRIPTS = {
     "logger.py": logger.main,
     "model.py": generate.main,
 }
-MOST_USED = {"data.py": "source path out encoding max_tokens", "logger.py": "experiment_name out_dir html follow routes",
-             "model.py": "preset checkpoint prompt max_new_tokens temperature"}  # fmt: skip
+MOST_USED = {
+    "data.py": "source path out encoding max_tokens",
+    "logger.py": "experiment_name out_dir html follow routes",
+    "model.py": "preset checkpoint prompt max_new_tokens temperature",
+}
 OF_TRAINING = "experiment_name preset data num_iterations resume"
 
 
@@ -80,8 +83,10 @@ def test_examples_in_the_help_parse(script, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ("cpu", "speedrun"))
-@pytest.mark.parametrize("script, recipe", [("train_muon.py", train_muon.MUON), ("train_adamw.py", train_adamw.ADAMW),
-                                            ("train_zoo.py", ZOO_MUON)])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, recipe",
+    [("train_muon.py", train_muon.MUON), ("train_adamw.py", train_adamw.ADAMW), ("train_zoo.py", ZOO_MUON)],
+)
 def test_help_names_every_field_with_the_default_of_its_preset(script, recipe, preset):
     lines = help_of(script, "--preset", preset)
     shown = entries(lines)
@@ -97,8 +102,11 @@ def test_options_of_the_zoo_have_a_help_page_of_their_own():
     main, page = help_of("train_zoo.py"), help_of("train_zoo.py", page=("zoo",))
     assert any(line.endswith("--help zoo") for line in main) and max(map(len, page)) <= WIDTH
     assert entries(page).keys() == {
-        field.name for kind in (zoo.Config, ZOO_MUON.train_config) for field in dataclasses.fields(kind)
-        if field.name not in vars(model.Config()) | vars(train_muon.MuonConfig())}  # fmt: skip
+        field.name
+        for kind in (zoo.Config, ZOO_MUON.train_config)
+        for field in dataclasses.fields(kind)
+        if field.name not in vars(model.Config()) | vars(train_muon.MuonConfig())
+    }
     assert "--optimizer" in main[0] and "lr_warmup" in entries(help_of("train_zoo.py", "--optimizer", "adamw"))
     assert ZOO_ADAMW.train_config().lr_warmup == 250
     status, _, err = call(SCRIPTS["train_muon.py"], ["--help", "zoo"])
@@ -116,8 +124,12 @@ def test_groups_are_the_comments_above_fields():
 def test_both_spellings_parse_and_a_mistake_is_one_sentence():
     for words in (["--num_iterations", "7"], ["--num-iterations=7"], ["--num_iterations=7"]):
         assert train_muon.parse(train_muon.MUON, words)[1].num_iterations == 7
-    for words, named in {("--num_iteration", "7"): "--num_iteration", ("--seed", "x"): "--seed", ("--preset", "x"): "x",
-                         ("--preset",): "--preset"}.items():  # fmt: skip
+    for words, named in {
+        ("--num_iteration", "7"): "--num_iteration",
+        ("--seed", "x"): "--seed",
+        ("--preset", "x"): "x",
+        ("--preset",): "--preset",
+    }.items():
         status, out, err = call(SCRIPTS["train_muon.py"], words)
         assert status == 2 and out == "" and named in err
         assert err.startswith("train_muon.py: error: ") and len(err.splitlines()) == 1
@@ -161,7 +173,8 @@ def test_elsewhere_progress_is_a_line_every_30_seconds(clock, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
         f"step {step}/200  loss {1 / step:.4f}  2,000 tokens/s  0:0{left} left  1,024 MiB"
-        for step, left in ((30, "2:50"), (60, "2:20"), (90, "1:50"))]  # fmt: skip
+        for step, left in ((30, "2:50"), (60, "2:20"), (90, "1:50"))
+    ]
 
 
 def test_on_a_terminal_progress_is_one_line_that_is_overwritten(clock, capsys, monkeypatch):
@@ -190,7 +203,9 @@ def test_other_ranks_are_silent(clock, capsys):
 
 def test_lines_hold_the_losses_of_the_log_and_stay_out_of_it(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
-    status, out, err = call(lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path))
+    status, out, err = call(
+        lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path)
+    )
     assert status == 0, err
     shown = dict(re.findall(r"^step (\d+)/4  loss (\S+) ", err, re.M))
     losses = {row["step"]: f"{row['train/loss']:.4f}" for row in rows_of(tmp_path / "muon") if "train/loss" in row}
@@ -223,8 +238,13 @@ def test_a_run_on_a_terminal(shards, tmp_path):
     """Live line and evaluations of a process whose stdout and stderr are a terminal."""
     words = flags(train_muon.MUON, data=shards, out_dir=tmp_path, num_iterations=30, val_every=10)
     primary, secondary = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "train_muon.py", *words], stdout=secondary, stderr=secondary,
-                               stdin=subprocess.DEVNULL, env=os.environ | {"TERM": "xterm"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_muon.py", *words],
+        stdout=secondary,
+        stderr=secondary,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"TERM": "xterm"},
+    )
     os.close(secondary)
     text = b""
     while True:
@@ -239,7 +259,10 @@ def test_a_run_on_a_terminal(shards, tmp_path):
     assert process.wait(60) == 0, text
     lines = text.decode().split("\r\n")
     live = re.findall(r"\r\x1b\[K(step \d+/30  loss [^\r]*)", text.decode())
-    assert live and all(re.fullmatch(r"step \d+/30  loss \d\.\d{4}  [\d,]+ tokens/s  \d:\d\d:\d\d left  [\d,]+ MiB", line) for line in live)
+    assert live and all(
+        re.fullmatch(r"step \d+/30  loss \d\.\d{4}  [\d,]+ tokens/s  \d:\d\d:\d\d left  [\d,]+ MiB", line)
+        for line in live
+    )
     evaluations = [line.rpartition("\x1b[K")[2] for line in lines if "val_loss:" in line]
     assert [line.split()[0] for line in evaluations] == ["step:0/30", "step:10/30", "step:20/30", "step:30/30"]
     log = (tmp_path / "muon/run.log").read_text().split(logger.SEPARATOR)[-1]
@@ -254,9 +277,12 @@ def test_long_work_is_named_when_it_begins(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(train_muon, "compile_model", lambda *args: "compiled")
     main = lambda: train_muon.main(train_muon.MUON)
     status, _, err = call(main, flags(train_muon.MUON, data=shards, out_dir=tmp_path, warmup_steps=2, sample_tokens=2))
-    notes = [f"verifying the shards of {shards}", "compiling in the first step: minutes, or seconds from a cache",
-             "warm-up: 2 steps, undone before the clock starts",
-             "sampling, and compressing the validation text for comparison"]  # fmt: skip
+    notes = [
+        f"verifying the shards of {shards}",
+        "compiling in the first step: minutes, or seconds from a cache",
+        "warm-up: 2 steps, undone before the clock starts",
+        "sampling, and compressing the validation text for comparison",
+    ]
     assert status == 0 and [line for line in err.splitlines() if line in notes] == notes, err
     status, _, err = call(main, flags(train_muon.MUON, data=shards, out_dir=tmp_path, enable_profiling=True))
     assert status == 0 and "profiling: 20 steps to settle, then 3 under the profiler\nwriting the trace\n" in err, err
@@ -265,7 +291,9 @@ def test_long_work_is_named_when_it_begins(shards, tmp_path, monkeypatch):
 
 
 def test_work_that_is_not_done_is_not_named(shards, tmp_path):
-    status, _, err = call(lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path))
+    status, _, err = call(
+        lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path)
+    )
     assert status == 0 and "warm-up" not in err and "compiling" not in err
 
 
@@ -276,7 +304,9 @@ def test_work_that_is_not_done_is_not_named(shards, tmp_path):
 def test_the_commands_at_the_end_of_a_run_work_when_pasted(shards, tmp_path):
     out_dir = tmp_path / "my logs"
     recipe = train_muon.MUON
-    status, out, err = call(lambda: train_muon.main(recipe), flags(recipe, data=shards, out_dir=out_dir, experiment_name="it's"))
+    status, out, err = call(
+        lambda: train_muon.main(recipe), flags(recipe, data=shards, out_dir=out_dir, experiment_name="it's")
+    )
     assert status == 0, err
     commands = out[out.index("next:\n") :].splitlines()[1:]
     assert [command.split("# ")[1] for command in commands] == ["sample", "look", "compare"]
@@ -292,5 +322,7 @@ def test_the_commands_at_the_end_of_a_run_work_when_pasted(shards, tmp_path):
 
 def test_a_run_that_is_stopped_prints_no_such_commands(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(guards.StopSignals, "__enter__", lambda self: setattr(self, "received", 15) or self)
-    status, out, _ = call(lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path))
+    status, out, _ = call(
+        lambda: train_muon.main(train_muon.MUON), flags(train_muon.MUON, data=shards, out_dir=tmp_path)
+    )
     assert status == 128 + 15 and "--resume" in out and "next:" not in out

@@ -1,8 +1,8 @@
-"""train_muon.py and train_adamw.py: the mathematics of the optimizers, equality over ranks and accumulation, resuming, the command line,
-and whole runs of a tiny model. CPU, no network, about two minutes: `pytest tests/core/test_train.py`.
+"""train_muon.py and train_adamw.py: the mathematics of the optimizers, equality over ranks and accumulation, resuming,
+the command line, and whole runs of a tiny model. CPU, no network, about two minutes: `pytest tests/core/test_train.py`.
 
-Runs happen in this process where they can (an import of torch costs more than sixty steps of the tiny model), and in processes of
-their own where the claim is about processes: several ranks, kill -9, blocked imports."""
+Runs happen in this process where they can (an import of torch costs more than sixty steps of the tiny model), and in
+processes of their own where the claim is about processes: several ranks, kill -9, blocked imports."""
 
 import ast
 import contextlib
@@ -45,10 +45,36 @@ from train_muon import MUON, Exchange, Muon, Session, Transfer, lr_scale, newton
 
 BOTH = pytest.mark.parametrize("recipe", [MUON, ADAMW], ids=lambda recipe: recipe.name)
 CPU = torch.device("cpu")
-TINY_MODEL = dict(n_layer=2, n_embd=32, n_head=1, head_dim=32, value_embeds=1, num_experts=4, mlp_ratio=4.0, attention="AK", ngrams="2",
-                  ngram_rows=64, window="L", window_size=64, dtype="fp32")  # fmt: skip
-TINY_RUN = dict(preset="cpu", device="cpu", **TINY_MODEL, ns_dtype="fp32", seq_len=32, batch_tokens=384, micro_batch_tokens=384, window_start=64,
-                num_iterations=4, val_every=0, val_tokens=0, sample_tokens=0, warmup_steps=0)  # fmt: skip
+TINY_MODEL = dict(
+    n_layer=2,
+    n_embd=32,
+    n_head=1,
+    head_dim=32,
+    value_embeds=1,
+    num_experts=4,
+    mlp_ratio=4.0,
+    attention="AK",
+    ngrams="2",
+    ngram_rows=64,
+    window="L",
+    window_size=64,
+    dtype="fp32",
+)
+TINY_RUN = dict(
+    preset="cpu",
+    device="cpu",
+    **TINY_MODEL,
+    ns_dtype="fp32",
+    seq_len=32,
+    batch_tokens=384,
+    micro_batch_tokens=384,
+    window_start=64,
+    num_iterations=4,
+    val_every=0,
+    val_tokens=0,
+    sample_tokens=0,
+    warmup_steps=0,
+)
 
 # -----------------------------------------------------------------------------
 # Helpers
@@ -87,7 +113,11 @@ def flags(recipe, **values) -> list[str]:
     values = {name: value for name, value in (TINY_RUN | values).items() if value is not None}
     if recipe.name == "adamw":
         values.pop("ns_dtype", None)
-    return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return [
+        word
+        for name, value in values.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 def call(main, words) -> tuple[int, str, str]:
@@ -159,8 +189,8 @@ def differing(a: dict, b: dict) -> list[str]:
 
 
 def assert_near(a: dict, b: dict, tolerance: float):
-    """Every pair of whole tensors (all slabs of a name together) is within this relative norm; the moments of the few scalars within
-    ten times that, for the gradient of one is a sum over all activations that nearly cancels."""
+    """Every pair of whole tensors (all slabs of a name together) is within this relative norm; the moments of the few
+    scalars within ten times that, for the gradient of one is a sum over all activations that nearly cancels."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     square = lambda x: float(x.double().square().sum())
     apart, size = {}, {}
@@ -169,7 +199,10 @@ def assert_near(a: dict, b: dict, tolerance: float):
         apart[tensor] = apart.get(tensor, 0) + square(a[name].double() - b[name].double())
         size[tensor] = size.get(tensor, 0) + square(b[name])
     scalar_moment = re.compile(r".*(_mix|skip_weights)/exp_avg(_sq)?")
-    errors = {name: math.sqrt(apart[name] / max(size[name], 1e-60)) / (10 if scalar_moment.fullmatch(name) else 1) for name in apart}
+    errors = {
+        name: math.sqrt(apart[name] / max(size[name], 1e-60)) / (10 if scalar_moment.fullmatch(name) else 1)
+        for name in apart
+    }
     worst = max(errors, key=errors.get)
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e}"
 
@@ -180,9 +213,12 @@ def assert_near_series(a: list, b: list, tolerance: float):
 
 
 def python(*words, timeout=100, **options) -> subprocess.CompletedProcess:
-    """Python with these words, and an end to it and to all it started when it takes longer than a hang would explain."""
+    """Python with these words, and an end to it and to all it started when it takes longer than a hang would
+    explain."""
     command = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -196,7 +232,8 @@ def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
 
 
 def once(function):
-    """`function`, called once for each set of arguments, also if it fails. Recipes hold dicts, so functools.cache cannot."""
+    """`function`, called once for each set of arguments, also if it fails. Recipes hold dicts, so functools.cache
+    cannot."""
     kept = {}
 
     def get(*words):
@@ -241,7 +278,11 @@ def test_newton_schulz_brings_singular_values_near_one(rows, cols, dtype):
         assert values.min() >= 0.68 - slack and values.max() <= 1.21 + slack, values
 
 
-@pytest.mark.parametrize("spectrum", [torch.ones(64), torch.arange(1, 65) ** -0.5, torch.arange(1, 65) ** -1.0], ids=["flat", "root", "harmonic"])
+@pytest.mark.parametrize(
+    "spectrum",
+    [torch.ones(64), torch.arange(1, 65) ** -0.5, torch.arange(1, 65) ** -1.0],
+    ids=["flat", "root", "harmonic"],
+)
 def test_newton_schulz_brings_up_small_singular_values_too(spectrum):
     U, V = (torch.linalg.qr(torch.randn(n, 64, generator=torch.Generator().manual_seed(n)))[0] for n in (64, 96))
     values = torch.linalg.svdvals(newton_schulz(U * spectrum @ V.mT, torch.float32))
@@ -301,7 +342,13 @@ class PlainMuon:
     """One matrix at a time, as the formulas say it, in fp64."""
 
     def __init__(self, W, lr, momentum, weight_decay):
-        self.W, self.M, self.lr, self.momentum, self.weight_decay = W.double().clone(), torch.zeros_like(W).double(), lr, momentum, weight_decay
+        self.W, self.M, self.lr, self.momentum, self.weight_decay = (
+            W.double().clone(),
+            torch.zeros_like(W).double(),
+            lr,
+            momentum,
+            weight_decay,
+        )
 
     def step(self, G):
         G = G.double()
@@ -474,7 +521,9 @@ def test_buckets_hold_every_slab_once_and_owners_hold_what_they_own(name, size, 
         pytest.skip(f"{parts} ranks cannot share {config.num_experts} experts; the flags' check says so")
     buckets = make_buckets(config, size, parts, bucket_mb)
     assert buckets == make_buckets(config, size, parts, bucket_mb)
-    assert sorted(slab.name for bucket in buckets for slab in bucket.slabs) == sorted(slab.name for slab in cut_slabs(config))
+    assert sorted(slab.name for bucket in buckets for slab in bucket.slabs) == sorted(
+        slab.name for slab in cut_slabs(config)
+    )
     for bucket in buckets:
         for slab, owner in zip(bucket.slabs, bucket.owners):
             first = 0
@@ -495,27 +544,41 @@ def test_owners_share_the_work_and_padding_stays_small(name):
     for size in (2, 3, 4, 8):
         buckets = make_buckets(CONFIGS[name], size)
         for matrices in (True, False):
-            family = [(slab.cost, owner) for bucket in buckets for slab, owner in zip(bucket.slabs, bucket.owners) if slab.is_matrix == matrices]
+            family = [
+                (slab.cost, owner)
+                for bucket in buckets
+                for slab, owner in zip(bucket.slabs, bucket.owners)
+                if slab.is_matrix == matrices
+            ]
             loads = [sum(cost for cost, owner in family if owner == rank) for rank in range(size)]
             if len(family) >= 8 * size:
                 assert max(loads) <= 1.1 * sum(loads) / size, (size, matrices, loads)
         for bucket in buckets:
-            lengths = [sum(slab.numel for slab, owner in zip(bucket.slabs, bucket.owners) if owner == rank) for rank in range(size)]
-            assert bucket.part == max(lengths) and bucket.padding == pytest.approx(bucket.part * size / sum(lengths) - 1)
+            lengths = [
+                sum(slab.numel for slab, owner in zip(bucket.slabs, bucket.owners) if owner == rank)
+                for rank in range(size)
+            ]
+            assert bucket.part == max(lengths) and bucket.padding == pytest.approx(
+                bucket.part * size / sum(lengths) - 1
+            )
         padded = sum(bucket.part * size for bucket in buckets)
         assert padded <= 1.25 * sum(slab.numel for slab in cut_slabs(CONFIGS[name])) or name == "tiny"
 
 
 def test_buckets_leave_in_the_order_of_backward_and_close_at_their_size():
     config = model.PRESETS["speedrun"]
-    units = lambda bucket: list(dict.fromkeys(".".join(slab.name.partition("[")[0].split(".")[:2]) for slab in bucket.slabs))
+    units = lambda bucket: list(
+        dict.fromkeys(".".join(slab.name.partition("[")[0].split(".")[:2]) for slab in bucket.slabs)
+    )
     buckets = make_buckets(config, 8, bucket_mb=25)
     blocks, tables = [f"blocks.{layer}" for layer in range(11, -1, -1)], [f"value_embeds.{i}" for i in (2, 1, 0)]
     expected = ["head", *blocks, "skip_weights", *tables, "embed"]
     assert [unit for bucket in buckets for unit in units(bucket)] == expected
     assert all(4 * sum(slab.numel for slab in bucket.slabs) >= 25 * 2**20 for bucket in buckets[:-1])
     assert [units(bucket) for bucket in make_buckets(config, 8, bucket_mb=1e6)] == [expected]
-    assert len(make_buckets(config, 1, bucket_mb=0)) == 1  # nothing travels, so all matrices are orthogonalised together
+    assert (
+        len(make_buckets(config, 1, bucket_mb=0)) == 1
+    )  # nothing travels, so all matrices are orthogonalised together
 
 
 def test_ranks_cut_the_same_slabs_whatever_their_number():
@@ -523,7 +586,9 @@ def test_ranks_cut_the_same_slabs_whatever_their_number():
     names = sorted(slab.name for slab in cut_slabs(config))
     for size in (1, 2, 3, 5):
         exchanges = [Exchange(GPT(config), World(rank, size, CPU)) for rank in range(size)]
-        assert all(sorted(local.slab.name for t in exchange.transfers for local in t.slabs) == names for exchange in exchanges)
+        assert all(
+            sorted(local.slab.name for t in exchange.transfers for local in t.slabs) == names for exchange in exchanges
+        )
         assert sorted(local.slab.name for exchange in exchanges for local in exchange.owned) == names
 
 
@@ -536,26 +601,51 @@ def made_optimizers(recipe, exchange, hp, change=lambda tensors: None) -> list:
     return exchange.optimizers
 
 
-MUON_RATES = {"embed": 1.0, "ngram_embed": 7.0, "value_embed": 2.0, "head": 3.0, "router": 4.0, "scalar": 5.0, "matrix": 6.0, "expert": 6.0}
+MUON_RATES = {
+    "embed": 1.0,
+    "ngram_embed": 7.0,
+    "value_embed": 2.0,
+    "head": 3.0,
+    "router": 4.0,
+    "scalar": 5.0,
+    "matrix": 6.0,
+    "expert": 6.0,
+}
 
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_slab_is_in_exactly_one_optimizer_group_the_one_of_its_kind(recipe, size):
     matrix_rate = {"muon_lr": 6.0} if recipe is MUON else {"matrix_lr": 6.0}
-    hp = dataclasses.replace(recipe.presets["cpu"], embed_lr=1.0, ngram_embed_lr=7.0, value_embed_lr=2.0, head_lr=3.0, router_lr=4.0,
-                             scalar_lr=5.0, weight_decay=0.125, **matrix_rate)  # fmt: skip
+    hp = dataclasses.replace(
+        recipe.presets["cpu"],
+        embed_lr=1.0,
+        ngram_embed_lr=7.0,
+        value_embed_lr=2.0,
+        head_lr=3.0,
+        router_lr=4.0,
+        scalar_lr=5.0,
+        weight_decay=0.125,
+        **matrix_rate,
+    )
     for rank in range(size):
         exchange = Exchange(GPT(CONFIGS["tiny"]), World(rank, size, CPU))
         optimizers = made_optimizers(recipe, exchange, hp)
         exchange.check_cover()
-        groups = [(id(p), group, optimizer) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        groups = [
+            (id(p), group, optimizer)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
         assert len(groups) == len(exchange.owned) == len({key for key, _, _ in groups})
         for local in exchange.owned:
             [(group, optimizer)] = [(group, optimizer) for key, group, optimizer in groups if key == id(local.value)]
             assert group["base_lr"] == MUON_RATES[local.slab.kind], local.slab.name
             assert group["weight_decay"] == (0.125 if local.slab.is_matrix else 0), local.slab.name
-            assert isinstance(optimizer, Muon if local.slab.is_matrix and recipe is MUON else torch.optim.AdamW), local.slab.name
+            assert isinstance(optimizer, Muon if local.slab.is_matrix and recipe is MUON else torch.optim.AdamW), (
+                local.slab.name
+            )
 
 
 @BOTH
@@ -590,7 +680,9 @@ def test_the_window_grows_in_blocks_of_128_from_start_to_full():
     windows = [window(step, hp, config) for step in range(1001)]
     assert windows[0] == 128 and windows[-1] == 1792
     assert windows == sorted(windows) and set(windows) == set(range(128, 1793, 128))
-    assert all(128 + 1664 * step / 1000 - 1 <= wide < 128 + 1664 * step / 1000 + 128 for step, wide in enumerate(windows))
+    assert all(
+        128 + 1664 * step / 1000 - 1 <= wide < 128 + 1664 * step / 1000 + 128 for step, wide in enumerate(windows)
+    )
     assert window(0, hyper(MUON, window_start=64), Config(window_size=64)) == 64
     assert window(0, hyper(MUON, window_start=9999), Config(window_size=256)) == 256
 
@@ -613,15 +705,30 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
 # -----------------------------------------------------------------------------
 # Equality: the same global batch gives the same run however it is cut
 #
-# The router's noise and the balance loss are on: noise is a function of the token's place in the global batch, and the balance
-# loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than the preset's, the
-# scalars' most: in the first steps the true gradient of a skip weight is zero (what follows is normalised), and AdamW divides what
-# rounding leaves of it by its own size. The seeds are those, of a few, whose closest choice between two experts is the clearest.
+# The router's noise and the balance loss are on: noise is a function of the token's place in the global batch, and the
+# balance
+# loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than the
+# preset's, the
+# scalars' most: in the first steps the true gradient of a skip weight is zero (what follows is normalised), and AdamW
+# divides what
+# rounding leaves of it by its own size. The seeds are those, of a few, whose closest choice between two experts is the
+# clearest.
 
-LAYOUT_RUN = dict(val_every=6, checkpoint_every=6, router_noise=1.0, balance_coef=0.01,
-                  embed_lr=0.2, ngram_embed_lr=0.01, value_embed_lr=0.2, head_lr=0.003, router_lr=0.0015, scalar_lr=0.001)  # fmt: skip
+LAYOUT_RUN = dict(
+    val_every=6,
+    checkpoint_every=6,
+    router_noise=1.0,
+    balance_coef=0.01,
+    embed_lr=0.2,
+    ngram_embed_lr=0.01,
+    value_embed_lr=0.2,
+    head_lr=0.003,
+    router_lr=0.0015,
+    scalar_lr=0.001,
+)
 LAYOUT_RUNS = {  # a long mean of gradients and small rates, so that what rounding does stays small
-    "muon": LAYOUT_RUN | dict(seed=4, num_iterations=30, muon_lr=0.015, momentum=0.95, momentum_start=0.85, momentum_warmup=100),
+    "muon": LAYOUT_RUN
+    | dict(seed=4, num_iterations=30, muon_lr=0.015, momentum=0.95, momentum_start=0.85, momentum_warmup=100),
     "adamw": LAYOUT_RUN | dict(seed=28, num_iterations=12, matrix_lr=0.001),
 }
 
@@ -658,7 +765,9 @@ def assert_same_run(run, gradients, whole):
     assert_near(gradients, whole_gradients, 1e-5)
     for key in ("train/loss", "val/loss", "train/balance_loss", "train/z_loss", "moe/router_entropy"):
         assert_near_series(series(run, key), series(whole_run, key), 1e-5)
-    assert np.allclose([load for _, load in series(run, "moe/load")], [load for _, load in series(whole_run, "moe/load")], atol=1e-6)
+    assert np.allclose(
+        [load for _, load in series(run, "moe/load")], [load for _, load in series(whole_run, "moe/load")], atol=1e-6
+    )
     assert_near(state_of(run), state_of(whole_run), 1e-4)
 
 
@@ -668,7 +777,9 @@ def test_accumulation_changes_nothing(recipe, micro_steps, shards, tmp_path, mon
     whole, gradients, forwards = whole_batch(recipe), {}, []
     first_gradients(monkeypatch, gradients)
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, *words, **names: forwards.append(self.training) or forward(self, *words, **names))
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, *words, **names: forwards.append(self.training) or forward(self, *words, **names)
+    )
     run = train(tmp_path, recipe, data=shards, micro_batch_tokens=384 // micro_steps, **LAYOUT_RUNS[recipe.name])
     assert sum(forwards) == micro_steps * LAYOUT_RUNS[recipe.name]["num_iterations"]
     assert_same_run(run, gradients, whole)
@@ -683,8 +794,17 @@ def test_router_and_balance_are_in_play_in_these_runs(whole_batch):
 
 
 def test_accumulation_in_bf16_keeps_losses_within_a_hundredth(shards, tmp_path):
-    whole, parts = (train(tmp_path / str(micro), data=shards, num_iterations=15, dtype="bf16", ns_dtype="bf16", micro_batch_tokens=micro)
-                    for micro in (384, 128))  # fmt: skip
+    whole, parts = (
+        train(
+            tmp_path / str(micro),
+            data=shards,
+            num_iterations=15,
+            dtype="bf16",
+            ns_dtype="bf16",
+            micro_batch_tokens=micro,
+        )
+        for micro in (384, 128)
+    )
     assert_near_series(series(whole, "train/loss"), series(parts, "train/loss"), 1e-2)
 
 
@@ -787,8 +907,14 @@ def kill_while_saving(moment):
                 raise Killed
             return remove(path, *words, **names)
 
-        patch.setattr(*{"tensors": (torch, "save", fatal_save), "manifest": (checkpoint, "write_file", fatal_write),
-                        "rename": (Path, "rename", fatal_rename), "removal": (shutil, "rmtree", fatal_remove)}[moment])  # fmt: skip
+        patch.setattr(
+            *{
+                "tensors": (torch, "save", fatal_save),
+                "manifest": (checkpoint, "write_file", fatal_write),
+                "rename": (Path, "rename", fatal_rename),
+                "removal": (shutil, "rmtree", fatal_remove),
+            }[moment]
+        )
 
     return plant
 
@@ -843,7 +969,11 @@ def test_a_damaged_checkpoint_is_not_opened_and_the_one_before_serves(damage, sh
     never_open(monkeypatch, 6)
     run = train(tmp_path, data=shards, resume=True, **RESUMED_RUN)
     text = (run / "run.log").read_text().rpartition("=" * 100)[2]
-    assert "step_000006" in text and ("rank0.pt" in text or "manifest.json" in text) and "going on from step 4 instead" in text
+    assert (
+        "step_000006" in text
+        and ("rank0.pt" in text or "manifest.json" in text)
+        and "going on from step 4 instead" in text
+    )
     assert_equal_run(run, straight(MUON))
 
 
@@ -877,6 +1007,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_is(shards, tmp_path, monke
 
 def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path):
     """By the report that the others wait for."""
+
     def full(*_):
         raise UserError("cannot write run.log: No space left on device")
 
@@ -892,7 +1023,9 @@ def test_a_checkpoint_that_was_found_damaged_is_not_kept_beside_those_made_since
     for step in (100, 200, 300, 125, 150, 175):  # 200 and 300 turned out to be damaged, and the run went on from 100
         checkpoint.write_checkpoint(tmp_path, step, {"x": {"value": torch.zeros(1)}}, {}, world, board)
         there = [int(path.name.removeprefix("step_")) for path in checkpoint.checkpoints(tmp_path)]
-        assert there == {100: [100], 200: [200, 100], 300: [300, 200], 125: [125], 150: [150, 125], 175: [175, 150]}[step]
+        assert (
+            there == {100: [100], 200: [200, 100], 300: [300, 200], 125: [125], 150: [150, 125], 175: [175, 150]}[step]
+        )
 
 
 def test_the_latest_and_the_previous_checkpoint_are_kept(shards, tmp_path, straight):
@@ -909,7 +1042,9 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_brought_to_its_end(s
     log.write_text("".join(lines[:-1]))
     train(tmp_path, data=shards, resume=True, **RESUMED_RUN | {"warmup_steps": 0})
     again = log.read_text().splitlines(keepends=True)
-    strip = lambda line: {key: value for key, value in json.loads(line).items() if key not in ("memory/peak_bytes", "train_time")}
+    strip = lambda line: {
+        key: value for key, value in json.loads(line).items() if key not in ("memory/peak_bytes", "train_time")
+    }
     assert again[:-1] == lines[:-1] and strip(again[-1]) == strip(lines[-1])
 
 
@@ -920,12 +1055,25 @@ def test_the_host_s_phases_are_not_mixed_up_with_the_device_s():
     assert phase_seconds([*events, entry("aten::mm", kind.CPU, 5e6)]) == {"forward": 3, "communication": 1}
 
 
-@pytest.mark.parametrize("config, values, legal", (
-    (dict(head="fp8", n_embd=40), {}, "n_embd is 40; with head fp8 on CUDA it must be a multiple of 16"),
-    (dict(head="fp8"), dict(seq_len=1000, batch_tokens=4000), "seq_len is 1000"), (dict(head_dim=8), {}, "head_dim is 8; on CUDA"),
-    ({}, dict(seq_len=2**14 + 16, batch_tokens=2**14 + 16), "seq_len is 16400; on CUDA it must be a multiple of 128"), ({}, {}, None)))  # fmt: skip
+@pytest.mark.parametrize(
+    "config, values, legal",
+    (
+        (dict(head="fp8", n_embd=40), {}, "n_embd is 40; with head fp8 on CUDA it must be a multiple of 16"),
+        (dict(head="fp8"), dict(seq_len=1000, batch_tokens=4000), "seq_len is 1000"),
+        (dict(head_dim=8), {}, "head_dim is 8; on CUDA"),
+        (
+            {},
+            dict(seq_len=2**14 + 16, batch_tokens=2**14 + 16),
+            "seq_len is 16400; on CUDA it must be a multiple of 128",
+        ),
+        ({}, {}, None),
+    ),
+)
 def test_what_a_gpu_cannot_do_is_refused(config, values, legal):
-    words = model.Config(**dict(n_embd=64, n_head=2, head_dim=32) | config), dataclasses.replace(train_muon.PRESETS["cpu"], **values)
+    words = (
+        model.Config(**dict(n_embd=64, n_head=2, head_dim=32) | config),
+        dataclasses.replace(train_muon.PRESETS["cpu"], **values),
+    )
     if legal is None:
         return train_muon.check_for_cuda(*words, words[1].seq_len)
     with pytest.raises(UserError, match=legal):
@@ -942,8 +1090,14 @@ def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, s
 
 
 CHANGED = [
-    *((MUON, name, value) for name, value in dict(muon_lr=0.123, seed=7, num_iterations=12, batch_tokens=768, seq_len=64).items()),
-    *((MUON, name, value) for name, value in dict(top_k=1, n_layer=3, n_embd=40, num_experts=8, balance_window=2, value_embeds=0).items()),
+    *(
+        (MUON, name, value)
+        for name, value in dict(muon_lr=0.123, seed=7, num_iterations=12, batch_tokens=768, seq_len=64).items()
+    ),
+    *(
+        (MUON, name, value)
+        for name, value in dict(top_k=1, n_layer=3, n_embd=40, num_experts=8, balance_window=2, value_embeds=0).items()
+    ),
     (ADAMW, "lr_warmup", 3),
 ]
 
@@ -961,7 +1115,9 @@ def interrupted(tmp_path_factory, shards):
     return get
 
 
-@pytest.mark.parametrize("recipe, field, value", CHANGED, ids=[f"{recipe.name}-{field}" for recipe, field, _ in CHANGED])
+@pytest.mark.parametrize(
+    "recipe, field, value", CHANGED, ids=[f"{recipe.name}-{field}" for recipe, field, _ in CHANGED]
+)
 def test_resuming_with_another_hyperparameter_is_refused_by_name(recipe, field, value, shards, interrupted):
     out = interrupted(recipe)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -976,7 +1132,9 @@ def test_resuming_muon_s_run_with_adamw_is_refused(shards, tmp_path, interrupted
 
 def test_what_does_not_change_the_mathematics_may_change_on_resume(shards, tmp_path, straight):
     interrupt(tmp_path, data=shards)
-    values = RESUMED_RUN | dict(micro_batch_tokens=192, checkpoint_every=3, val_every=5, warmup_steps=0, sample_tokens=1)
+    values = RESUMED_RUN | dict(
+        micro_batch_tokens=192, checkpoint_every=3, val_every=5, warmup_steps=0, sample_tokens=1
+    )
     run = train(tmp_path, data=shards, resume=True, **values)
     assert_near(state_of(run), state_of(straight(MUON)), 1e-4)
 
@@ -988,7 +1146,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_checkpoints(what, shards
 
     save, write = torch.save, checkpoint.write_file
     if what == "tensors":
-        monkeypatch.setattr(torch, "save", lambda value, file: full() if "step_000004" in file.name else save(value, file))
+        monkeypatch.setattr(
+            torch, "save", lambda value, file: full() if "step_000004" in file.name else save(value, file)
+        )
     else:
         is_it = lambda path: path.name == "manifest.json" and "step_000004" in str(path)
         monkeypatch.setattr(checkpoint, "write_file", lambda path, fill: full() if is_it(path) else write(path, fill))
@@ -1019,7 +1179,10 @@ def test_every_flag_sets_its_field_in_both_spellings(recipe):
     for cls in (Config, recipe.train_config):
         for field in dataclasses.fields(cls):
             value, companions = legal_value(field.name)
-            others = [f"--{name}={other}" for name, other in (dict(value_embeds=1, seq_len=32, batch_tokens=384) | companions).items()]
+            others = [
+                f"--{name}={other}"
+                for name, other in (dict(value_embeds=1, seq_len=32, batch_tokens=384) | companions).items()
+            ]
             for name in (field.name, field.name.replace("_", "-")):
                 for words in ([f"--{name}", str(value)], [f"--{name}={value}"]):
                     config, hp, _ = train_muon.parse(recipe, ["--preset", "cpu", *others, *words])
@@ -1099,7 +1262,11 @@ def test_adamw_refuses_a_negative_warm_up(shards, tmp_path):
 def test_a_process_with_a_bad_flag_says_one_line_and_fails():
     done = python(ROOT / "train_adamw.py", "--n_layer", "0")
     assert done.returncode != 0 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train_adamw.py: error: ") and "n_layer is 0" in done.stderr
+    assert (
+        len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith("train_adamw.py: error: ")
+        and "n_layer is 0" in done.stderr
+    )
 
 
 def test_an_existing_experiment_is_refused_and_left_as_it_is(shards, tmp_path):
@@ -1137,13 +1304,19 @@ def test_rows_that_the_ranks_cannot_share_are_one_sentence(shards, tmp_path):
 
 
 def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
-    config, hp, args = train_muon.parse(MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", seq_len=24, batch_tokens=384, head="fp8"))
-    with pytest.raises(UserError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"):
+    config, hp, args = train_muon.parse(
+        MUON, flags(MUON, data=shards, out_dir=tmp_path / "logs", seq_len=24, batch_tokens=384, head="fp8")
+    )
+    with pytest.raises(
+        UserError, match="seq_len is 24; with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"
+    ):
         train_muon.prepare(config, hp, MUON, tmp_path / "logs/muon", False, True, World(0, 1, torch.device("cuda")))
 
 
 def test_micro_batches_are_the_largest_that_fit_and_divide():
-    rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU))
+    rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(
+        12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU)
+    )
     assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]
     assert [rows_at_once(384, size) for size in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
     assert rows_at_once(64, 4) == 1
@@ -1199,14 +1372,17 @@ def test_values_that_are_not_finite_are_not_saved(shards, tmp_path, monkeypatch)
 @BOTH
 def test_an_absurd_rate_stops_the_run(recipe, shards, tmp_path):
     rates = {"embed_lr": 1e29, "router_lr": 1e29} | ({} if recipe is MUON else {"lr_warmup": 0})
-    assert re.match(r"the loss of step \d+ is (nan|inf)", refused(tmp_path, recipe, data=shards, num_iterations=20, **rates))
+    assert re.match(
+        r"the loss of step \d+ is (nan|inf)", refused(tmp_path, recipe, data=shards, num_iterations=20, **rates)
+    )
     assert not (tmp_path / recipe.name / "checkpoint/step_000020").exists()
 
 
 # -----------------------------------------------------------------------------
 # No dead option: another value of any field changes what a short run does
 #
-# field -> (another legal value, the settings under which it acts). A new field needs a row here, or a check of its own below.
+# field -> (another legal value, the settings under which it acts). A new field needs a row here, or a check of its own
+# below.
 
 CHANGES = {
     # Config
@@ -1336,7 +1512,10 @@ def expert_parallel_acts(shards, tmp_path, monkeypatch):  # tests/core/test_dist
 
 
 def tie_embeddings_acts(shards, tmp_path, monkeypatch):
-    states = [state_of(train(tmp_path / tied, data=shards, num_iterations=1, tie_embeddings=tied)) for tied in ("false", "true")]
+    states = [
+        state_of(train(tmp_path / tied, data=shards, num_iterations=1, tie_embeddings=tied))
+        for tied in ("false", "true")
+    ]
     assert "head[0:40]/value" in states[0] and not any(name.startswith("head") for name in states[1])
 
 
@@ -1345,7 +1524,9 @@ def slot_acts(field, table):
 
     def acts(shards, tmp_path, monkeypatch):
         built, kind = [], table[getattr(model.Config(), field)]
-        recorder = type("Recorder", (kind,), {"__init__": lambda self, *words: built.append(field) or kind.__init__(self, *words)})
+        recorder = type(
+            "Recorder", (kind,), {"__init__": lambda self, *words: built.append(field) or kind.__init__(self, *words)}
+        )
         monkeypatch.setitem(table, "other", recorder)
         train(tmp_path, data=shards, num_iterations=1, **{field: "other"})
         assert built
@@ -1354,13 +1535,30 @@ def slot_acts(field, table):
 
 
 SLOTS = {"experts": model.EXPERTS, "router": model.ROUTERS, "depth": model.DEPTHS}
-CHECKS = {"stuck_after": stuck_after_acts, "overlap": overlap_acts, "bucket_mb": bucket_mb_acts,
-          "expert_parallel": expert_parallel_acts, "data": data_acts, "out_dir": out_dir_acts, "device": device_acts,
-          "compile": compile_acts, "tie_embeddings": tie_embeddings_acts}  # fmt: skip
+CHECKS = {
+    "stuck_after": stuck_after_acts,
+    "overlap": overlap_acts,
+    "bucket_mb": bucket_mb_acts,
+    "expert_parallel": expert_parallel_acts,
+    "data": data_acts,
+    "out_dir": out_dir_acts,
+    "device": device_acts,
+    "compile": compile_acts,
+    "tie_embeddings": tie_embeddings_acts,
+}
 CHECKS |= {field: slot_acts(field, table) for field, table in SLOTS.items()}
 # legal values, for the test of the flags
-ALIKE = {"stuck_after": 5.0, "overlap": False, "bucket_mb": 0.01, "expert_parallel": 2,
-         "data": "elsewhere", "out_dir": "elsewhere", "device": "cpu", "compile": True, "tie_embeddings": True}  # fmt: skip
+ALIKE = {
+    "stuck_after": 5.0,
+    "overlap": False,
+    "bucket_mb": 0.01,
+    "expert_parallel": 2,
+    "data": "elsewhere",
+    "out_dir": "elsewhere",
+    "device": "cpu",
+    "compile": True,
+    "tie_embeddings": True,
+}
 ALIKE |= {field: getattr(model.Config(), field) for field in SLOTS}
 OBSERVED_RUN = dict(num_iterations=3, window_start=64)
 
@@ -1381,7 +1579,8 @@ def same(a, b) -> bool:
 
 
 def observe(out, recipe=MUON, **values) -> dict:
-    """What a short run did: its state, its rows, its files, its forward passes. Nothing in it merely repeats an option."""
+    """What a short run did: its state, its rows, its files, its forward passes. Nothing in it merely repeats an
+    option."""
     forwards, forward = [], GPT.forward
 
     def spy(self, tokens, *words, **names):
@@ -1395,14 +1594,18 @@ def observe(out, recipe=MUON, **values) -> dict:
     rows = [{key: value for key, value in row.items() if key not in echoes} for row in untimed(run)]
     sampled = (run / "run.log").read_text().rpartition("=" * 100)[2].partition("- sample")[2]
     files = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
-    state = {name: tensor for name, tensor in state_of(run).items() if name != "load_WLE/value"}  # its shape is balance_window
+    state = {
+        name: tensor for name, tensor in state_of(run).items() if name != "load_WLE/value"
+    }  # its shape is balance_window
     return {"state": state, "rows": rows, "files": files, "forwards": forwards, "sample": sampled}
 
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory, shards):
     """(recipe, companions) -> what a run without the change did."""
-    return once(lambda recipe, companions: observe(tmp_path_factory.mktemp("plain"), recipe, data=shards, **dict(companions)))
+    return once(
+        lambda recipe, companions: observe(tmp_path_factory.mktemp("plain"), recipe, data=shards, **dict(companions))
+    )
 
 
 FIELDS = [(MUON, field.name) for cls in (Config, MUON.train_config) for field in dataclasses.fields(cls)]
@@ -1451,7 +1654,19 @@ def test_a_run_leaves_its_files(recipe, finished):
     run = finished(recipe)
     assert {path.name for path in run.iterdir()} == {"run.log", "metrics.jsonl", "config.json", "checkpoint"}
     text = (run / "run.log").read_text()
-    for name in ("train_muon.py", "train_adamw.py", "model.py", "ops.py", "cli.py", "checkpoint.py", "distributed.py", "facts.py", "guards.py", "data.py", "logger.py"):
+    for name in (
+        "train_muon.py",
+        "train_adamw.py",
+        "model.py",
+        "ops.py",
+        "cli.py",
+        "checkpoint.py",
+        "distributed.py",
+        "facts.py",
+        "guards.py",
+        "data.py",
+        "logger.py",
+    ):
         assert (ROOT / name).read_text().strip() in text
     tail = text.rpartition("=" * 100)[2]
     line = re.compile(r"^step:(\d+)/(\d+) val_loss:([0-9.]+) train_time:[0-9.]+s step_avg:[0-9.]+ms", re.M)
@@ -1459,7 +1674,11 @@ def test_a_run_leaves_its_files(recipe, finished):
     assert [(step, total) for step, total, _ in found] == [(0, 60), (20, 60), (40, 60), (60, 60)]
     assert_near_series([(step, loss) for step, _, loss in found], series(run, "val/loss"), 1e-5)
     settings = json.loads((run / "config.json").read_text())
-    assert settings["hyperparameters"]["num_iterations"] == 60 and settings["model"]["n_embd"] == 32 and settings["optimizer"] == recipe.name
+    assert (
+        settings["hyperparameters"]["num_iterations"] == 60
+        and settings["model"]["n_embd"] == 32
+        and settings["optimizer"] == recipe.name
+    )
     assert set(settings["model"]) == {field.name for field in dataclasses.fields(Config)}
     assert set(settings["hyperparameters"]) == {field.name for field in dataclasses.fields(recipe.train_config)}
 
@@ -1468,7 +1687,15 @@ def test_a_run_leaves_its_files(recipe, finished):
 def test_every_training_step_is_a_row_with_what_the_plots_need(recipe, finished):
     rows = training_rows(finished(recipe))
     assert [row["step"] for row in rows] == list(range(1, 61))
-    needed = {"train/loss", "train_time", "train/tok_per_sec", "train/mfu", "moe/load", "moe/load_max_over_mean", "moe/router_entropy"}
+    needed = {
+        "train/loss",
+        "train_time",
+        "train/tok_per_sec",
+        "train/mfu",
+        "moe/load",
+        "moe/load_max_over_mean",
+        "moe/router_entropy",
+    }
     needed |= {f"time/{phase}" for phase in ("data", "forward", "backward", "communication", "optimizer")}
     for row in rows:
         assert needed <= row.keys(), needed - row.keys()
@@ -1543,7 +1770,16 @@ def test_validation_neither_draws_noise_nor_counts_auxiliary_losses(shards, fini
 
 
 def test_the_checkpoint_answers_a_prompt(finished):
-    words = ["--checkpoint", finished(MUON) / "checkpoint", "--prompt", "alpha be", "--max_new_tokens", 24, "--temperature", 0]
+    words = [
+        "--checkpoint",
+        finished(MUON) / "checkpoint",
+        "--prompt",
+        "alpha be",
+        "--max_new_tokens",
+        24,
+        "--temperature",
+        0,
+    ]
     status, out, err = call(generate.main, words)
     assert status == 0, err
     assert out.startswith("alpha beta ") and len(out) > 30
@@ -1558,7 +1794,16 @@ def test_the_same_command_gives_the_same_run_bit_by_bit(recipe, finished, shards
 
 
 def test_warm_up_steps_leave_no_trace(shards, tmp_path):
-    settings = dict(data=shards, num_iterations=4, val_every=1, sample_tokens=8, window_size=256, seq_len=192, batch_tokens=384, window_start=128)
+    settings = dict(
+        data=shards,
+        num_iterations=4,
+        val_every=1,
+        sample_tokens=8,
+        window_size=256,
+        seq_len=192,
+        batch_tokens=384,
+        window_start=128,
+    )
     none, two = (train(tmp_path / str(steps), warmup_steps=steps, **settings) for steps in (0, 2))
     assert differing(state_of(none), state_of(two)) == []
     assert untimed(none) == untimed(two)
@@ -1603,10 +1848,14 @@ def test_a_dense_model_trains_too(shards, tmp_path):
 def test_the_blocks_compile_whole_and_train_the_same_run(dtype, shards, tmp_path, monkeypatch):
     """Tracing only: generating code would take minutes."""
     compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **names: compile_function(function, **{"backend": "eager"} | names))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **names: compile_function(function, **{"backend": "eager"} | names)
+    )
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     torch._dynamo.reset()
-    eager, traced = (train(tmp_path / flag, data=shards, dtype=dtype, num_iterations=3, compile=flag) for flag in ("false", "true"))
+    eager, traced = (
+        train(tmp_path / flag, data=shards, dtype=dtype, num_iterations=3, compile=flag) for flag in ("false", "true")
+    )
     assert "activations " + dtype + "; compiled" in (traced / "run.log").read_text()
     assert_near_series(series(eager, "train/loss"), series(traced, "train/loss"), 1e-5)
 
@@ -1628,7 +1877,12 @@ def check_profile(folder: Path):
     names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
     assert {"data", "forward", "backward", "optimizer", "communication"} <= names
     summary = (folder / "summary.txt").read_text()
-    assert "ms per step" in summary and "MFU" in summary and "peak memory" in summary and str(folder / "trace.json") in summary
+    assert (
+        "ms per step" in summary
+        and "MFU" in summary
+        and "peak memory" in summary
+        and str(folder / "trace.json") in summary
+    )
     assert all(phase in summary for phase in ("forward", "backward", "optimizer"))
 
 
@@ -1636,7 +1890,9 @@ def test_profiling_writes_a_trace_and_a_summary_and_nothing_else(shards, tmp_pat
     run = train(tmp_path, data=shards, enable_profiling=True)
     assert [path.name for path in run.iterdir()] == ["profile"]
     check_profile(run / "profile")
-    assert [row["step"] for row in training_rows(train(tmp_path, data=shards, num_iterations=1))] == [1]  # the name is still free
+    assert [row["step"] for row in training_rows(train(tmp_path, data=shards, num_iterations=1))] == [
+        1
+    ]  # the name is still free
 
 
 def test_profiling_an_existing_experiment_touches_only_its_profile(shards, tmp_path, finished):
@@ -1669,7 +1925,9 @@ train_muon.main(train_muon.MUON)
 
 
 def test_training_needs_only_torch_and_numpy_and_no_network(shards, tmp_path):
-    done = python("-c", BARE, ROOT, *flags(MUON, data=shards, out_dir=tmp_path, sample_tokens=4, val_every=2), cwd=tmp_path)
+    done = python(
+        "-c", BARE, ROOT, *flags(MUON, data=shards, out_dir=tmp_path, sample_tokens=4, val_every=2), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "muon/checkpoint/step_000004/manifest.json").exists()
     assert "step:4/4 val_loss:" in done.stdout and "step:4/4 val_loss:" in (tmp_path / "muon/run.log").read_text()
@@ -1678,12 +1936,26 @@ def test_training_needs_only_torch_and_numpy_and_no_network(shards, tmp_path):
 def test_the_core_trains_without_zoo_and_tools(shards, tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    done = python(tmp_path / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path / "logs", sample_tokens=4), cwd=tmp_path)
+    done = python(
+        tmp_path / "train_muon.py", *flags(MUON, data=shards, out_dir=tmp_path / "logs", sample_tokens=4), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "logs/muon/checkpoint/step_000004/manifest.json").exists()
 
 
-LOCAL = {"train_muon", "train_adamw", "model", "ops", "cli", "checkpoint", "distributed", "facts", "guards", "data", "logger"}
+LOCAL = {
+    "train_muon",
+    "train_adamw",
+    "model",
+    "ops",
+    "cli",
+    "checkpoint",
+    "distributed",
+    "facts",
+    "guards",
+    "data",
+    "logger",
+}
 
 
 def test_the_training_scripts_import_heavy_packages_nowhere_at_the_top():
@@ -1712,17 +1984,31 @@ print(faults[-1] - faults[-2])
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc's malloc")
 def test_a_run_keeps_the_memory_that_its_tensors_give_back():
     join = "import datetime, distributed; distributed.init_distributed('cpu', datetime.timedelta(seconds=60))"
-    asked = [subprocess.run([sys.executable, "-c", PAGE_FAULTS.format(before=before)], cwd=ROOT, capture_output=True, text=True, check=True)
-             for before in ("", join)]  # fmt: skip
+    asked = [
+        subprocess.run(
+            [sys.executable, "-c", PAGE_FAULTS.format(before=before)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for before in ("", join)
+    ]
     given_back, kept = (int(run.stdout) for run in asked)
     assert kept < 1000 < 10_000 < given_back  # pages of 4 KiB
 
 
 def test_every_flag_says_what_it_is(capsys):
-    """What the comment behind a field says, out of the source; of TrainConfig's fields, of the recipe's own and of the model's."""
+    """What the comment behind a field says, out of the source; of TrainConfig's fields, of the recipe's own and of the
+    model's."""
     with pytest.raises(SystemExit):
         train_muon.parse(MUON, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for text in ("steps; 0 = at the end only (default 125)", "tiled over depth: M = mixture of experts, D = dense MLP (default 'M')"):
+    for text in (
+        "steps; 0 = at the end only (default 125)",
+        "tiled over depth: M = mixture of experts, D = dense MLP (default 'M')",
+    ):
         assert text in said
-    assert len(re.findall(r"\(default ", said)) == len(dataclasses.fields(Config)) + len(dataclasses.fields(MUON.train_config))
+    assert len(re.findall(r"\(default ", said)) == len(dataclasses.fields(Config)) + len(
+        dataclasses.fields(MUON.train_config)
+    )

@@ -1,8 +1,10 @@
-"""Runs several training jobs in one process of torchrun, under spies, and writes down what they saw. test_distributed.py starts it.
+"""Runs several training jobs in one process of torchrun, under spies, and writes down what they saw.
+test_distributed.py starts it.
 
     torchrun --nproc_per_node=2 tests/core/worker.py OUT    # reads OUT/jobs<W>.json, writes OUT/<job>.rank<r>.{json,pt}
 
-A job: {"recipe": "muon", "words": [flags], "copy": [from, to] or null, "plant": a key of INJECTIONS or null, "half": its token}."""
+A job: {"recipe": "muon", "words": [flags], "copy": [from, to] or null, "plant": a key of INJECTIONS or null, "half":
+its token}."""
 
 import hashlib
 import json
@@ -32,8 +34,17 @@ class Spies:
 
     def __init__(self):
         self.steps, self.apart, self.gradients = 0, [], {}
-        self.first_send, self.parameters, self.order = [], 0, []  # gradients there at each step's first send; all; what left in step 1
-        self.bytes = {"reduce_scatter": 0, "all_gather": 0, "all_to_all": 0, "all_reduce": 0}  # sent by this rank in step 1
+        self.first_send, self.parameters, self.order = (
+            [],
+            0,
+            [],
+        )  # gradients there at each step's first send; all; what left in step 1
+        self.bytes = {
+            "reduce_scatter": 0,
+            "all_gather": 0,
+            "all_to_all": 0,
+            "all_reduce": 0,
+        }  # sent by this rank in step 1
         self.training = False  # rather than validating
         self.expert_ranks = []  # the ranks among which each expert's slab travels
 
@@ -58,7 +69,9 @@ def nbytes(tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-train_muon.reduce_scatter = counted("reduce_scatter", train_muon.reduce_scatter, lambda n, output, source: nbytes(source) * (n - 1) // n)
+train_muon.reduce_scatter = counted(
+    "reduce_scatter", train_muon.reduce_scatter, lambda n, output, source: nbytes(source) * (n - 1) // n
+)
 train_muon.all_gather = counted("all_gather", train_muon.all_gather, lambda n, output, source: nbytes(source) * (n - 1))
 dist.all_reduce = counted("all_reduce", dist.all_reduce, lambda n, tensor: 2 * nbytes(tensor) * (n - 1) // n)
 all_to_all = dist.all_to_all_single
@@ -72,8 +85,13 @@ def spy_all_to_all(output, source, received=None, sent=None, group=None):
 
 
 dist.all_to_all_single = spy_all_to_all
-receive, send, finish, begin, arrived = (Transfer.receive_gradients, Transfer.send_gradients, Exchange.finish,
-                                         Exchange.begin_reduce, Exchange.on_grad_ready)  # fmt: skip
+receive, send, finish, begin, arrived = (
+    Transfer.receive_gradients,
+    Transfer.send_gradients,
+    Exchange.finish,
+    Exchange.begin_reduce,
+    Exchange.on_grad_ready,
+)
 
 
 def spy_receive(self):
@@ -85,8 +103,12 @@ def spy_receive(self):
 def spy_begin(self, totals):
     spies.parameters, self.there = sum(len(transfer.parameters) for transfer in self.transfers), 0
     spies.first_send.append(None)
-    spies.expert_ranks = [[local.slab.name, dist.get_process_group_ranks(transfer.group or dist.group.WORLD) if transfer.travels else []]
-                          for transfer in self.transfers for local in transfer.owned if local.slab.kind == "expert"]  # fmt: skip
+    spies.expert_ranks = [
+        [local.slab.name, dist.get_process_group_ranks(transfer.group or dist.group.WORLD) if transfer.travels else []]
+        for transfer in self.transfers
+        for local in transfer.owned
+        if local.slab.kind == "expert"
+    ]
     global exchange
     exchange = self
     begin(self, totals)
@@ -148,10 +170,15 @@ def keep_step_10(folder, step, *words):
 
 checkpoint.write_checkpoint = keep_step_10
 
+
 def main():
     global spies
     dist.init_process_group("gloo")
-    destroy, dist.init_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *_, **__: None, lambda: None
+    destroy, dist.init_process_group, dist.destroy_process_group = (
+        dist.destroy_process_group,
+        lambda *_, **__: None,
+        lambda: None,
+    )
     rank = dist.get_rank()
     for name, job in json.loads((OUT / f"jobs{dist.get_world_size()}.json").read_text()).items():
         spies = Spies()

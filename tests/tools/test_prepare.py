@@ -1,4 +1,5 @@
 """tools/prepare.py and tools/sources.py: text to shards. CPU, no network: `pytest tests/tools/test_prepare.py`."""
+
 import functools
 import gzip
 import hashlib
@@ -34,8 +35,13 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TE
 
 def cli(*words, expect=0, **env):
     """Run data.py as a user does; returns its CompletedProcess."""
-    done = subprocess.run([sys.executable, ROOT / "data.py", *map(str, words)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **OFFLINE, **env})
+    done = subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **OFFLINE, **env},
+    )
     assert done.returncode == expect, (done.returncode, done.stdout, done.stderr)
     return done
 
@@ -64,15 +70,24 @@ def texts(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The split and the python source
 
+
 def test_missing_ranks_are_one_sentence(tmp_path):
-    done = cli("--source", "python", "--out", tmp_path / "o", expect=1, TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
-               HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    done = cli(
+        "--source",
+        "python",
+        "--out",
+        tmp_path / "o",
+        expect=1,
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+        https_proxy="http://127.0.0.1:9",
+    )
     assert "gpt2" in sentence(done) and "--encoding bytes" in sentence(done) and not list(tmp_path.iterdir())
 
 
 def test_split_hash_is_the_contract():
-    assert sources.split_hash(b"torch/nn/modules/linear.py") == 0x2a19d05e5b981696
-    assert sources.split_hash(b"torch/nn/modules/linear.py", 7) == 0x03ac18ebdc17dead
+    assert sources.split_hash(b"torch/nn/modules/linear.py") == 0x2A19D05E5B981696
+    assert sources.split_hash(b"torch/nn/modules/linear.py", 7) == 0x03AC18EBDC17DEAD
     assert sources.split_hash(b"a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big")
     assert 150 < sum(sources.split_hash(b"%d" % i) % 50 == 0 for i in range(10_000)) < 250
 
@@ -84,12 +99,19 @@ def test_split_does_not_depend_on_order(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
         cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
         held_out.append({bytes(ids) for ids in documents(tmp_path / name, "val")})
-    assert held_out[0] == held_out[1] == {b"document %d" % i for i in range(400) if sources.split_hash(b"document %d" % i) % 50 == 0}
+    assert (
+        held_out[0]
+        == held_out[1]
+        == {b"document %d" % i for i in range(400) if sources.split_hash(b"document %d" % i) % 50 == 0}
+    )
 
 
 def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
     site = tmp_path / "site-packages"
-    files = {f"torch/sub/m{i}.py": b"x = %d\n" % i for i in range(200)} | {"torch/__init__.py": b"", "torch/a.py": b"pass\n"}
+    files = {f"torch/sub/m{i}.py": b"x = %d\n" % i for i in range(200)} | {
+        "torch/__init__.py": b"",
+        "torch/a.py": b"pass\n",
+    }
     for name, body in (files | {"torch/version.py": b"no", "torch/x.txt": b"no", "other/y.py": b"no"}).items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(body)
@@ -98,7 +120,9 @@ def test_python_source_on_a_small_torch(tmp_path, monkeypatch, capsys):
     assert [name for name, _ in pairs] == order
     assert digest == hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in order)).hexdigest()
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(site / name / "__init__.py")}))
+    monkeypatch.setattr(
+        sources.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(site / name / "__init__.py")})
+    )
     prepare.main(["--source", "python", "--encoding", "bytes", "--out", str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert "not comparable" in captured.err and load_meta(tmp_path / "out")["corpus_is_pinned"] is False
@@ -113,20 +137,34 @@ def test_python_source_by_its_command(tmp_path):
     done = cli(*command)
     assert "tok/s" in done.stderr and "bits per byte" in done.stdout and "300,000 tokens" in done.stdout
     meta = load_meta(out)
-    assert (meta["source"], meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["split_seed"]) == ("python", "bytes", 257, 256, 0)
+    assert (meta["source"], meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["split_seed"]) == (
+        "python",
+        "bytes",
+        257,
+        256,
+        0,
+    )
     assert meta["token_bytes"] == [1] * 256 + [0]
     for split in ("train", "val"):
         tokens, docs = sum(len(shard) for _, shard in data.open_split(out, split)), documents(out, split)
-        assert meta["splits"][split] == {"documents": len(docs), "tokens": tokens, "bytes": tokens - len(docs)} and tokens > len(docs)
+        assert meta["splits"][split] == {
+            "documents": len(docs),
+            "tokens": tokens,
+            "bytes": tokens - len(docs),
+        } and tokens > len(docs)
     for shard in meta["shards"]:
         assert shard["sha256"] == hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest()
     text = b"".join(bytes(ids) for ids in documents(out, "val"))
     assert meta["compressed_bytes"] == len(text)
-    assert meta["gzip_bpb"] == 8 * len(gzip.compress(text, 9)) / len(text) and meta["xz_bpb"] == 8 * len(lzma.compress(text, preset=9)) / len(text)
+    assert meta["gzip_bpb"] == 8 * len(gzip.compress(text, 9)) / len(text) and meta["xz_bpb"] == 8 * len(
+        lzma.compress(text, preset=9)
+    ) / len(text)
 
     before = (out / "meta.json").stat().st_mtime_ns
     assert "is ready" in cli(*command).stdout and (out / "meta.json").stat().st_mtime_ns == before
-    assert "remove it or choose another --out" in sentence(cli(*command[:-2], "--split_seed", 3, "--out", out, expect=1))
+    assert "remove it or choose another --out" in sentence(
+        cli(*command[:-2], "--split_seed", 3, "--out", out, expect=1)
+    )
     (out / "python_train_000001.bin").unlink()
     with pytest.raises(UserError, match="python_train_000001.bin"):
         data.open_split(out, "train")
@@ -135,15 +173,19 @@ def test_python_source_by_its_command(tmp_path):
 def test_this_torch_is_pinned():
     if sources.torch_version() not in sources.TORCH_CORPUS:
         pytest.skip(f"torch {sources.torch_version()} is not pinned")
-    assert sources.list_python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
+    assert (
+        sources.list_python_corpus(Path(torch.__file__).parents[1])[1] == sources.TORCH_CORPUS[sources.torch_version()]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and Hugging Face data sets
 
+
 def test_files_of_every_kind(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
+
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     (folder / "one.txt").write_text("a single\ndocument\n")
@@ -155,9 +197,21 @@ def test_files_of_every_kind(tmp_path):
     pyarrow.parquet.write_table(pa.table({"id": [1, 2], "text": ["parquet 0", "parquet 1"]}), folder / "t.parquet")
     (folder / "ignored.bin").write_bytes(b"no")
     cli("--source", "files", "--encoding", "bytes", "--path", folder, "--out", tmp_path / "out")
-    assert texts(tmp_path / "out") == sorted([
-        b"a single\ndocument\n", b"first\n", b"second <|endoftext|> inside\n", b"row 0", b"row 1", b"gz\n", b"gz again\n", "xz é?".encode(), b"zst\n",
-        b"parquet 0", b"parquet 1"])
+    assert texts(tmp_path / "out") == sorted(
+        [
+            b"a single\ndocument\n",
+            b"first\n",
+            b"second <|endoftext|> inside\n",
+            b"row 0",
+            b"row 1",
+            b"gz\n",
+            b"gz again\n",
+            "xz é?".encode(),
+            b"zst\n",
+            b"parquet 0",
+            b"parquet 1",
+        ]
+    )
 
 
 def test_long_text_streams_in_whole_characters(tmp_path):
@@ -187,7 +241,17 @@ def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypat
     monkeypatch.setattr(sources, "PIECE_BYTES", piece)
     monkeypatch.setattr(sources, "READ_BYTES", read)
     random = np.random.default_rng(0)
-    parts = ["\n", "\n", "a<|endoftext|>b", "\n<|endoftext|>\n", "\n \t<|endoftext|> \r\n", "word ", "\u20ac\u4e2d\U0001f600", "x" * 17, "\r\n"]
+    parts = [
+        "\n",
+        "\n",
+        "a<|endoftext|>b",
+        "\n<|endoftext|>\n",
+        "\n \t<|endoftext|> \r\n",
+        "word ",
+        "\u20ac\u4e2d\U0001f600",
+        "x" * 17,
+        "\r\n",
+    ]
     for _ in range(300):
         text = "".join(random.choice(parts, random.integers(0, 40))).encode()
         found = [body for _, body in sources.read_text(io.BytesIO(text), "here")]
@@ -198,13 +262,26 @@ def test_small_corpus_still_gets_a_validation_document(tmp_path):
     bodies = [b"%d " % i * 20 for i in range(8)]
     assert all(sources.split_hash(body) % 50 for body in bodies)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": body.decode()}) + "\n" for body in bodies))
-    cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.jsonl", "--shard_tokens", 50, "--out", tmp_path / "out")
+    cli(
+        "--source",
+        "files",
+        "--encoding",
+        "bytes",
+        "--path",
+        tmp_path / "a.jsonl",
+        "--shard_tokens",
+        50,
+        "--out",
+        tmp_path / "out",
+    )
     held_out = min(bodies, key=sources.split_hash)
     assert [bytes(ids) for ids in documents(tmp_path / "out", "val")] == [held_out]
     assert [bytes(ids) for ids in documents(tmp_path / "out", "train")] == [body for body in bodies if body != held_out]
     assert max(shard["tokens"] for shard in load_meta(tmp_path / "out")["shards"]) == 50
     (tmp_path / "b.txt").write_text("one document")
-    said = sentence(cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1))
+    said = sentence(
+        cli("--source", "files", "--encoding", "bytes", "--path", tmp_path / "b.txt", "--out", tmp_path / "b", expect=1)
+    )
     assert "too few documents: nothing is left to train on" in said
     assert not (tmp_path / "b").exists()
 
@@ -212,9 +289,24 @@ def test_small_corpus_still_gets_a_validation_document(tmp_path):
 def test_tokens_field(tmp_path):
     rows = [[256, 1, 2, 256], [3, 256, 4], [], [256], [0x0A20], [5] * 9]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows[:4] + rows[5:]))
-    command = ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "t.jsonl", "--out", tmp_path / "out", "--tokens-field")
+    command = (
+        "--source",
+        "files",
+        "--encoding",
+        "bytes",
+        "--path",
+        tmp_path / "t.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--tokens-field",
+    )
     cli(*command, "input_ids")
-    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == [[1, 2], [3], [4], [5] * 9]
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == [
+        [1, 2],
+        [3],
+        [4],
+        [5] * 9,
+    ]
     assert sources.has_text((b" \n", np.array([0x0A20], np.uint16)))  # whitespace as bytes, a token as an id
     (tmp_path / "t.jsonl").write_text('{"input_ids": [1, 257]}\n')
     wrong = sentence(cli(*command[:-2], tmp_path / "bad", command[-1], "input_ids", expect=1))
@@ -222,15 +314,25 @@ def test_tokens_field(tmp_path):
     assert "it has: input_ids" in sentence(cli(*command[:-2], tmp_path / "bad", command[-1], "ids", expect=1))
 
 
-@pytest.mark.parametrize("name, body, message", [
-    ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2 is not JSON"), ("a.jsonl", b'{"body": "x"}', "no field 'text'.*body"),
-    ("a.jsonl", b'{"text": 3}', "int, not text"), ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "a.txt.gz cannot be read"),
-    ("a.txt.xz", b"not xz", "a.txt.xz cannot be read"), ("a.txt.zst", b"not zst", "a.txt.zst cannot be read"),
-    ("a.parquet", b"not parquet", "a.parquet cannot be read"), ("a.csv", b"x", r"a.csv is not a file or folder of .txt")])
+@pytest.mark.parametrize(
+    "name, body, message",
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "x"}', "no field 'text'.*body"),
+        ("a.jsonl", b'{"text": 3}', "int, not text"),
+        ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "a.txt.gz cannot be read"),
+        ("a.txt.xz", b"not xz", "a.txt.xz cannot be read"),
+        ("a.txt.zst", b"not zst", "a.txt.zst cannot be read"),
+        ("a.parquet", b"not parquet", "a.parquet cannot be read"),
+        ("a.csv", b"x", r"a.csv is not a file or folder of .txt"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, capsys, name, body, message):
     (tmp_path / name).write_bytes(body)
     with pytest.raises(SystemExit) as stop:
-        prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        prepare.main(
+            ["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        )
     assert stop.value.code == 1 and not (tmp_path / "out").exists()
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
@@ -243,17 +345,32 @@ def test_hf_reads_a_local_folder(tmp_path):
     command = ("--source", "hf", "--dataset", tmp_path / "set", "--encoding", "bytes", "--out", tmp_path / "out")
     cli(*command, "--text_field", "body", HF_HOME=str(tmp_path / "hf"))
     assert texts(tmp_path / "out") == sorted(row.encode() for row in rows)
-    wrong = sentence(cli("--source", "hf", "--dataset", "nobody/nothing", "--encoding", "bytes", "--out", tmp_path / "no", expect=1,
-                         HF_HOME=str(tmp_path / "hf")))
+    wrong = sentence(
+        cli(
+            "--source",
+            "hf",
+            "--dataset",
+            "nobody/nothing",
+            "--encoding",
+            "bytes",
+            "--out",
+            tmp_path / "no",
+            expect=1,
+            HF_HOME=str(tmp_path / "hf"),
+        )
+    )
     assert "nobody/nothing cannot be read" in wrong and not (tmp_path / "no").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FineWeb
 
+
 def test_fineweb_without_network(tmp_path):
     done = cli("--out", tmp_path / "fineweb", expect=1, HF_HOME=str(tmp_path / "hf"))
-    assert "fineweb_val_000000.bin cannot be downloaded" in sentence(done) and "run the same command again" in sentence(done)
+    assert "fineweb_val_000000.bin cannot be downloaded" in sentence(done) and "run the same command again" in sentence(
+        done
+    )
     assert not (tmp_path / "fineweb").exists()
 
 
@@ -287,8 +404,18 @@ def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     out = tmp_path / "fineweb"
-    run = functools.partial(cli, "--source", "fineweb", "--shards", 2, "--out", out, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"),
-                            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    run = functools.partial(
+        cli,
+        "--source",
+        "fineweb",
+        "--shards",
+        2,
+        "--out",
+        out,
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path / "hf"),
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+    )
     try:
         assert "fineweb_train_000002.bin is damaged" in sentence(run(expect=1)) and not out.exists()
         (served / "fineweb_train_000002.bin").write_bytes(whole)
@@ -296,23 +423,45 @@ def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
     finally:
         server.shutdown()
         server.server_close()
-    assert [name for command, name in asked if command == "GET"].count("fineweb_train_000001.bin") == 1  # not fetched again
+    assert [name for command, name in asked if command == "GET"].count(
+        "fineweb_train_000001.bin"
+    ) == 1  # not fetched again
     for path in served.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
     meta = load_meta(out)
-    assert len(meta["token_bytes"]) == 50257 and meta["splits"]["train"]["tokens"] == 5000 and not list(out.glob("download"))
+    assert (
+        len(meta["token_bytes"]) == 50257
+        and meta["splits"]["train"]["tokens"] == 5000
+        and not list(out.glob("download"))
+    )
     assert "gpt2" in sentence(cli("--encoding", "bytes", "--out", tmp_path / "b", expect=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, interruption, flags
 
+
 def test_processes_do_not_change_the_shards(tmp_path, gpt2):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"def f{i}(x): return {i} * x\n" * (i % 90)}) + "\n" for i in range(1200)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"def f{i}(x): return {i} * x\n" * (i % 90)}) + "\n" for i in range(1200))
+    )
     for processes in (1, 2):
-        cli("--source", "files", "--path", tmp_path / "a.jsonl", "--num_proc", processes, "--out", tmp_path / str(processes))
+        cli(
+            "--source",
+            "files",
+            "--path",
+            tmp_path / "a.jsonl",
+            "--num_proc",
+            processes,
+            "--out",
+            tmp_path / str(processes),
+        )
     one, two = (load_meta(tmp_path / name) for name in "12")
-    assert one["shards"] == two["shards"] and len(one["shards"]) == 2 and one["splits"]["train"]["bytes"] > 2 * prepare.CHUNK
+    assert (
+        one["shards"] == two["shards"]
+        and len(one["shards"]) == 2
+        and one["splits"]["train"]["bytes"] > 2 * prepare.CHUNK
+    )
     first = next(json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:])
     assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
 
@@ -353,13 +502,28 @@ def test_worker_errors_reach_the_user(gpt2):
 def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, kill):
     fifo = tmp_path / "a.txt"
     os.mkfifo(fifo)  # a corpus that never ends
-    command = [sys.executable, ROOT / "data.py", "--source", "files", "--path", fifo, "--num_proc", "2", "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        ROOT / "data.py",
+        "--source",
+        "files",
+        "--path",
+        fifo,
+        "--num_proc",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
     heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores Ctrl-C
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
+    process = subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds
+    )
     with open(fifo, "wb") as file:
         for i in range(12):
             file.write(b"some words %d\n" % i * 20_000)
-        (os.killpg if kill == signal.SIGINT else os.kill)(process.pid, kill)  # a terminal's Ctrl-C reaches the workers too
+        (os.killpg if kill == signal.SIGINT else os.kill)(
+            process.pid, kill
+        )  # a terminal's Ctrl-C reaches the workers too
         _, errors = process.communicate(timeout=30)
     assert "Traceback" not in errors and process.returncode == (130 if kill == signal.SIGINT else -kill)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out.partial"]
@@ -377,11 +541,17 @@ def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--source", "books"], "'fineweb', 'hf', 'files', 'python'"), (["--sourc", "python"], "unrecognized"),
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--source", "books"], "'fineweb', 'hf', 'files', 'python'"),
+        (["--sourc", "python"], "unrecognized"),
         (["--max_tokens", "many"], "whole number from 2"),
-    (["--source", "python", "--shards", "3"], "--shards does not apply to --source python"), (["--source", "files"], "needs --path"),
-    (["--source", "hf", "--dataset", "d", "--text_field", "a", "--tokens_field", "b"], "not allowed with")])
+        (["--source", "python", "--shards", "3"], "--shards does not apply to --source python"),
+        (["--source", "files"], "needs --path"),
+        (["--source", "hf", "--dataset", "d", "--text_field", "a", "--tokens_field", "b"], "not allowed with"),
+    ],
+)
 def test_bad_flags_exit_2(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         prepare.parse(words)
@@ -396,7 +566,10 @@ def test_max_tokens_holds_without_a_progress_bar(tmp_path, monkeypatch):
 
 def test_text_that_has_changed_is_not_called_ready(tmp_path):
     """Gone it may be; other text under the same name makes other shards."""
-    text, command = tmp_path / "a.txt", ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.txt", "--out", tmp_path / "out")
+    text, command = (
+        tmp_path / "a.txt",
+        ("--source", "files", "--encoding", "bytes", "--path", tmp_path / "a.txt", "--out", tmp_path / "out"),
+    )
     text.write_text("\n<|endoftext|>\n".join(map(str, range(100))))
     cli(*command)
     assert "is ready" in cli(*command).stdout
@@ -414,19 +587,29 @@ def test_out_may_be_a_link_and_no_module_missing_is_a_traceback(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "meta.json").exists()
     code = f"import sys; sys.modules['tqdm'] = None; from tools import prepare; prepare.main({[*map(str, command), str(tmp_path / 'x')]!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "needs tqdm: `pip install -r requirements.txt`" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "needs tqdm: `pip install -r requirements.txt`" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_benchmark_of_tokenising_compares_ids_with_tiktokens(gpt2, tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"The number {i} has the square {i * i}.\n" * 20)
-    done = subprocess.run([sys.executable, "benchmarks/tokenise.py", "--path", str(tmp_path), "--rounds", "1"], cwd=Path(data.__file__).parent,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "benchmarks/tokenise.py", "--path", str(tmp_path), "--rounds", "1"],
+        cwd=Path(data.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "equal ids" in done.stdout and "MiB" in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Domains
+
 
 def test_a_domain_may_be_called_train_or_val(tmp_path):
     """The split is what a shard's name says last."""
@@ -435,10 +618,16 @@ def test_a_domain_may_be_called_train_or_val(tmp_path):
     paths = [f"{path.stem}={path}" for path in tmp_path.glob("*.txt")]
     cli("--source", "domains", "--encoding", "bytes", "--path", *paths, "--out", tmp_path / "out")
     for name, count in (("math_train_v2", 60), ("b_val_x", 300)):
-        found = {split: [path.name for path, _ in data.open_split(tmp_path / "out" / name, split)] for split in ("train", "val")}
+        found = {
+            split: [path.name for path, _ in data.open_split(tmp_path / "out" / name, split)]
+            for split in ("train", "val")
+        }
         assert found == {split: [f"{name}_{split}_00000{number}.bin"] for split, number in (("train", 1), ("val", 0))}
         splits = load_meta(tmp_path / "out" / name)["splits"]
-        assert splits["train"]["documents"] + splits["val"]["documents"] == count and splits["val"]["documents"] < count / 10
+        assert (
+            splits["train"]["documents"] + splits["val"]["documents"] == count
+            and splits["val"]["documents"] < count / 10
+        )
 
 
 def write_text(folder: Path, name: str, count: int = 120) -> Path:
@@ -464,8 +653,15 @@ def test_local_domains(tmp_path, capsys):
     assert list(meta["domains"]) == ["birds", "stars"] and meta["encoding"] == "bytes"
     birds = texts_of(out / "birds") + texts_of(out / "birds", "val")
     assert len(birds) == 240 and {text.split()[0] for text in birds} == {"birds", "finches"}
-    assert meta["splits"]["train"]["documents"] == sum(meta["domains"][name]["splits"]["train"]["documents"] for name in meta["domains"])
-    assert "is ready" in (prepare_domains(tmp_path, "--path", *paths, f"birds={tmp_path / 'finches.txt'}"), capsys.readouterr().out)[1]
+    assert meta["splits"]["train"]["documents"] == sum(
+        meta["domains"][name]["splits"]["train"]["documents"] for name in meta["domains"]
+    )
+    assert (
+        "is ready"
+        in (prepare_domains(tmp_path, "--path", *paths, f"birds={tmp_path / 'finches.txt'}"), capsys.readouterr().out)[
+            1
+        ]
+    )
 
 
 def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
@@ -483,13 +679,19 @@ def test_a_cut_off_mixture_goes_on_with_what_is_finished(tmp_path, monkeypatch):
         prepare_domains(tmp_path, "--path", *paths)
     assert not (tmp_path / "out").exists()
     prepare_domains(tmp_path, "--path", *paths)
-    assert made == ["birds", "stars", "stars"] and list(data.read_meta_json(tmp_path / "out")["domains"]) == ["birds", "stars"]
+    assert made == ["birds", "stars", "stars"] and list(data.read_meta_json(tmp_path / "out")["domains"]) == [
+        "birds",
+        "stars",
+    ]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["birds", "meta.json", "stars"]
 
 
 def test_source_tag_is_in_front_of_every_document_and_moves_none(tmp_path):
     path = f"birds={write_text(tmp_path, 'birds')}"
-    plain, tagged = prepare_domains(tmp_path, "--path", path, out="plain"), prepare_domains(tmp_path, "--path", path, "--source_tag", out="tagged")
+    plain, tagged = (
+        prepare_domains(tmp_path, "--path", path, out="plain"),
+        prepare_domains(tmp_path, "--path", path, "--source_tag", out="tagged"),
+    )
     for split in ("train", "val"):
         assert ["birds\n" + text for text in texts_of(plain / "birds", split)] == texts_of(tagged / "birds", split)
 
@@ -507,7 +709,9 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = prepare_domains(tmp_path, "--domains", "math", "chat", "--max_tokens", 4000)
     assert list(data.read_meta_json(out)["domains"]) == ["math", "chat"]
-    assert [ask[:2] for ask in asked] == [("openai/gsm8k", "main"), ("databricks/databricks-dolly-15k", None)] and all(ask[3] for ask in asked)
+    assert [ask[:2] for ask in asked] == [("openai/gsm8k", "main"), ("databricks/databricks-dolly-15k", None)] and all(
+        ask[3] for ask in asked
+    )
     first = texts_of(out / "math")[0]
     assert first.splitlines() == ["openai/gsm8k question 1", "openai/gsm8k answer 1"], "empty rows are left out"
     assert sum(len(tokens) for split in ("train", "val") for _, tokens in data.open_split(out / "math", split)) == 4000
@@ -515,13 +719,23 @@ def test_the_hub_is_asked_for_what_the_table_says(tmp_path, monkeypatch):
 
 
 def test_the_six_domains():
-    assert list(sources.DOMAINS) == ["math", "python", "web", "science", "legal", "chat"] and 5e6 <= sources.DOMAIN_TOKENS <= 50e6
+    assert (
+        list(sources.DOMAINS) == ["math", "python", "web", "science", "legal", "chat"]
+        and 5e6 <= sources.DOMAIN_TOKENS <= 50e6
+    )
     assert prepare.parse(["--source", "domains"]).path is None
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--path", "notes.txt"], "it is name=FILE"), (["--path", "a b=notes.txt"], "it is name=FILE"), (["--domains", "cooking"], "choose among math"),
-    (["--path", "notes=gone.txt"], "gone.txt is not a file"), (["--path", "notes=gone.txt", "--domains", "code"], "choose among notes")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--path", "notes.txt"], "it is name=FILE"),
+        (["--path", "a b=notes.txt"], "it is name=FILE"),
+        (["--domains", "cooking"], "choose among math"),
+        (["--path", "notes=gone.txt"], "gone.txt is not a file"),
+        (["--path", "notes=gone.txt", "--domains", "code"], "choose among notes"),
+    ],
+)
 def test_mistakes_are_one_sentence(words, sentence, tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
         prepare_domains(tmp_path, *words)

@@ -1,4 +1,5 @@
-"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps the rules.
+"""records/: the table of docs/results.md agrees with the logs, broken records are refused, benchmarks/track.py keeps
+the rules.
 
 pytest tests/tools/test_records.py
 """
@@ -433,7 +434,8 @@ def tiny(tmp_path, corpus, monkeypatch):
 
     def launch(words, threads):
         launched.append([*words, f"threads={threads}"])
-        status, _, err = call(lambda: train_muon.main(track.RECIPES[words[0]]), words[1:])
+        recipe, _, _ = track.find_recipe(words[0], words[1:])
+        status, _, err = call(lambda: train_muon.main(recipe), words[1:])
         print(err, file=sys.stderr)
         return status
 
@@ -483,20 +485,20 @@ def test_the_curve_pairs_seeds_at_every_length_that_both_rows_have(tiny):
     ]
     lines = [json.dumps({"name": name, "seeds": seeds, "val/bpb": values}) + "\n" for name, seeds, values in ends]
     (folder / "tuning.jsonl").write_text("".join(lines))
-    status, out, err = run_track("curve", "--track", folder, "A", "B")
+    status, out, err = run_track("curve", "--record", "--track", folder, "A", "B")
     assert status == 0, err
     assert out.splitlines() == [
-        "60 s: A - B: mean -0.0350, standard error 0.0150, n = 2",
-        "180 s: A - B: mean +0.1000, standard error nan, n = 1",
+        "60 s: A - B: mean -0.0350, standard error 0.0150, n = 2, p = 0.26",
+        "180 s: A - B: mean +0.1000, standard error nan, n = 1, no p from one seed",
         str(folder / "curve.png"),
     ]
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert '"C, <seconds> s"' in refused("curve", "--track", folder, "A", "C")
+    assert "no runs are named C" in refused("curve", "--track", folder, "A", "C")
 
 
 def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     folder, launched = tiny
-    short = lambda name, *words: ("short", "--track", folder, "--name", name, "--seeds", *words)
+    short = lambda name, *words: ("short", "--record", "--track", folder, "--name", name, "--seeds", *words)
     status, _, err = run_track(*short("MoE", 0, 1, "--row", "MoE Muon", "--seconds", 0.2), *tiny_command(corpus))
     assert status == 0, err
     line = lines_of(folder)[0]
@@ -514,11 +516,12 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
         *["threads=3"] * 3,
     ]
     assert lines[1]["steps"] == line["steps"] and lines[2]["steps"] == 3 and lines[2]["step_ms"] is None
-    status, out, _ = run_track("compare", "--track", folder, "MoE", "dense")
+    status, out, _ = run_track("compare", "--record", "--track", folder, "MoE", "dense")
     differences = [line["val/bpb"][0] - lines[2]["val/bpb"][0], lines[1]["val/bpb"][0] - lines[2]["val/bpb"][1]]
     error = abs(differences[0] - differences[1]) / 2
-    assert status == 0 and out.splitlines()[-1] == f"mean {mean(differences):+.4f}, standard error {error:.4f}, n = 2"
-    assert "share no seed" in refused("compare", "--track", folder, "MoE", "sparse")
+    last = out.splitlines()[-1]
+    assert status == 0 and last.startswith(f"mean {mean(differences):+.4f}, standard error {error:.4f}, n = 2, p = ")
+    assert "no runs are named sparse" in refused("compare", "--record", "--track", folder, "MoE", "sparse")
     assert "with other flags, or with one of these seeds" in refused(*short("MoE", 1), *tiny_command(corpus))
     log = folder / "tuning.jsonl"
     log.write_text(log.read_text().replace(lines[0]["settings"], "0" * 64))  # as if a preset had been another one
@@ -597,13 +600,15 @@ def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch)
 
 def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkeypatch):
     folder, launched = tiny
-    short = lambda *command, seeds=(0,): refused("short", "--track", folder, "--name", "x", "--seeds", *seeds, *command)
+    short = lambda *command, seeds=(0,): refused(
+        "short", "--record", "--track", folder, "--name", "x", "--seeds", *seeds, *command
+    )
     full = lambda name, *seeds: refused(
         "full", "--folder", folder / name, "--steps", 3, "--seeds", *seeds, *tiny_command(corpus)
     )
     assert "--val_tokens is set by the track" in short(*tiny_command(corpus), "--val-tokens", 64)
     assert "--data is set by the track" in short(*tiny_command(corpus, data=corpus))
-    assert "not a script of the track" in short("--", "model.py")
+    assert "not a training script" in short("--", "model.py")
     assert "seq_len is 96" in short(*tiny_command(corpus, seq_len=96))
     assert "pattern is 'X'" in short(*tiny_command(corpus, pattern="X"))
     assert "YYYY-MM-DD_Name" in full("MoE", 0, 1)
@@ -631,7 +636,19 @@ def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     """Processes of its own, from another directory than the repository's."""
     pinned = {sources.torch_version(): "a" * 64}
     (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
-    words = ["short", "--track", tmp_path, "--name", "MoE", "--seeds", 5, "--steps", 2, *tiny_command(corpus)]
+    words = [
+        "short",
+        "--record",
+        "--track",
+        tmp_path,
+        "--name",
+        "MoE",
+        "--seeds",
+        5,
+        "--steps",
+        2,
+        *tiny_command(corpus),
+    ]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/track.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True
     )
@@ -675,7 +692,9 @@ def test_every_track_s_commands_are_those_of_its_files(name):
 
 
 def test_every_recipe_is_on_the_track():
-    assert track.RECIPES == {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
+    scripts = {"train_muon.py": train_muon.MUON, "train_adamw.py": train_adamw.ADAMW, "train_zoo.py": ZOO_MUON}
+    for script, recipe in scripts.items():
+        assert track.find_recipe(script, [])[0].script == recipe.script
     settings = (*dataclasses.fields(ZOO_MUON.train_config), *dataclasses.fields(ZOO_MUON.model_config))
     fields = {field.name for field in settings} | {"resume", "enable_profiling", "plan", "experiment_name"}
     assert set(track.OURS) <= fields

@@ -1,4 +1,5 @@
-"""The dense model with the options of the zoo, written from its definition: slow, and sharing no code with the model."""
+"""The dense model with the options of the zoo, written from its definition: slow, and sharing no code with the
+model."""
 
 import functools
 import math
@@ -31,20 +32,30 @@ def slow_forward(net, x):
 
     def turned(z, speed, back=False):
         theta = speed * torch.arange(T)[:, None] * 1024 ** -(torch.arange(quarter) / (quarter - 1))
-        z = torch.complex(*z.chunk(2, dim=-1)) * torch.exp((1j if back else -1j) * torch.cat([theta, torch.zeros(T, quarter)], 1))
+        z = torch.complex(*z.chunk(2, dim=-1)) * torch.exp(
+            (1j if back else -1j) * torch.cat([theta, torch.zeros(T, quarter)], 1)
+        )
         return torch.cat([z.real, z.imag], -1)
 
     summed = p["embed"][x]
     for table, n in enumerate(map(int, config.ngrams)):
-        row = torch.tensor([[slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(x.size(1))] for ids in x.tolist()])
+        row = torch.tensor(
+            [
+                [slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(x.size(1))]
+                for ids in x.tolist()
+            ]
+        )
         summed = summed + p[f"ngram_embeds.{table}"][row]
     if M:
         summed = torch.cat([p["meta_tokens"].expand(len(x), M, -1), summed], 1)
     x = torch.cat([torch.full((len(x), M), EOT), x], 1)
     embedding, n = rms(summed), config.n_layer
     position, keys = torch.arange(T), [None] * n  # keys and values of each layer, of all tokens
-    merge = {"add": lambda h, y, terms: h + y, "average": lambda h, y, terms: (h * terms + y) / (terms + 1),
-             "average_keep_embedding": lambda h, y, terms: embedding + ((h - embedding) * (terms - 1) + y) / terms}[config.residual]  # fmt: skip
+    merge = {
+        "add": lambda h, y, terms: h + y,
+        "average": lambda h, y, terms: (h * terms + y) / (terms + 1),
+        "average_keep_embedding": lambda h, y, terms: embedding + ((h - embedding) * (terms - 1) + y) / terms,
+    }[config.residual]
 
     def layer(i, h, terms, active=None, policy="latest"):
         """Output of layer i for all tokens; the policy decides which keys of inactive ones are visible."""
@@ -52,7 +63,11 @@ def slow_forward(net, x):
             mix = p[f"blocks.{i}.stream_mix"]
             h = mix[0] * h + mix[1] * embedding
         after = rms if config.per_layer("norms")[i] == "R" else lambda z: z
-        letter, rotary, of = config.per_layer("attention")[i], config.per_layer("rotary")[i], lambda name: p[f"blocks.{i}.attention.{name}"]
+        letter, rotary, of = (
+            config.per_layer("attention")[i],
+            config.per_layer("rotary")[i],
+            lambda name: p[f"blocks.{i}.attention.{name}"],
+        )
         if letter == "-":
             h = merge(h, 0, terms)
         else:
@@ -62,7 +77,9 @@ def slow_forward(net, x):
             source = rms(h)
             if letter in "AK":
                 q, k, v = (heads(source @ part.T) for part in of("qkv"))
-                table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}.get(i)
+                table = {
+                    layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)
+                }.get(i)
                 added = 0 if table is None else heads(p[f"value_embeds.{table}"][x])
                 v = turn_vo(of("value_mix")[0] * v + of("value_mix")[1] * added)
                 k = turn_qk(qk_norm(k))
@@ -83,7 +100,9 @@ def slow_forward(net, x):
             k, v = keys[i]
             if letter == "K":  # channels in the second and in the last quarter come from the token before
                 other = position < M
-                before = torch.cat([torch.zeros_like(k[:, :, :1]), k[:, :, :-1] * (other[1:] == other[:-1])[:, None]], 2)
+                before = torch.cat(
+                    [torch.zeros_like(k[:, :, :1]), k[:, :, :-1] * (other[1:] == other[:-1])[:, None]], 2
+                )
                 k = torch.where(torch.arange(C) // quarter % 2 == 1, before, k)
             near = position[:, None] - position
             reach = near.abs() if config.objective == "masked" else near + 1e9 * (near < 0)
@@ -96,7 +115,9 @@ def slow_forward(net, x):
                 score = score * of("sharpness")[:, None, None] * seen.sum(-1, keepdim=True).log()
             y = turn_vo(score.masked_fill(~seen, -math.inf).softmax(-1) @ v, back=True)
             h = merge(h, after(y.transpose(1, 2).flatten(-2) @ of("out").T), terms)
-        return merge(h, after((rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T), terms + 1)
+        return merge(
+            h, after((rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2 @ p[f"blocks.{i}.ffn.down"].T), terms + 1
+        )
 
     h = (slow_loop if config.depth == "loop" else slow_stack)(net, layer, embedding)
     z = rms(h[:, M:]) @ p["head"].T
@@ -121,8 +142,16 @@ def slow_loop(net, layer, h):
     loops = config.loops if net.training or not config.eval_loops else config.eval_loops
     for i in range(first):
         h = layer(i, h, 2 * i + 1)
-    begin, active, depth, halted_sum, out = h, torch.ones(h.shape[:2], dtype=torch.bool), torch.zeros(h.shape[:2]), torch.zeros(h.shape[:2]), 0
-    limit = config.halt_threshold or {"act": 0.99, "stick_breaking": 0.999, "ponder": 0.5, "threshold": 1.0}.get(config.halt)
+    begin, active, depth, halted_sum, out = (
+        h,
+        torch.ones(h.shape[:2], dtype=torch.bool),
+        torch.zeros(h.shape[:2]),
+        torch.zeros(h.shape[:2]),
+        0,
+    )
+    limit = config.halt_threshold or {"act": 0.99, "stick_breaking": 0.999, "ponder": 0.5, "threshold": 1.0}.get(
+        config.halt
+    )
     for loop in range(loops):
         new = h + config.reinject * begin * (loop > 0)
         for i in range(first, stop):

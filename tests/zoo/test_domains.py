@@ -49,7 +49,10 @@ def make(tmp_path, *words, out="out") -> Path:
 def test_the_100m_budget():
     """A trunk of 50M and 5 experts of 10M, within 1%, by the model card."""
     card = cost.model_card(zoo.PRESETS["100m"], 1024)
-    outside, each = (int(word.replace(",", "")) for word in card.split("active per token; ")[1].replace(" outside experts,", "").split()[:2])
+    outside, each = (
+        int(word.replace(",", ""))
+        for word in card.split("active per token; ")[1].replace(" outside experts,", "").split()[:2]
+    )
     assert outside == pytest.approx(50e6, rel=0.01) and each == pytest.approx(10e6, rel=0.01)
     assert zoo.PRESETS["100m"].num_experts == zoo.PRESETS["100m-cpu"].num_experts == 5
     for preset in ("100m", "100m-cpu"):
@@ -58,8 +61,22 @@ def test_the_100m_budget():
         assert all(width % 8 == 0 for width in hidden)
 
 
-SMALL = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=1, norm_topk_prob=0.0, mlp_ratio=1.0,
-             value_embeds=0, window_size=64, dtype="fp32", router_noise=0.0)  # fmt: skip
+SMALL = dict(
+    vocab_size=257,
+    eot_token=256,
+    n_layer=2,
+    n_embd=32,
+    n_head=2,
+    head_dim=16,
+    num_experts=4,
+    top_k=1,
+    norm_topk_prob=0.0,
+    mlp_ratio=1.0,
+    value_embeds=0,
+    window_size=64,
+    dtype="fp32",
+    router_noise=0.0,
+)
 
 
 def test_a_tied_table_is_the_head():
@@ -70,7 +87,9 @@ def test_a_tied_table_is_the_head():
     with torch.no_grad():
         apart.load_state_dict({name: net.state_dict()[name] for name in apart.state_dict()})
     assert torch.equal(net.eval()(ids).logits, apart.eval()(ids).logits)
-    tied, two = (torch.autograd.grad(gpt(ids, ids).loss, [gpt.embed] + [gpt.head] * (gpt is apart)) for gpt in (net, apart))
+    tied, two = (
+        torch.autograd.grad(gpt(ids, ids).loss, [gpt.embed] + [gpt.head] * (gpt is apart)) for gpt in (net, apart)
+    )
     assert torch.allclose(tied[0], two[0] + two[1], atol=1e-6)
     whole, half = model.count_parameters(zoo.Config(**SMALL)), model.count_parameters(config)
     assert whole["total"] - half["total"] == whole["head"] and half["active"] == whole["active"] - 32
@@ -80,7 +99,9 @@ def test_a_tied_table_is_the_head():
 def test_shared_dim_is_the_width_of_what_all_tokens_meet():
     config = zoo.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48))
     ffn = zoo.build(config).blocks[0].ffn
-    assert ffn.shared.up.shape == (48, 32) and ffn.experts.up.shape == (4, 32, 32), "routed experts keep mlp_ratio for themselves"
+    assert ffn.shared.up.shape == (48, 32) and ffn.experts.up.shape == (4, 32, 32), (
+        "routed experts keep mlp_ratio for themselves"
+    )
     dense = zoo.build(zoo.Config(**SMALL | dict(num_shared_experts=1, shared_dim=48, pattern="D"))).blocks[0].ffn
     assert dense.up.shape == (80, 32), "the dense twin has what a token meets"
     for changes in (dict(shared_dim=12, num_shared_experts=1), dict(shared_dim=48)):
@@ -88,7 +109,9 @@ def test_shared_dim_is_the_width_of_what_all_tokens_meet():
             zoo.Config(**SMALL | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(router_score="sigmoid"), dict(depth="loop", halt="act"), dict(num_meta_tokens=2)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(router_score="sigmoid"), dict(depth="loop", halt="act"), dict(num_meta_tokens=2)], ids=str
+)
 def test_domain_loss_is_the_cross_entropy_of_the_router(changes):
     net = zoo.build(zoo.Config(**SMALL | changes)).train()
     with torch.no_grad():
@@ -106,7 +129,10 @@ def test_domain_loss_is_the_cross_entropy_of_the_router(changes):
         assert got.item() == pytest.approx((sum(nats) / len(nats)).item(), rel=1e-5)
     grads = torch.autograd.grad(got, [block.ffn.router.gate for block in net.blocks])
     assert all(grad.abs().sum() > 0 for grad in grads)
-    assert net(ids, ids).stats["domain_loss"] == 0 and net(ids, ids, expert_B=torch.full((3,), -1)).stats["domain_loss"] == 0
+    assert (
+        net(ids, ids).stats["domain_loss"] == 0
+        and net(ids, ids, expert_B=torch.full((3,), -1)).stats["domain_loss"] == 0
+    )
 
 
 def test_rows_that_fill_up_are_not_counted(monkeypatch):
@@ -143,7 +169,9 @@ def test_rows_that_do_not_count_stay_where_experts_are_shared_by_ranks(tmp_path)
                     block.ffn.ranks = ranks
                 with torch.no_grad():
                     found.append(net(ids, ids, real_B=torch.tensor(real)))
-            assert torch.equal(found[0].loss, found[1].loss) and torch.equal(found[0].stats["counts_LE"], found[1].stats["counts_LE"])
+            assert torch.equal(found[0].loss, found[1].loss) and torch.equal(
+                found[0].stats["counts_LE"], found[1].stats["counts_LE"]
+            )
     finally:
         torch.distributed.destroy_process_group()
 
@@ -169,7 +197,8 @@ STRIDES = {"ones": 1, "twos": 2, "fives": 5, "web": 7}
 
 
 def walk(generator, stride: int, length: int) -> str:
-    """Letters that go on by a stride, but for one in ten: domains share all letters and differ in what comes after what."""
+    """Letters that go on by a stride, but for one in ten: domains share all letters and differ in what comes after
+    what."""
     steps = np.where(generator.random(length) < 0.1, generator.integers(0, 12, length), stride)
     return "".join("abcdefghijkl"[i] for i in np.cumsum(steps) % 12)
 
@@ -194,8 +223,21 @@ def walks(tmp_path_factory) -> Path:
 
 
 def trained(shards, out_dir, name, steps, *flags) -> list[dict]:
-    run("train_zoo.py", *TRAIN, "--data", shards, "--out_dir", out_dir, "--experiment_name", name, "--num_iterations", steps, "--val_every", 40,
-        *flags)  # fmt: skip
+    run(
+        "train_zoo.py",
+        *TRAIN,
+        "--data",
+        shards,
+        "--out_dir",
+        out_dir,
+        "--experiment_name",
+        name,
+        "--num_iterations",
+        steps,
+        "--val_every",
+        40,
+        *flags,
+    )
     return [row for row in logger.read_run(out_dir / name)["rows"] if "val/loss" in row]
 
 
@@ -203,26 +245,70 @@ ROUND_ROBIN = ["--round_robin_steps", 40, "--router_lr", 0.05]
 
 
 def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
-    rows = trained(walks, tmp_path, "supervised", 80, *ROUND_ROBIN, "--domain_coef", 2, "--domain_steps", 40, "--domain_anneal_steps", 10)
+    rows = trained(
+        walks,
+        tmp_path,
+        "supervised",
+        80,
+        *ROUND_ROBIN,
+        "--domain_coef",
+        2,
+        "--domain_steps",
+        40,
+        "--domain_anneal_steps",
+        10,
+    )
     assert {f"val/{name}/bpb" for name in STRIDES} <= rows[-1].keys()
     load = np.array(rows[1]["moe/domain_load"])  # domains x layers x experts, after the round robin
     assert load.shape == (4, 2, 5) and np.allclose(load.sum(-1), 1)
     own = [list(domains.domains(walks)).index(name) for name in ("fives", "ones", "twos")]
-    assert all(load[d, :, i].min() > 0.7 for i, d in enumerate(own)), "experts in the order of the domains, the trunk's left out"
-    assert rows[1]["moe/domain_information"] > 0.8 and rows[2]["moe/domain_information"] > 0.3, "and it stays when nobody asks any more"
+    assert all(load[d, :, i].min() > 0.7 for i, d in enumerate(own)), (
+        "experts in the order of the domains, the trunk's left out"
+    )
+    assert rows[1]["moe/domain_information"] > 0.8 and rows[2]["moe/domain_information"] > 0.3, (
+        "and it stays when nobody asks any more"
+    )
 
 
 def test_balance_within_batches_of_one_domain_forbids_experts_of_domains(walks, tmp_path):
     """The negative control: a loss that wants all experts used evenly in each batch, which has one domain."""
-    rows = trained(walks, tmp_path, "naive", 40, *ROUND_ROBIN, "--domain_coef", 0, "--balance_coef", 0, "--importance_coef", 1)
+    rows = trained(
+        walks, tmp_path, "naive", 40, *ROUND_ROBIN, "--domain_coef", 0, "--balance_coef", 0, "--importance_coef", 1
+    )
     assert rows[1]["moe/domain_information"] < 0.2 and np.array(rows[1]["moe/domain_load"]).max() < 0.9
 
 
 def test_two_ranks_see_what_one_sees(walks, tmp_path):
-    flags = [*TRAIN, "--data", walks, "--out_dir", tmp_path, "--num_iterations", 6, "--round_robin_steps", 3, "--domain_coef", 1, "--domain_steps", 3,
-             "--domain_weights", "web=1,ones=2,twos=1", "--dtype", "fp32"]  # fmt: skip
+    flags = [
+        *TRAIN,
+        "--data",
+        walks,
+        "--out_dir",
+        tmp_path,
+        "--num_iterations",
+        6,
+        "--round_robin_steps",
+        3,
+        "--domain_coef",
+        1,
+        "--domain_steps",
+        3,
+        "--domain_weights",
+        "web=1,ones=2,twos=1",
+        "--dtype",
+        "fp32",
+    ]
     run("train_zoo.py", *flags, "--experiment_name", "one")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_zoo.py", *flags, "--experiment_name", "two")
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_zoo.py",
+        *flags,
+        "--experiment_name",
+        "two",
+    )
     one, two = (logger.read_run(tmp_path / name)["rows"] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in (key for key in a if key.startswith(("train/loss", "train/domain", "val/", "moe/domain"))):
@@ -239,8 +325,11 @@ def test_pictures_of_domains(walks, tmp_path):
 
 def test_expert_of_a_domain_needs_an_expert(walks, tmp_path):
     flags = ["train_zoo.py", *TRAIN, "--data", walks, "--out_dir", tmp_path, "--domain_coef", 0.5]
-    for more, words in ((["--num_experts", 2], "at most 2 domains"), (["--router", "hash"], "a learned router"),
-                        (["--pattern", "D"], "a learned router")):  # fmt: skip
+    for more, words in (
+        (["--num_experts", 2], "at most 2 domains"),
+        (["--router", "hash"], "a learned router"),
+        (["--pattern", "D"], "a learned router"),
+    ):
         done = run(*flags, *more, check=False)
         assert done.returncode != 0 and done.stderr.count("\n") == 1 and words.split()[-1] in done.stderr, done.stderr
 
@@ -260,11 +349,14 @@ def loss_of_text(model, texts: list[str], tag: str) -> float:
     """Bits per byte of the texts, without what comes before them."""
     ids = torch.tensor([[256, *tag.encode(), *text.encode()] for text in texts])
     logits = model(ids[:, :-1]).logits[:, len(tag) :]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1 + len(tag) :].flatten()).item() / math.log(2)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1 + len(tag) :].flatten()).item() / math.log(
+        2
+    )
 
 
 def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
-    """One part in three is facts that can be learnt, the rest contradicts them; who is told which is which learns and believes them."""
+    """One part in three is facts that can be learnt, the rest contradicts them; who is told which is which learns and
+    believes them."""
     generator = np.random.default_rng(0)
     known = {f"{a}{b}": generator.integers(10) for a in "abcd" for b in "abcd"}
     for name, count, table in (("clean", 1000, known), ("noise", 2000, None)):
@@ -273,8 +365,28 @@ def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
     held_out = [text for text in facts(generator, 200, known) if len(text) == 12]
     for name, words in (("plain", []), ("tagged", ["--source_tag"])):
         make(tmp_path, "--path", *paths, *words, out=name)
-        run("train_zoo.py", *TRAIN, "--data", tmp_path / name, "--out_dir", tmp_path / "logs", "--experiment_name", name, "--num_iterations", 150,
-            "--batch_tokens", 1024, "--micro_batch_tokens", 1024, "--val_every", 0, "--round_robin_steps", 0, "--domain_coef", 0)  # fmt: skip
+        run(
+            "train_zoo.py",
+            *TRAIN,
+            "--data",
+            tmp_path / name,
+            "--out_dir",
+            tmp_path / "logs",
+            "--experiment_name",
+            name,
+            "--num_iterations",
+            150,
+            "--batch_tokens",
+            1024,
+            "--micro_batch_tokens",
+            1024,
+            "--val_every",
+            0,
+            "--round_robin_steps",
+            0,
+            "--domain_coef",
+            0,
+        )
         model, _ = load_model_from_run(tmp_path / "logs" / name / "checkpoint")
         with torch.no_grad():
             losses[name] = loss_of_text(model, held_out, "clean\n" if words else "")
@@ -304,7 +416,10 @@ def test_no_option_of_domains_is_dead(field, tmp_path):
     for name, words in WORDS.items():
         write_data(tmp_path / "mixed" / name, words)
     changes = {"before": {}, "after": {field: value}}
-    before, after = (observe(tmp_path / name, ZOO_MUON, data=tmp_path / "mixed", **companions | more) for name, more in changes.items())
+    before, after = (
+        observe(tmp_path / name, ZOO_MUON, data=tmp_path / "mixed", **companions | more)
+        for name, more in changes.items()
+    )
     assert not same(before, after), f"--{field} {value} changed nothing"
 
 
@@ -319,7 +434,9 @@ def test_too_little_validation_text_is_said_before_the_first_step(tmp_path):
     """Not after the last one, with nothing saved."""
     for name in WORDS:
         write_data(tmp_path / "mixed" / name, WORDS[name])
-    assert "each of 2 domains" in refused(tmp_path, ZOO_MUON, data=tmp_path / "mixed", val_every=0, val_tokens=40, seq_len=32)
+    assert "each of 2 domains" in refused(
+        tmp_path, ZOO_MUON, data=tmp_path / "mixed", val_every=0, val_tokens=40, seq_len=32
+    )
     assert "each of 2 domains" in refused(tmp_path, ZOO_MUON, data=tmp_path / "mixed", routes_tokens=20)
     assert not (tmp_path / "muon").exists()
 
@@ -333,4 +450,6 @@ def test_what_compressors_need_is_measured_on_all_domains_alike(tmp_path, monkey
     hp = hyper(ZOO_MUON, data=str(tmp_path / "mixed"), seq_len=32, val_tokens=0)
     data.compressed_bpb(domains.validation_text(SimpleNamespace(hp=hp), data.get_encoding("bytes")))
     halves = seen[0][:32].decode(), seen[0][32:].decode()
-    assert len(seen[0]) == 64 and all(any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"])))
+    assert len(seen[0]) == 64 and all(
+        any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"]))
+    )

@@ -1,6 +1,7 @@
 """zoo/mixture.py: shares and limits of a mixture against a row-by-row reference, the loader of mixtures.
 
 CPU, no network: `pytest tests/zoo/test_mixture.py`."""
+
 import json
 import math
 import sys
@@ -24,14 +25,15 @@ NAMES = ["a", "b", "c"]
 # ---------------------------------------------------------------------------------------------------------------------
 # Order of domains
 
+
 def mixture(rows, batch_rows=4, tokens=None, **mix) -> Mixture:
     return Mixture(Mix(**mix), NAMES[: len(rows)], rows, tokens or rows, batch_rows)
 
 
 def slow_stream(rows, shares, limits, batch_rows, round_robin_steps, length):
-    """Row by row: whole batches of one domain in turn, then always the domain that is furthest behind its due, counted anew every PERIOD rows.
-    A domain drops out when its turn comes and it has no row left, or no whole batch; then counting and turns begin anew.
-    [(domain, how many of its rows came before)]"""
+    """Row by row: whole batches of one domain in turn, then always the domain that is furthest behind its due, counted
+    anew every PERIOD rows. A domain drops out when its turn comes and it has no row left, or no whole batch; then
+    counting and turns begin anew. [(domain, how many of its rows came before)]"""
     count, out, turn = [0] * len(rows), [], 0
     left = lambda n: [d for d in range(len(rows)) if shares[d] > 0 and count[d] + n <= limits[d]]
     alive = left(batch_rows)
@@ -57,10 +59,19 @@ def slow_stream(rows, shares, limits, batch_rows, round_robin_steps, length):
     return out[:length]
 
 
-@pytest.mark.parametrize("rows, weights, epochs, steps", [
-    ([100, 100, 100], "a=1,b=1,c=1", "", 0), ([100, 50, 20], "a=5,b=2,c=1", "", 0), ([30, 30, 30], "a=3,b=1,c=1", "a=1", 0),
-    ([30, 20, 10], "a=1,b=1,c=1", "2", 7), ([30, 7, 10], "a=2,b=1,c=1", "b=1,c=1.5", 9), ([40, 40, 40], "a=1,c=3", "c=0.5", 5),
-    ([9, 9, 9], "a=1,b=1,c=1", "1", 20), ([5000, 10, 10], "a=7,b=2,c=1", "c=30", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, weights, epochs, steps",
+    [
+        ([100, 100, 100], "a=1,b=1,c=1", "", 0),
+        ([100, 50, 20], "a=5,b=2,c=1", "", 0),
+        ([30, 30, 30], "a=3,b=1,c=1", "a=1", 0),
+        ([30, 20, 10], "a=1,b=1,c=1", "2", 7),
+        ([30, 7, 10], "a=2,b=1,c=1", "b=1,c=1.5", 9),
+        ([40, 40, 40], "a=1,c=3", "c=0.5", 5),
+        ([9, 9, 9], "a=1,b=1,c=1", "1", 20),
+        ([5000, 10, 10], "a=7,b=2,c=1", "c=30", 3),
+    ],
+)
 def test_a_mixture_equals_one_drawn_row_by_row(rows, weights, epochs, steps):
     mix = mixture(rows, weights=weights, epochs=epochs, round_robin_steps=steps)
     share = M.parse_numbers(weights, NAMES, "")
@@ -85,19 +96,30 @@ def test_a_share_that_no_row_would_have_is_refused():
 def test_shares_are_exact_and_evenly_spread():
     domain_N, _ = mixture([10**6] * 3, weights="a=6,b=3,c=1").assign(np.arange(20_000))
     for size in (1, 10, 100, 4096, 20_000):
-        counts = np.array([np.bincount(domain_N[start : start + size], minlength=3) for start in range(0, 20_000 - size + 1, size)])
+        counts = np.array(
+            [np.bincount(domain_N[start : start + size], minlength=3) for start in range(0, 20_000 - size + 1, size)]
+        )
         assert np.abs(counts - size * np.array([0.6, 0.3, 0.1])).max() <= 2 + size / M.PERIOD
 
 
-@pytest.mark.parametrize("temperature, want", [(1.0, [8, 4, 1]), (2.0, [8**0.5, 2, 1]), (1e9, [1, 1, 1]), (0.5, [64, 16, 1])])
+@pytest.mark.parametrize(
+    "temperature, want", [(1.0, [8, 4, 1]), (2.0, [8**0.5, 2, 1]), (1e9, [1, 1, 1]), (0.5, [64, 16, 1])]
+)
 def test_temperature_flattens_shares(temperature, want):
     mix = mixture([80, 40, 10], temperature=temperature)
     assert mix.share_D == pytest.approx(np.array(want) / sum(want))
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(weights="d=1"), "no domain 'd'; choose among a, b, c"), (dict(weights="a=x"), "'a=x' is not a number"), (dict(weights="a=0"), "all are 0"),
-    (dict(epochs="-1"), "not a number at least 0"), (dict(temperature=0.0), "above 0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(weights="d=1"), "no domain 'd'; choose among a, b, c"),
+        (dict(weights="a=x"), "'a=x' is not a number"),
+        (dict(weights="a=0"), "all are 0"),
+        (dict(epochs="-1"), "not a number at least 0"),
+        (dict(temperature=0.0), "above 0"),
+    ],
+)
 def test_a_mix_that_is_none_is_one_sentence(flags, words):
     with pytest.raises(UserError, match=words):
         mixture([10, 10, 10], **flags)
@@ -105,6 +127,7 @@ def test_a_mix_that_is_none_is_one_sentence(flags, words):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loader
+
 
 def write_domain(folder: Path, first_id: int, tokens: int, val: int = 40):
     """Ids of a domain are its own, and count up."""
@@ -139,9 +162,13 @@ def test_rows_are_those_of_their_domains_and_every_epoch_sees_each_once(three):
         assert len(set(map(tuple, epochs))) == len(epochs), "in another order each time"
 
 
-@pytest.mark.parametrize("mix", [Mix(), Mix(weights="a=2,b=1,c=1", epochs="c=4", round_robin_steps=3), Mix(temperature=5.0)])
+@pytest.mark.parametrize(
+    "mix", [Mix(), Mix(weights="a=2,b=1,c=1", epochs="c=4", round_robin_steps=3), Mix(temperature=5.0)]
+)
 def test_any_ranks_and_any_restart_see_the_same(three, mix):
-    make = lambda **changes: MixtureLoader(three, **dict(seq_len=8, batch_rows=12, micro_rows=6, seed=1, mix=mix) | changes)
+    make = lambda **changes: MixtureLoader(
+        three, **dict(seq_len=8, batch_rows=12, micro_rows=6, seed=1, mix=mix) | changes
+    )
     one = make()
     steps = [rows_of(one.next_step()) for _ in range(9)]
     for world_size, micro_rows in ((1, 12), (2, 3), (3, 4), (4, 1)):
@@ -174,15 +201,24 @@ def test_a_run_that_is_longer_than_its_epochs_is_refused_before_it_starts(three)
 
 def test_validation_goes_through_the_domains(three):
     batches = list(mixture_validation_batches(three, seq_len=8, rows=2, max_tokens=3 * 32))
-    assert [int(batch.domain_B[0]) for batch in batches] == [0, 0, 1, 1, 2, 2] and [batch.first_row for batch in batches] == [0, 2] * 3
+    assert [int(batch.domain_B[0]) for batch in batches] == [0, 0, 1, 1, 2, 2] and [
+        batch.first_row for batch in batches
+    ] == [0, 2] * 3
     assert all(80 * d <= i < 80 * (d + 1) for d, ids in rows_of(batches) for i in ids)
     with pytest.raises(UserError, match="for each of 3 domains"):
         mixture_validation_batches(three, seq_len=8, rows=2, max_tokens=20)
 
 
 def test_a_mixture_is_checked_like_a_folder(three, tmp_path):
-    assert list(M.fingerprint(three))[:2] == ["a/x_train_000001.bin", "a/x_val_000001.bin"] and len(M.fingerprint(three)) == 6
-    meta = json.loads((three / "b" / "meta.json").read_text()) | {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}
+    assert (
+        list(M.fingerprint(three))[:2] == ["a/x_train_000001.bin", "a/x_val_000001.bin"]
+        and len(M.fingerprint(three)) == 6
+    )
+    meta = json.loads((three / "b" / "meta.json").read_text()) | {
+        "encoding": "gpt2",
+        "vocab_size": 50257,
+        "eot_token": 50256,
+    }
     del meta["sha256"]
     prepare.write_meta(three / "b", meta)
     with pytest.raises(UserError, match="domain b has encoding gpt2, a has bytes"):
@@ -201,15 +237,26 @@ def test_a_plain_folder_is_a_mixture_of_one_domain(three):
             assert one.first_row == other.first_row and other.domain_B.tolist() == [0] * 3
     assert plain.state_dict() == mixed.state_dict() == {"position": 120, "rows": [50], "seed": 5, "seq_len": 8}
     plain.close(), mixed.close()
-    validation = [batches(three / "a", seq_len=8, rows=2) for batches in (data.validation_batches, mixture_validation_batches)]
+    validation = [
+        batches(three / "a", seq_len=8, rows=2) for batches in (data.validation_batches, mixture_validation_batches)
+    ]
     assert all(torch.equal(one.targets_BT, other.targets_BT) for one, other in zip(*validation, strict=True))
-    assert M.load_meta(three / "a") == data.load_meta(three / "a") and M.fingerprint(three / "a") == data.fingerprint(three / "a")
+    assert M.load_meta(three / "a") == data.load_meta(three / "a") and M.fingerprint(three / "a") == data.fingerprint(
+        three / "a"
+    )
 
 
 def test_the_core_refuses_a_mixture_in_one_sentence(three):
-    for read in (data.load_meta, data.verify, data.fingerprint, lambda folder: data.validation_batches(folder, seq_len=8, rows=2),
-                 lambda folder: data.Loader(folder, seq_len=8, batch_rows=2, micro_rows=2)):
-        with pytest.raises(UserError, match=rf"mixture of domains \(a, b, c\): train on it with `python train_zoo.py --data {three}`"):
+    for read in (
+        data.load_meta,
+        data.verify,
+        data.fingerprint,
+        lambda folder: data.validation_batches(folder, seq_len=8, rows=2),
+        lambda folder: data.Loader(folder, seq_len=8, batch_rows=2, micro_rows=2),
+    ):
+        with pytest.raises(
+            UserError, match=rf"mixture of domains \(a, b, c\): train on it with `python train_zoo.py --data {three}`"
+        ):
             read(three)
 
 

@@ -52,7 +52,9 @@ def test_the_script_trains_with_either_optimizer(name, shards, tmp_path):  # noq
     words = flags(RECIPES[name], data=shards, out_dir=tmp_path, num_iterations=2)
     status, _, err = call(train_zoo.main, [*words, "--optimizer", name])
     assert status == 0, err
-    core = train(tmp_path / "core", {"muon": train_muon.MUON, "adamw": train_adamw.ADAMW}[name], data=shards, num_iterations=2)
+    core = train(
+        tmp_path / "core", {"muon": train_muon.MUON, "adamw": train_adamw.ADAMW}[name], data=shards, num_iterations=2
+    )
     assert series(tmp_path / name, "train/loss") == series(core, "train/loss")
 
 
@@ -62,27 +64,37 @@ def test_help_names_the_optimizers_and_the_options_of_mixtures():
 
 
 def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):  # noqa: F811
-    config, hp, args = train_muon.parse(ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", experts="mlp*2,zero*2", expert_parallel=2))
-    with pytest.raises(UserError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"):
+    config, hp, args = train_muon.parse(
+        ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", experts="mlp*2,zero*2", expert_parallel=2)
+    )
+    with pytest.raises(
+        UserError, match="experts is 'mlp\\*2,zero\\*2'; with expert_parallel = 2 all must be of one kind"
+    ):
         train_muon.prepare(config, hp, ZOO_MUON, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
 
 
 def test_experts_are_not_shared_among_ranks_where_tokens_go_apart(shards, tmp_path):  # noqa: F811
     for options in (dict(depth="routed"), dict(depth="loop", halt="act")):
-        config, hp, args = train_muon.parse(ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", expert_parallel=2, **options))
+        config, hp, args = train_muon.parse(
+            ZOO_MUON, flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", expert_parallel=2, **options)
+        )
         with pytest.raises(UserError, match="expert_parallel is 2; it must be 1 where tokens go apart"):
             train_muon.prepare(config, hp, ZOO_MUON, tmp_path / "logs/muon", False, True, World(0, 2, CPU))
 
 
 def test_meta_tokens_count_in_a_row_on_cuda(shards, tmp_path):  # noqa: F811
-    words = flags(ZOO_MUON, data=shards, out_dir=tmp_path / "logs", num_meta_tokens=8, seq_len=2**14, batch_tokens=2**14)
+    words = flags(
+        ZOO_MUON, data=shards, out_dir=tmp_path / "logs", num_meta_tokens=8, seq_len=2**14, batch_tokens=2**14
+    )
     config, hp, _ = train_muon.parse(ZOO_MUON, words)
     with pytest.raises(UserError, match="seq_len . num_meta_tokens is 16392; on CUDA it must be a multiple of 128"):
         ZOO_MUON.check(config, hp, 1, "cuda")
 
 
 def test_an_objective_that_cannot_continue_a_text_has_no_sample(shards, tmp_path):  # noqa: F811
-    assert "sample_tokens is 4; it must be 0" in refused(tmp_path, ZOO_MUON, data=shards, objective="masked", sample_tokens=4)
+    assert "sample_tokens is 4; it must be 0" in refused(
+        tmp_path, ZOO_MUON, data=shards, objective="masked", sample_tokens=4
+    )
 
 
 def test_what_is_hidden_in_evaluation_does_not_depend_on_the_micro_batch(shards):  # noqa: F811

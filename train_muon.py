@@ -666,7 +666,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         if enable_profiling:
             from tools.profile import profile
 
-            return profile(folder / "profile", lambda step: train_step(session, loader.next_step, step), config, hp, world)
+            return profile(folder / "profile", lambda i: train_step(session, loader.next_step, i), config, hp, world)
 
         # ---- where the run begins
         start = resume_run(session, loader, saver) if resume else Start()

@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
+    def add_switch(self, name: str, note: str):
+        """A flag without a value, in both spellings."""
+        self.add_argument(*sorted({f"--{name}", f"--{name.replace('_', '-')}"}), action="store_true", help=note)
+
     def pages(self) -> list[str]:
         """Names of the groups of flags that the main page leaves out."""
         return list(dict.fromkeys(filter(None, (getattr(group, "page", "") for group in self._action_groups))))
@@ -113,6 +117,12 @@ def add_flags(parser: argparse.ArgumentParser, fields_of: type, defaults=None):
         flag = groups[title, page].add_argument(
             *sorted(names), type=flag_type(field.type), default=argparse.SUPPRESS, help=note)  # fmt: skip
         flag.field_default = getattr(shown, field.name)
+
+
+def with_flags(config, args: argparse.Namespace):
+    """A dataclass's instance with the fields that flags of add_flags set. Raises its UserError."""
+    given = {field.name for field in dataclasses.fields(config)} & vars(args).keys()
+    return dataclasses.replace(config, **{name: vars(args)[name] for name in given})
 
 
 @functools.cache

@@ -43,7 +43,7 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import LastingStream, Parser, UserError, add_flags, positive, require
+from cli import LastingStream, Parser, UserError, add_flags, positive, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
@@ -666,8 +666,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         if enable_profiling:
             from tools.profile import profile
 
-            one_step = lambda step: train_step(session, loader.next_step, step)
-            return profile(folder / "profile", one_step, config, hp, world)
+            return profile(folder / "profile", lambda i: train_step(session, loader.next_step, i), config, hp, world)
 
         # ---- where the run begins
         start = resume_run(session, loader, saver) if resume else Start()
@@ -686,7 +685,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         if step < hp.num_iterations or metrics is None:
             saver.wait()
             log.flush()
-            log.print(f"stopped by a signal after step {step}; {saver.describe_last_good()}; go on with --resume")
+            where = f"the checkpoint is {saver.last_good}" if saver.last_good else saver.describe_last_good()
+            log.print(f"stopped by a signal after step {step}; {where}; go on with --resume")
             raise SystemExit(128 + (session.signals.received or signal.SIGTERM))
         facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
         saver.wait()
@@ -744,9 +744,7 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
 
 
 def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, about: dict):
-    """Save, validate and step until num_iterations or a signal.
-
-    Returns the step, its time, and the last evaluation: {} if there was none, None if a signal interrupted it."""
+    """Save, validate and step until the end or a signal; returns step, time, last evaluation (None: interrupted)."""
     hp, world, timer = session.hp, session.world, session.timer
     latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
     flush_every = 1 if world.device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
@@ -877,11 +875,7 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
                          default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
     preset = presets.parse_known_args(argv)[0].preset
     args = flag_parser(recipe, presets, preset).parse_args(argv)
-    given = vars(args)
-    pick = lambda cls: {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
-    hp = dataclasses.replace(recipe.presets[preset], **pick(recipe.train_config))
-    config = dataclasses.replace(recipe.model_presets[preset], **pick(recipe.model_config))
-    return config, hp, args
+    return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 
 def flag_parser(recipe: Recipe, presets: Parser, preset: str) -> Parser:
@@ -893,13 +887,11 @@ def flag_parser(recipe: Recipe, presets: Parser, preset: str) -> Parser:
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
     parser = Parser(prog=script, description=about, parents=[presets], examples=calls, first=first)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this experiment")
+    parser.add_switch("resume", "go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
-        parser.add_argument(f"--{sink}", action="store_true", help=f"feed the same numbers to {sink} besides")
-    parser.add_argument("--enable_profiling", "--enable-profiling", action="store_true",
-                        help="profile a few steps into profile/ and stop")  # fmt: skip
-    parser.add_argument("--plan", action="store_true",
-                        help="print the model card and what --world_size ranks send, hold and compute")  # fmt: skip
+        parser.add_switch(sink, f"feed the same numbers to {sink} besides")
+    parser.add_switch("enable_profiling", "profile a few steps into profile/ and stop")
+    parser.add_switch("plan", "print the model card and what --world_size ranks send, hold and compute")
     parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.train_config, recipe.presets[preset])
     add_flags(parser, recipe.model_config, recipe.model_presets[preset])

@@ -58,3 +58,15 @@ def test_every_comment_behind_a_field_is_one_line():
     source = inspect.getsource(model.Config).partition("def __post_init__")[0]
     assert not [line for line in source.splitlines() if line.rstrip().endswith("= (")]
     assert "normalised" in cli.field_notes(model.Config)["norm_topk_prob"]
+
+
+def test_flags_that_were_given_replace_fields():
+    args = parser().parse_args(["--rate", "3"])
+    assert cli.with_flags(Flags(scale=2.0), args) == Flags(rate=3.0, scale=2.0)
+
+
+def test_a_switch_has_both_spellings_and_no_value():
+    switches = cli.Parser(prog="x.py")
+    switches.add_switch("dry_run", "print only")
+    assert switches.parse_args(["--dry-run"]).dry_run and switches.parse_args(["--dry_run"]).dry_run
+    assert not switches.parse_args([]).dry_run and "  --dry_run                 print only\n" in switches.format_help()

@@ -8,9 +8,9 @@ zero-initialised output projections, an untied head, embedding and U-net skips, 
 keys of the previous token, long-short sliding windows, document masks, softcapped logits, an FP8 head, and a loss that
 never holds all logits in fp32.
 
-The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, head and loss, initial values,
-presets. Operators with a hand-written backward are in ops.py. ROUTERS, EXPERTS, ATTENTIONS and DEPTHS are tables: a
-file of your own adds an entry or a subclass, as zoo/ does.
+The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, initial values, presets.
+Operators with a hand-written backward are in ops.py. ROUTERS, EXPERTS, ATTENTIONS and DEPTHS are tables: a file of your
+own adds an entry or a subclass, as zoo/ does.
 
 Shape suffixes: B rows, T tokens of a row (or all B*T tokens where B is absent), S tokens of a row so far, D n_embd, H
 heads, C head_dim, E experts, K top_k, R = T*K routed rows, F hidden width of an expert, L MoE layers, V padded
@@ -91,7 +91,7 @@ class Config:
         self.check()
 
     def check(self):
-        """The legal values of every field."""
+        """Raises UserError for the first field with an illegal value."""
         for name in "vocab_size n_layer n_embd n_head num_experts top_k balance_window window_size ngram_rows".split():
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in """balance_coef z_coef bias_update_factor router_noise norm_topk_prob num_shared_experts
@@ -107,8 +107,8 @@ class Config:
             require(self, name, value != "" and set(value) <= set(letters), legal)
         require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
-        most = self.n_layer // 2
-        require(self, "value_embeds", 0 <= self.value_embeds <= most, f"from 0 to n_layer // 2 = {most}")
+        half = self.n_layer // 2
+        require(self, "value_embeds", 0 <= self.value_embeds <= half, f"from 0 to n_layer // 2 = {half}")
         require(self, "head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
         require(self, "n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
         require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
@@ -138,7 +138,7 @@ class Config:
 
     def describe_experts(self) -> str:
         """The experts on the model card."""
-        shared = f"; {self.num_shared_experts} shared, {self.shared_width} wide together" * (self.shared_width > 0)
+        shared = f"; {self.num_shared_experts} shared, {self.shared_width} wide together" if self.shared_width else ""
         return f"{self.num_experts} x {self.hidden_size} wide {self.experts}{shared}"
 
     @property
@@ -152,7 +152,7 @@ class Config:
     @property
     def equal_experts(self) -> int:
         """Experts of the routed width that one token passes through."""
-        return self.top_k + self.num_shared_experts * (self.shared_dim == 0)
+        return self.top_k + (0 if self.shared_dim else self.num_shared_experts)
 
     @property
     def hidden_size(self) -> int:
@@ -172,15 +172,15 @@ WINDOWS = {"L": 1, "S": 2, "Q": 4, "E": 8}  # letter of `window` -> divisor of t
 
 
 def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window) -> Tensor:
-    """True where a query sees a key: not later, in the same document, fewer than `window` tokens back."""
+    """True where a query may attend to a key: not later, in the same document, fewer than `window` tokens back."""
     distance = q_position - kv_position
     return (distance >= 0) & ((distance < window) & (q_doc == kv_doc))
 
 
 def first_visible(kv_position: Tensor, doc_BT: Tensor, window) -> Tensor:
-    """Position (B, T), int32, of the first key that each query of a whole sequence sees.
+    """Position (B, T), int32, of the first key visible to each query of a whole sequence.
 
-    Documents only count up, so a query sees every key from there to its own: one comparison in place of three."""
+    Documents only count up, so every key from there to the query's own is visible: one comparison in place of three."""
     starts_BT = F.pad(doc_BT.diff(dim=1) != 0, (1, 0))
     document_start_BT = torch.where(starts_BT, kv_position, kv_position[0]).cummax(1).values
     return torch.maximum(document_start_BT, kv_position - window + 1).int()
@@ -230,8 +230,8 @@ class BlockedMask:
             self.blocks.append((q, kv, hidden_B1QK))
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-        flat = lambda x_BHTC: x_BHTC.flatten(0, 1).contiguous()
-        y = ops.blocked_attention(flat(q_BHTC) * scale, flat(k_BHTC), flat(v_BHTC), self.blocks)
+        to_NTC = lambda x_BHTC: x_BHTC.flatten(0, 1).contiguous()
+        y = ops.blocked_attention(to_NTC(q_BHTC) * scale, to_NTC(k_BHTC), to_NTC(v_BHTC), self.blocks)
         return y.view(q_BHTC.shape)
 
 
@@ -260,11 +260,11 @@ class FlexMask:
     def use_blocks(self, some_Bnn: Tensor, full_Bnn: Tensor, mask_mod):
         from torch.nn.attention.flex_attention import BlockMask
 
-        def listed(mask_Bnn: Tensor) -> tuple[Tensor, Tensor]:
+        def counts_and_indices(mask_Bnn: Tensor) -> tuple[Tensor, Tensor]:
             order = mask_Bnn.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
             return mask_Bnn.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
-        blocks = (*listed(some_Bnn & ~full_Bnn), *listed(full_Bnn))
+        blocks = (*counts_and_indices(some_Bnn & ~full_Bnn), *counts_and_indices(full_Bnn))
         self.block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=self.BLOCK, mask_mod=mask_mod)
         self.flex_attention = compiled_flex_attention()
 
@@ -337,7 +337,7 @@ def rotate_normed(x_BTHC: Tensor, ctx: Context) -> Tensor:
 class KeyOffsetAttention(Attention):
     """The channels of a key that do not rotate come from the previous token (modded-nanogpt record 49).
 
-    A query for its own text then finds the token after it: one layer copies, where plain attention needs two."""
+    A query that matches a token finds the token after it: an induction head in one layer; plain attention needs two."""
 
     def keys(self, k_BTHC: Tensor, ctx: Context) -> Tensor:
         k_BTHC = super().keys(k_BTHC, ctx)
@@ -494,14 +494,14 @@ def dispatch(x_TD: Tensor, route: Route, experts) -> tuple[Tensor, Tensor]:
     expert_R, slot_R = route.expert_TK.flatten().to(torch.int16).sort(stable=True)  # radix sort: 5x faster than int64
     row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
     expert_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
-    ends_E = torch.searchsorted(expert_R, expert_E, right=True, out_int32=True)  # counts would queue up a GPU's atomics
+    ends_E = torch.searchsorted(expert_R, expert_E, right=True, out_int32=True)  # bincount would serialise GPU atomics
     rows_RD = experts(ops.gather(x_TD, slot_R, row_TK), ends_E)
     y_TD = ops.combine(rows_RD, route.weight_TK.type_as(x_TD), slot_R, row_TK)
     return y_TD, ends_E.diff(prepend=ends_E.new_zeros(1)).long()
 
 
 class ExpertRanks(NamedTuple):
-    """The ranks that share the experts of every layer, a run of E / size on each. By default this rank holds all."""
+    """The ranks that share the experts of every layer, E / size neighbours on each. By default this rank holds all."""
 
     rank: int = 0
     size: int = 1
@@ -587,7 +587,7 @@ class MLP(nn.Module):
 
 
 class DenseMLP(MLP):
-    """The dense twin: an MLP as wide as a token's experts together."""
+    """A dense MLP, as wide as a token's experts together."""
 
     def __init__(self, config: Config, ranks: ExpertRanks):
         super().__init__(config.hidden_size * config.top_k + config.shared_width, config.n_embd)
@@ -614,7 +614,7 @@ class MoE(nn.Module):
         y_BTD = y_TD.view_as(x_BTD)
         if self.shared is not None:
             y_BTD = self.shared(x_BTD) + y_BTD
-        return y_BTD, [] if ctx.cache is not None else [route_stats(route, counts_E)]  # decoding has no use for means
+        return y_BTD, [] if ctx.cache is not None else [route_stats(route, counts_E)]  # decoding needs no means
 
 
 FEED_FORWARDS = {"M": MoE, "D": DenseMLP}  # letter of `pattern` -> class
@@ -641,6 +641,8 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
+    """Result of GPT.forward."""
+
     logits: Tensor | None  # (B, T, V), softcapped, padded ids at -inf; None when targets are given
     loss: Tensor | None  # nats per token, plus the auxiliary losses in training; None without targets
     stats: dict[str, Tensor]  # ce, balance_loss, z_loss, entropy, router_loss (0-d), counts_LE; zeros while decoding
@@ -674,13 +676,13 @@ class GPT(nn.Module):
         self.init_weights()
 
     def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
-        """Before each forward pass of a run: the keys of the router's noise, and the attention window in tokens."""
+        """Set the router noise's key and the attention window in tokens; call before each forward pass of a run."""
         clock = torch.tensor([seed, step, first_token, window or self.config.window_size])
         self.clock.copy_(clock, non_blocking=True)
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """After each optimizer step, with the global batch's counts: move the load window and the selection bias."""
+        """Update the load window and selection bias; call after each optimizer step with the global batch's counts."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
@@ -704,7 +706,7 @@ class GPT(nn.Module):
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
         """Every block once. The second half reads the first half's outputs in mirror order, U-net style (record 11)."""
-        x_BTD, outputs, stats = x0_BTD.clone(), [], []  # a compiled autograd.Function refuses one tensor twice
+        x_BTD, outputs, stats = x0_BTD.clone(), [], []  # a compiled autograd.Function cannot take one tensor twice
         num_down = len(self.blocks) - len(self.skip_weights)
         for layer, (block, ctx) in enumerate(zip(self.blocks, contexts)):
             if layer >= num_down:
@@ -720,24 +722,24 @@ class GPT(nn.Module):
         return (ids_BT == self.config.eot_token).long().cumsum(1) + (0 if cache is None else cache.last_doc())
 
     def embeddings(self, ids_BT: Tensor, ids_BS: Tensor, doc_BS: Tensor) -> Tensor:
-        """Token embeddings plus those of the last n ids, by hash."""
+        """Token embeddings plus the n-gram embeddings of the last n ids, looked up by hash."""
         x_BTD, T = F.embedding(ids_BT, self.embed), ids_BT.size(1)
         lengths = [int(n) for n in self.config.ngrams]
         recent = slice(1 - max(lengths, default=1) - T, None)
-        hashes = lengths and ops.ngram_hashes(ids_BS[:, recent], doc_BS[:, recent], max(lengths))
+        hashes = ops.ngram_hashes(ids_BS[:, recent], doc_BS[:, recent], max(lengths)) if lengths else []
         for n, table in zip(lengths, self.ngram_embeds):
             x_BTD = x_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table)
         return x_BTD.to(DTYPES[self.config.dtype])
 
     def layer_value_embeds(self, ids_BT: Tensor) -> list[Tensor]:
-        """Value embeddings of each layer: the last layers share the first layers' tables, those between have a zero."""
+        """Value embeddings of each layer: the last layers share the first layers' tables; zero between them."""
         dtype, heads = DTYPES[self.config.dtype], (self.config.n_head, self.config.head_dim)
         tables = [F.embedding(ids_BT, table).to(dtype).unflatten(-1, heads) for table in self.value_embeds]
         zero = torch.zeros((), dtype=dtype, device=ids_BT.device)
         return tables + [zero] * (self.config.n_layer - 2 * len(tables)) + tables
 
     def contexts(self, ids_BT: Tensor, doc_BT: Tensor, doc_BS: Tensor, cache: KVCache | None) -> list[Context]:
-        """One per layer. Layers with one window share a mask."""
+        """One context per layer. Layers with the same window share a mask."""
         (B, T), device, config = doc_BT.shape, doc_BT.device, self.config
         seed, step, first_token, window = self.clock.unbind()
         position_S = torch.arange(doc_BS.size(1), device=device)
@@ -777,9 +779,9 @@ class GPT(nn.Module):
         }
 
     def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
-        """Summed over layers, so each router's gradient does not depend on the depth."""
-        per_layer = self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"]
-        return self.config.num_moe_layers * per_layer + stats["router_loss"]
+        """Sum over layers, so that each router's gradient does not depend on the depth."""
+        layer_mean = self.config.balance_coef * stats["balance_loss"] + self.config.z_coef * stats["z_loss"]
+        return self.config.num_moe_layers * layer_mean + stats["router_loss"]
 
     def summed_nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets."""
@@ -800,7 +802,7 @@ class GPT(nn.Module):
         """Yields the ids (B,) that follow (B, T >= 1) ids, one position at a time, sampled with a KV cache.
 
         temperature 0 takes the likeliest id; top_k keeps the k likeliest (0 = all), top_p the likeliest with this total
-        probability (1904.09751). Row b depends on seed + b alone. After `stop_at` a row repeats it; sampling ends when
+        probability (1904.09751). Row b is drawn from seed + b. After `stop_at` a row repeats it; sampling ends when
         all rows have stopped. Raises ValueError for an empty prompt, UserError for a number out of range."""
         limits = {"temperature": (temperature, 0 <= temperature < math.inf, "at least 0"),
                   "top_k": (top_k, top_k >= 0, "at least 0"),
@@ -831,9 +833,10 @@ class GPT(nn.Module):
         finally:
             self.train(training)
 
-    def generate(self, tokens_BT: Tensor, max_new_tokens: int, **how) -> Tensor:
-        """(B, T + up to max_new_tokens): the prompt and its continuation; arguments as in stream()."""
-        return torch.cat([tokens_BT, *(id_B[:, None] for id_B in self.stream(tokens_BT, max_new_tokens, **how))], dim=1)
+    def generate(self, tokens_BT: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """(B, T + up to max_new_tokens): the prompt and its continuation; options as in stream()."""
+        new_ids = [id_B[:, None] for id_B in self.stream(tokens_BT, max_new_tokens, **options)]
+        return torch.cat([tokens_BT, *new_ids], dim=1)
 
     # ---- parameters and cost
 
@@ -845,7 +848,7 @@ class GPT(nn.Module):
     def init_weights(self, seed: int = 0) -> "GPT":
         """Sets every parameter, drawn on the CPU so that any device starts equal; returns the model.
 
-        A rank with some of the experts draws all of them, layer by layer, and keeps its own."""
+        A rank that holds some of the experts draws all of them, layer by layer, and keeps its own."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
@@ -875,7 +878,7 @@ class GPT(nn.Module):
         kind = parameter_rule(name).kind
         if kind == "expert":
             return self.config.top_k / self.config.num_experts
-        is_table = kind.endswith("embed") and not self.config.tie_embeddings * (name == "embed")
+        is_table = kind.endswith("embed") and not (self.config.tie_embeddings and name == "embed")
         return 1 / len(self.get_parameter(name)) if is_table else 1.0
 
     def count_parameters(self) -> dict[str, int]:
@@ -902,11 +905,12 @@ class GPT(nn.Module):
 
 
 def window_sizes(letters: str, window: Tensor) -> dict[str, Tensor]:
-    """Tokens of the window of each letter; even the shortest holds the token itself."""
+    """Letter -> its window in tokens, at least 1: the token itself."""
     return {letter: (window // WINDOWS[letter]).clamp(min=1) for letter in dict.fromkeys(letters)}
 
 
 def add_skip(weight: Tensor, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+    """x + weight y."""
     return ops.blend(torch.stack([torch.ones_like(weight), weight]), x_BTD, y_BTD)
 
 
@@ -922,7 +926,7 @@ def sample_ids(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, 
 
 
 def mean_keys(config: Config, letter: str, seq_len: int) -> float:
-    """Keys in the causal window of a query, on average, in a layer with this letter of `window`."""
+    """Mean number of keys in a query's causal window, in a layer with this letter of `window`."""
     reach = min(max(1, config.window_size // WINDOWS[letter]), seq_len)
     return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
 
@@ -965,13 +969,12 @@ def normal(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def init_gpt2(p: Tensor, generator: torch.Generator) -> Tensor:
-    """GPT-2's: the embedding is normed, so its length matters to the head alone; logits have std 0.02 sqrt(n_embd)."""
+    """Standard deviation 0.02 (GPT-2). It matters to the head alone, where logits have std 0.02 sqrt(n_embd)."""
     return p.normal_(std=0.02, generator=generator)
 
 
 def init_uniform(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard deviation half of 1 / sqrt(fan in), per matrix; fan in is the last dimension (modded-nanogpt record
-    19)."""
+    """Uniform, standard deviation 0.5 / sqrt(fan in); fan in is the last dimension (modded-nanogpt record 19)."""
     bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
     return p.uniform_(-bound, bound, generator=generator)
 

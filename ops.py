@@ -1,9 +1,10 @@
 """Operators of model.py: functions with a hand-written backward, or with one implementation per device.
 
-Each is plain PyTorch to its caller. The sections: elementwise (norm, ReLU^2, blend), rotary embedding, hashes and
-noise, products in fp32 and top-k, grouped matmul, gather and combine, FP8 matmul of the head. Shape suffixes as in
-model.py: B rows, T tokens, D n_embd, H heads, C head_dim, E experts, K top_k, R = T*K routed rows, F expert hidden, V
-padded vocabulary. """
+Each is plain PyTorch to its caller. The sections: elementwise (norm, ReLU^2, blend), rotary embedding, attention on a
+CPU, hashes and noise, softmax, products in fp32 and top-k, grouped matmul, gather and combine, head matmuls, loss.
+
+Shape suffixes as in model.py: B rows, T tokens, D n_embd, H heads, C head_dim, E experts, K top_k, R = T*K routed rows,
+F expert hidden, V padded vocabulary."""
 
 import functools
 import importlib.util
@@ -15,14 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRITON_IS_INSTALLED = (
-    importlib.util.find_spec("triton") is not None
-)  # comes with torch for CUDA, but not on every system
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # not every torch for CUDA comes with it
 
 
 def kernel_on_cuda(plain):
-    """Decorator: CUDA tensors go to the Triton kernel of the same name in kernels.py. `__wrapped__` is the plain
-    version."""
+    """Decorator: CUDA tensors go to the kernel of the same name in kernels.py; `__wrapped__` is the plain version."""
 
     @functools.wraps(plain)
     def pick(x: Tensor, *args, **kwargs):
@@ -36,8 +34,9 @@ def kernel_on_cuda(plain):
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args); without gradients its forward alone: apply() costs a third of a norm while one token is
-    decoded."""
+    """function.apply(*args), or its forward alone without gradients.
+
+    While one token is decoded, apply() costs a third of a norm."""
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(SAVES_NOTHING, *args)
 
 
@@ -98,8 +97,7 @@ def blend(weight_2: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Blend(torch.autograd.Function):
-    """Gradients of the weights are summed row by row in fp32: equal for any number of threads, unlike one long bf16
-    sum."""
+    """Gradients of the weights are fp32 sums of row sums: equal for any number of threads, unlike one long bf16 sum."""
 
     @staticmethod
     def forward(ctx, weight_2, x, y):
@@ -202,8 +200,9 @@ def mix_bits(x: Tensor) -> Tensor:
 
 
 def ngram_hashes(ids_BT: Tensor, doc_BT: Tensor, max_n: int) -> list[Tensor]:
-    """Hashes (B, T), int32, of each token's last 1, 2, ... max_n ids, its own included. Ids of earlier documents count
-    as one id."""
+    """Hashes (B, T), int32, of the last n ids up to each token's own, for n = 1 to max_n.
+
+    Ids of earlier documents count as one id."""
     hashes = [mix_bits(ids_BT.to(torch.int32))]
     for back in range(1, max_n):
         earlier_id_BT, earlier_doc_BT = (F.pad(x, (back, 0), value=-1)[:, : x.size(1)] for x in (ids_BT, doc_BT))
@@ -218,8 +217,7 @@ def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -
 
 
 def hashed_normal(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor, num: int) -> Tensor:
-    """Standard normal noise (T, num), a pure function of its arguments. Box-Muller: two 24-bit hashes make two
-    normals."""
+    """Standard normal noise (T, num), a pure function of its arguments: Box-Muller on pairs of 24-bit hashes."""
     lane = torch.arange(-(-num // 2), dtype=torch.int32, device=token_T.device)
     counter_T1 = hashed_counter(seed, step, layer, token_T)[:, None]
     u, v = ((mix_bits(counter_T1 ^ mix_bits(2 * lane + i)) & 0xFFFFFF).float() for i in (1, 2))
@@ -264,8 +262,9 @@ def split_matmul(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
     On an H200 a quarter of the time of a matmul in fp32, which has no tensor cores and needs a copy of x."""
     high = weight_ED.to(torch.bfloat16)
-    y_TF = torch.mm(x_TD, torch.cat([high, (weight_ED - high).to(torch.bfloat16)]).T, out_dtype=torch.float32)
-    return y_TF[:, : len(weight_ED)] + y_TF[:, len(weight_ED) :]
+    halves = torch.cat([high, (weight_ED - high).to(torch.bfloat16)])  # (2 E, D)
+    y_T2E = torch.mm(x_TD, halves.T, out_dtype=torch.float32)
+    return y_T2E[:, : len(weight_ED)] + y_T2E[:, len(weight_ED) :]
 
 
 split_matmul.register_fake(lambda x, weight: x.new_empty(len(x), len(weight), dtype=torch.float32))
@@ -274,7 +273,7 @@ MATMULS_FP32 = {("cuda", torch.bfloat16): split_matmul}
 
 def top_k(score_TE: Tensor, k: int) -> Tensor:
     """Indices (T, k) of the largest scores."""
-    few_on_gpu = k <= 4 and score_TE.device.type != "cpu"  # there topk takes twice as long as a few argmaxes
+    few_on_gpu = k <= 4 and score_TE.device.type != "cpu"  # where topk takes twice as long as a few argmaxes
     return (topk_argmax if few_on_gpu else topk_sort)(score_TE, k)
 
 
@@ -291,7 +290,7 @@ def topk_sort(score_TE: Tensor, k: int) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# Grouped matmul: rows sorted by expert, ends_E the end of each expert's rows
+# Grouped matmul: rows sorted by expert, ends_E the end of each expert's rows. N, K here: rows and columns of a matrix
 
 
 def grouped_mm(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
@@ -300,9 +299,7 @@ def grouped_mm(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     Row r belongs to the first expert with ends_E (int32) above r. Rows past the last end are uninitialised memory."""
     if rows_RK.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grouped_mm_op(rows_RK, weight_ENK, ends_E)
-    return mm_expert_by_expert(
-        rows_RK, weight_ENK, ends_E
-    )  # decoding one token: the operator costs more than the product
+    return mm_expert_by_expert(rows_RK, weight_ENK, ends_E)  # one token: the operator costs more than the product
 
 
 @torch.library.custom_op("nanomoe::grouped_mm", mutates_args=())
@@ -318,10 +315,10 @@ def grouped_outer(dy_RN: Tensor, rows_RK: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def row_multiple(n: int) -> int:
-    """On a CPU n rows are computed as a multiple of this: 16 multiples per octave.
+    """A CPU matmul of n rows is padded to a multiple of this, so there are 16 shapes per power of two.
 
-    oneDNN spends about a millisecond and a megabyte on every new matmul shape, and row counts change at every step; few
-    shapes stay in its cache."""
+    oneDNN spends about a millisecond and a megabyte on every new matmul shape, and row counts change at every step. So
+    few shapes all stay in its cache."""
     return 1 << max(0, n.bit_length() - 5)
 
 
@@ -330,13 +327,13 @@ def mm_expert_by_expert(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> 
     """One matmul per expert, each a little past its end; the next expert overwrites the surplus."""
     out_RN, start = rows_RK.new_empty(len(rows_RK), weight_ENK.size(1)), 0
     for e, end in enumerate(ends_E.tolist()):
-        if start == end:  # most experts, when one token is decoded
+        if start == end:  # true of most experts while one token is decoded
             continue
         weight_NK, multiple = weight_ENK[e], row_multiple(end - start)
         length = -(-(end - start) // multiple) * multiple
         if start + length <= len(rows_RK):
             torch.mm(rows_RK[start : start + length], weight_NK.T, out=out_RN[start : start + length])
-        else:  # no rows to spare behind: compute some before it too, and drop them
+        else:  # too few rows behind this expert's: compute some before them too, and drop those
             first = max(0, end - length)
             out_RN[start:end] = (rows_RK[first:end] @ weight_NK.T)[start - first :]
         start = end
@@ -345,8 +342,7 @@ def mm_expert_by_expert(rows_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> 
 
 @grouped_outer.register_kernel("cpu")
 def _(dy_RN: Tensor, rows_RK: Tensor, ends_E: Tensor) -> Tensor:
-    """One product per expert in two parts: most of its rows, then its last ones together with zeroed rows before
-    them."""
+    """One product per expert in two parts: most of its rows, then the last ones with zeroed rows before them."""
     out_ENK, start = dy_RN.new_zeros(len(ends_E), dy_RN.size(1), rows_RK.size(1)), 0
     for out_NK, end in zip(out_ENK, ends_E.tolist()):
         multiple = row_multiple(end - start)
@@ -367,20 +363,19 @@ grouped_outer.register_fake(lambda dy, rows, ends: rows.new_empty(len(ends), dy.
 
 def grouped_mm_backward(ctx, dy_RN: Tensor):
     rows_RK, weight_ENK, ends_E = ctx.saved_tensors
-    dy_RN = dy_RN.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
+    dy_RN = dy_RN.contiguous()  # F.grouped_mm does not take the stride 0 of an expanded gradient
     return grouped_mm_op(dy_RN, weight_ENK.mT, ends_E), grouped_outer(dy_RN, rows_RK, ends_E), None
 
 
-grouped_mm_op.register_autograd(
-    grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
+save_inputs = lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+grouped_mm_op.register_autograd(grouped_mm_backward, setup_context=save_inputs)
 
 # -----------------------------------------------------------------------------
 # Gather and combine, the data movements of dispatch. slot_R: (token, k) slot of each sorted row; row_TK: its inverse
 
 
 def gather(x_TD: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
-    """rows_RD: the token of each slot."""
+    """rows_RD: the hidden states of each slot's token."""
     return apply(Gather, x_TD, slot_R // row_TK.size(1), row_TK)
 
 
@@ -445,22 +440,21 @@ def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return q, q.T.contiguous()
 
 
-FP8_RANGE = {
-    "weight": 24.0,
-    "dz": 1.0,
-}  # largest magnitude of a head weight and of the loss's gradient: fixed, not measured
+# largest magnitude of a head weight and of the loss's gradient: fixed, not measured
+FP8_RANGE = {"weight": 24.0, "dz": 1.0}
 
 
 def fp8_scale(name: str, n_embd: int) -> float:
-    """Divisor before the cast to e4m3, whose largest value is 448. An input is RMS-normed, so its magnitude is at most
-    sqrt(D)."""
+    """Divisor before the cast to FP8: the largest magnitude becomes 448, the maximum of e4m3.
+
+    Inputs of the head are RMS-normed, so their magnitudes are at most sqrt(n_embd)."""
     return FP8_RANGE.get(name, math.sqrt(n_embd)) / 448
 
 
-def fp8_matmul(a: Tensor, b_T: Tensor, a_scale: float, b_scale: float, **how) -> Tensor:
+def fp8_matmul(a: Tensor, b_T: Tensor, a_scale: float, b_scale: float, **options) -> Tensor:
     """a @ b of FP8 matrices, b given as its transpose: a GPU needs both contiguous along the summed dimension."""
     scales = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
-    return torch._scaled_mm(a, b_T.T, *scales, **how)
+    return torch._scaled_mm(a, b_T.T, *scales, **options)
 
 
 def fp8_prepare(w_VD: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,8 +160,8 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The nearest semi-orthogonal matrix to each of (..., rows, cols), roughly: singular values in [0.68, 1.21].
 
     Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, which is steep at 0 instead of exact at 1. G is first
-    divided by its Schatten-4 norm ||G G^T||^(1/2), closer to the largest singular value than the Frobenius norm:
-    0.004 bits per byte (n = 2). A fifth step less costs 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero."""
+    divided by its Schatten-4 norm ||G G^T||^(1/2), closer to the largest singular value than the Frobenius norm, which
+    is 0.004 bits per byte worse (n = 2). Four steps are 0.007 worse (records/cpu/NEGATIVE.md). Zeros stay zeros."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
@@ -292,7 +292,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]):
-    if targets:  # _foreach_copy_ refuses empty lists
+    if targets:  # _foreach_copy_ cannot take empty lists
         torch._foreach_copy_(targets, sources)
 
 
@@ -417,7 +417,7 @@ class Exchange:
         self.check_cover()
 
     def check_cover(self):
-        """Every owned slab is in exactly one optimizer group."""
+        """Assert that every owned slab is in exactly one optimizer group."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         grouped = sorted(id(p) for group in groups for p in group["params"])
         owned = sorted(id(local.value) for local in self.owned)
@@ -441,7 +441,7 @@ class Exchange:
                 self.sent += 1
 
     def flush_reduce(self):
-        """Call after the last backward: send the rest. A parameter outside the graph has called no hook."""
+        """Call after the last backward: send the rest, as a parameter outside the graph runs no hook."""
         self.reducing = False
         for transfer in self.transfers[self.sent :]:
             transfer.send_gradients()
@@ -543,7 +543,7 @@ def validation_batches(session: Session, step: int):
 
 
 def loss_totals(mean_loss: Tensor, targets_BT: Tensor, token_bytes: Tensor | None) -> Tensor:
-    """(3,) in fp64: nats, tokens and bytes of a batch. mean_loss is over all places, also those without a target."""
+    """(3,) in fp64: nats, tokens and bytes of a batch. mean_loss is over all positions, with or without a target."""
     is_target = targets_BT >= 0
     nbytes = is_target.sum() * 0 if token_bytes is None else (token_bytes[targets_BT.clamp(min=0)] * is_target).sum()
     return torch.stack([mean_loss.double() * is_target.numel(), is_target.sum().double(), nbytes.double()])
@@ -575,7 +575,7 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
 
     next_step() returns the micro-batches of this rank. During the last backward, gradients leave bucket by bucket, with
     the losses, counts and flags beside them. While one bucket is updated, earlier ones are gathered and later ones
-    reduced. The phase "communication" is the wait that nothing hid."""
+    reduced. The phase "communication" is the wait that computation does not hide."""
     recipe, hp, net, exchange, timer = session[:5]
     device = exchange.world.device
     timer.start(step)
@@ -658,8 +658,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     session = Session(recipe, hp, net, exchange, timer, folder, loader.micro_rows, token_bytes, signals)
 
     watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
-    with signals, watchdog, saver, contextlib.ExitStack() as opened:
-        opened.callback(loader.close)
+    with signals, watchdog, saver, contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
         say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
         say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
         warm_up(session)
@@ -674,21 +674,21 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
             if is_first:
                 print(f"{folder} has all its {start.step} steps; nothing is left to do")
             return
-        about = facts.run_facts(session, experiment_name, meta["encoding"])
-        log = opened.enter_context(Run(hp.out_dir, experiment_name, config=about, sources=facts.source_files(),
-                                       resume_step=start.resume_step, active=is_first, sinks=sinks))  # fmt: skip
-        for note in (*start.notes, facts.header(session, about, compile_note)):
+        run_info = facts.run_facts(session, experiment_name, meta["encoding"])
+        log = stack.enter_context(Run(hp.out_dir, experiment_name, config=run_info, sources=facts.source_files(),
+                                      resume_step=start.resume_step, active=is_first, sinks=sinks))  # fmt: skip
+        for note in (*start.notes, facts.header(session, run_info, compile_note)):
             log.print(note)
 
         # ---- train, and sum up
-        step, train_time, metrics = train_steps(session, loader, log, saver, start, about)
+        step, train_time, metrics = train_steps(session, loader, log, saver, start, run_info)
         if step < hp.num_iterations or metrics is None:
             saver.wait()
             log.flush()
             where = f"the checkpoint is {saver.last_good}" if saver.last_good else saver.describe_last_good()
             log.print(f"stopped by a signal after step {step}; {where}; go on with --resume")
             raise SystemExit(128 + (session.signals.received or signal.SIGTERM))
-        facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
+        facts.log_end(session, log, meta["encoding"], train_time, metrics, run_info)
         saver.wait()
         timer.begin("communication")
         gather_objects("done", world)  # or rank 0 could end, and the shared store with it, while another rank needs it
@@ -743,11 +743,11 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
     return Start(step, manifest["train_time"], validated, step, notes)
 
 
-def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, about: dict):
+def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, run_info: dict):
     """Save, validate and step until the end or a signal; returns step, time, last evaluation (None: interrupted)."""
     hp, world, timer = session.hp, session.world, session.timer
     latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
-    flush_every = 1 if world.device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait
+    flush_every = 1 if world.device.type == "cpu" else 25  # copying rows to the host waits for the GPU
     session.model.train()
     synchronize(world.device)
     clock = time.perf_counter()
@@ -762,7 +762,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
                 check_health(latest, step, saver)
                 synchronize(world.device)
             if save_now:  # before the evaluation, which may fail
-                save_checkpoint(session, loader, log, saver, step, train_time + time.perf_counter() - clock, about)
+                save_checkpoint(session, loader, log, saver, step, train_time + time.perf_counter() - clock, run_info)
             if validate_now:
                 train_time += time.perf_counter() - clock
                 progress.pause(f"step {step}/{hp.num_iterations}  evaluating")
@@ -770,9 +770,9 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
                 if any(gather_objects(session.signals.received > 0, world)):
                     metrics = None
                 if metrics is not None:
-                    facts.log_evaluation(session, log, step, train_time, metrics, about)
+                    facts.log_evaluation(session, log, step, train_time, metrics, run_info)
                 elif not save_now and step not in (0, start.resume_step):
-                    save_checkpoint(session, loader, log, saver, step, train_time, about)
+                    save_checkpoint(session, loader, log, saver, step, train_time, run_info)
                 synchronize(world.device)
                 clock = time.perf_counter()
             if last or stopping or metrics is None:
@@ -785,7 +785,8 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
             timer.begin("communication")
             stopping = check_health(previous, step, saver)  # a host that is ahead of its GPU waits here
             now = time.perf_counter()
-            row |= facts.speed_metrics(session, step + 1, now - began, about) | {"train/lr_scale": lr_scale(step, hp)}
+            speed = facts.speed_metrics(session, step + 1, now - began, run_info)
+            row |= speed | {"train/lr_scale": lr_scale(step, hp)}
             log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
             if (step + 1) % flush_every == 0:
                 log.flush()
@@ -793,11 +794,11 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
                 progress.update(step, previous.tolist()[0], now - began, row["memory/peak_bytes"])
 
 
-def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int, train_time: float, about: dict):
+def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int, train_time: float, run_info: dict):
     session.timer.begin("saving")
     log.flush()
     state = {"train_time": train_time, "loader": loader.state_dict()}
-    saver.save(step, about | {"config_class": class_name(session.model.config)} | state, log)
+    saver.save(step, run_info | {"config_class": class_name(session.model.config)} | state, log)
 
 
 # -----------------------------------------------------------------------------
@@ -816,7 +817,7 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
     say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = recipe.open_loader(config, hp, world, micro_rows)
-    recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # or raises
+    recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # may raise
     return recipe.data.load_meta(hp.data), loader
 
 
@@ -850,8 +851,8 @@ def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
     if rows % world.size:
         raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
                        "change --batch_tokens or --nproc_per_node")  # fmt: skip
-    most = max(1, hp.micro_batch_tokens // hp.seq_len)
-    return max(n for n in range(1, rows // world.size + 1) if rows // world.size % n == 0 and n <= most)
+    own_rows, max_rows = rows // world.size, max(1, hp.micro_batch_tokens // hp.seq_len)
+    return max(n for n in range(1, own_rows + 1) if own_rows % n == 0 and n <= max_rows)
 
 
 def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
@@ -870,22 +871,22 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
-    presets = Parser(prog=recipe.script, add_help=False)
-    presets.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
-                         default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
-    preset = presets.parse_known_args(argv)[0].preset
-    args = flag_parser(recipe, presets, preset).parse_args(argv)
+    first = Parser(prog=recipe.script, add_help=False)  # of --preset alone, as it sets the other flags' defaults
+    first.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
+                       default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    preset = first.parse_known_args(argv)[0].preset
+    args = flag_parser(recipe, first, preset).parse_args(argv)
     return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 
-def flag_parser(recipe: Recipe, presets: Parser, preset: str) -> Parser:
+def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
     """Every flag of a training script; its help shows the values of the preset."""
     script, experiment = recipe.script, f"--experiment_name {recipe.name}"
     calls = (f"python {script} {experiment}", f"python {script} {experiment} --resume",
              f"torchrun --standalone --nproc_per_node=8 {script} {experiment}", f"python {script} --plan")  # fmt: skip
     about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
-    parser = Parser(prog=script, description=about, parents=[presets], examples=calls, first=first)
+    parser = Parser(prog=script, description=about, parents=[parent], examples=calls, first=first)
     parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
     parser.add_switch("resume", "go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
@@ -913,7 +914,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
 
 def main(recipe: Recipe, argv: list[str] | None = None):
     sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
-    world, start = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
+    world, prefix = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
     try:
         config, hp, args = parse(recipe, argv)
         if args.plan:
@@ -929,12 +930,12 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
     except Ended as error:
         if world.rank == 0:
-            print(f"{start}{error}", file=sys.stderr, flush=True)
+            print(f"{prefix}{error}", file=sys.stderr, flush=True)
         if world.size > 1:
             dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
         sys.exit(1)
     except UserError as error:  # of this rank alone: torchrun ends the others
-        sys.exit(f"{start}{error}" if world.size == 1 else f"{start}rank {world.rank}: {error}")
+        sys.exit(f"{prefix}{error}" if world.size == 1 else f"{prefix}rank {world.rank}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -52,7 +52,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """The steps saved inside `folder`, newest first (or `folder` itself if it is one step's)."""
     if (folder / "manifest.json").exists():
         return [folder]
-    return sorted(folder.glob("step_??????"), reverse=True)  # no half-written step_NNNNNN.partial
+    return sorted(folder.glob("step_??????"), reverse=True)  # without half-written step_NNNNNN.partial
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -90,7 +90,7 @@ def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
 
 
 def read_slabs(folder: Path, manifest: dict) -> dict[str, dict[str, Tensor]]:
-    """Slab name -> its value and optimizer state, memory-mapped: only what is used is read."""
+    """Slab name -> its value and optimizer state, memory-mapped: unused slabs are not read."""
     slabs = {}
     for name in manifest["files"]:
         slabs |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
@@ -230,11 +230,11 @@ def snapshot(exchange, world: World) -> dict[str, dict[str, Tensor]]:
     return {name: {key: to_host(value) for key, value in slab.items()} for name, slab in slabs.items()}
 
 
-def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, board: Saver,
+def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: World, saver: Saver,
                      sync_log=lambda: None) -> Path:  # fmt: skip
     """Write this rank's file, and on rank 0 the manifest once all files are there; returns the step's folder.
 
-    sync_log() comes first: no checkpoint is ahead of the log on the disk. The step before is kept.
+    sync_log() is called first, so no checkpoint is ahead of the log on the disk. The step before is kept.
     Raises UserError on every rank if one could not write; earlier checkpoints stay."""
     target, partial, key = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial", f"checkpoint/{step}"
     try:
@@ -246,10 +246,10 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
             report = {"failure": f"{bad[0]} is not finite"}
     except Exception as error:  # the other ranks wait for a report; torch.save raises RuntimeError on a full disk
         report = {"failure": str(error) or type(error).__name__}
-    board.post(f"{key}/{world.rank}", json.dumps(report))
+    saver.post(f"{key}/{world.rank}", json.dumps(report))
 
     if world.rank == 0:
-        reports = [json.loads(report) for report in board.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
+        reports = [json.loads(report) for report in saver.wait_for([f"{key}/{rank}" for rank in range(world.size)])]
         failures = [report["failure"] for report in reports if "failure" in report]
         if not failures:
             files = {name: file for report in reports for name, file in report["files"].items()}
@@ -259,12 +259,12 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
                 failures = [str(error)]
         if failures:
             shutil.rmtree(partial, ignore_errors=True)
-        board.post(f"{key}/outcome", " ".join(failures[:1]))
+        saver.post(f"{key}/outcome", " ".join(failures[:1]))
 
-    [failure] = board.wait_for([f"{key}/outcome"])
+    [failure] = saver.wait_for([f"{key}/outcome"])
     if failure:
         mend = OTHER_RATES if failure.endswith("is not finite") else "mend that, then go on with --resume"
-        where = f"{folder} ({failure}); {board.describe_last_good()}"
+        where = f"{folder} ({failure}); {saver.describe_last_good()}"
         raise UserError(f"the checkpoint of step {step} could not be written to {where}; {mend}")
     return target
 
@@ -277,12 +277,12 @@ def finish_checkpoint(partial: Path, target: Path, manifest: dict):
     partial.rename(target)
     sync_folder(target.parent)
     saved = checkpoints(target.parent)
-    for old in set(saved) - set([path for path in saved if path <= target][:2]):  # a newer one was found damaged
+    for old in set(saved) - set([path for path in saved if path <= target][:2]):  # newer ones are damaged
         shutil.rmtree(old)
 
 
 def write_file(path: Path, write) -> dict[str, dict]:
-    """Write a file through write(file) and flush it to the disk; {name: its size and sha256}."""
+    """Write a file through write(file) and flush it to the disk; returns {name: size and sha256}."""
     with open(path, "wb") as file:
         write(file)
         file.flush()
@@ -361,9 +361,9 @@ MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val
 
 def check_same_run(manifest: dict, config: Config, hp, path: Path):
     """Raises UserError, which names the first field that differs from the run that was saved."""
-    saved_class = manifest.get("config_class", class_name(config))
-    if saved_class != class_name(config):
-        here = class_name(config)
+    here = class_name(config)
+    saved_class = manifest.get("config_class", here)
+    if saved_class != here:
         raise UserError(f"{path} was saved with a {saved_class}, not a {here}; resume with the script that began")
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
     then = current_fields(manifest["model"]) | manifest["hyperparameters"]

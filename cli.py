@@ -1,4 +1,4 @@
-"""Shared by every command line: the error of a user's mistake, flags from a dataclass, whole files.
+"""Shared by every command line: UserError, flags from a dataclass, lasting output streams, whole files.
 
 Imports the standard library only."""
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that says what is wrong, where, and how to mend it."""
+    """A mistake that the user can mend; its message is one sentence: what is wrong, where, and how to mend it."""
 
 
 def require(config, field: str, condition: bool, legal: str):
@@ -177,7 +177,7 @@ def positive(text: str) -> int:
 
 
 class LastingStream:
-    """A standard stream whose reader may go away: a closed pipe or terminal drops the text and raises nothing."""
+    """A standard stream that outlives its reader: after a closed pipe or terminal it drops text and raises nothing."""
 
     def __init__(self, stream):
         self.stream = stream if stream is not None else open(os.devnull, "w")

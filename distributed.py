@@ -41,9 +41,10 @@ class World(NamedTuple):
     expert_group: "dist.ProcessGroup | None" = None  # of the ranks that share the experts with this one
 
     def with_expert_groups(self, expert_parallel: int, timeout: timedelta) -> "World":
-        """Groups of the ranks that hold the same experts, and of those that share all; every rank creates all groups.
+        """This World with the groups of ranks that hold the same experts, and of those that share all of them.
 
-        The two kinds are apart, because the order of buckets and of token rows may differ between ranks."""
+        Every rank creates all groups. The two kinds are apart, because the order of buckets and of token rows may differ
+        between ranks."""
         if expert_parallel == 1:
             return self
         every = tuple(range(self.size))
@@ -89,7 +90,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     """The id of this attempt, "<number> <hex>", the same on all ranks and new in each attempt.
 
     torchrun keeps its store over restarts, with the keys of dead ranks, and each host counts its own restarts alone.
-    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises UserError if ranks stay away."""
+    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises UserError if a rank is late."""
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", me)
@@ -116,8 +117,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory():
-    """Let malloc keep freed tensors' memory. By default glibc returns blocks above 32 MiB to the kernel after each use;
-    paging them in again took a third of an MLP's time at 16k tokens of width 1024."""
+    """Make malloc keep the memory of freed tensors.
+
+    By default glibc returns blocks above 32 MiB to the kernel after each use. Paging them in again takes a third of an
+    MLP's time at 16k tokens of width 1024."""
     malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(malloc, "mallopt"):
         for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
@@ -204,7 +207,7 @@ def bucket_bytes(slabs: list[Slab]) -> int:
     return 4 * sum(slab.numel for slab in slabs)
 
 
-BACKWARD_ORDER = {"head": 0, "blocks": 1, "depth": 2, "skip_weights": 2, "value_embeds": 3}  # then the embedding
+BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3}  # then the embedding
 
 
 def backward_order(slab: Slab) -> tuple[int, int]:
@@ -230,7 +233,7 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
 
     waiting, buckets, work = {}, [], collections.Counter()  # work: (is matrix, rank) -> cost so far
 
-    def close(ranks: tuple[int, ...], max_padding: float):
+    def close(ranks: tuple[int, ...], max_padding: float):  # unless it has more padding than that
         nonlocal work
         work_after = work.copy()
         bucket = Bucket(ranks, tuple(waiting[ranks]), tuple(assign_owners(waiting[ranks], ranks, work_after)))
@@ -242,8 +245,8 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
     for _, unit in itertools.groupby(sorted(cut_slabs(config), key=backward_order), key=backward_order):
         for slab in unit:
             waiting.setdefault(holders(slab), []).append(slab)
-        full = [ranks for ranks, slabs in waiting.items() if bucket_bytes(slabs) >= bucket_mb * 2**20]
-        for ranks in full:
+        large = [ranks for ranks, slabs in waiting.items() if bucket_bytes(slabs) >= bucket_mb * 2**20]
+        for ranks in large:
             if len(ranks) > 1:
                 close(ranks, MAX_PADDING)
     for ranks in list(waiting):

@@ -59,6 +59,7 @@ def run_facts(session, experiment_name: str, encoding: str) -> dict:
 
 
 def header(session, facts: dict, compile_note: str) -> str:
+    """First line of a run's log: size, batch and precision. `facts` are those of run_facts, here and below."""
     hp, world, parameters = session.hp, session.world, facts["parameters"]
     return (f"{session.recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; "
             f"{hp.batch_tokens // hp.seq_len} rows x {hp.seq_len} tokens per step, "
@@ -67,6 +68,7 @@ def header(session, facts: dict, compile_note: str) -> str:
 
 
 def log_evaluation(session, log: Run, step: int, train_time: float, metrics: dict, facts: dict):
+    """Add an evaluation's row to metrics.jsonl, and print its line."""
     hp = session.hp
     flops = step * hp.batch_tokens * facts["flops_per_token"]
     log.log({"step": step, "train_time": train_time, "train/flops": flops, **metrics})
@@ -77,7 +79,7 @@ def log_evaluation(session, log: Run, step: int, train_time: float, metrics: dic
 
 
 def speed_metrics(session, step: int, seconds: float, facts: dict) -> dict:
-    """Metrics of a step that took so many seconds and led to `step`."""
+    """Speed, FLOPs and memory after `step` steps, the last of which took `seconds`."""
     hp = session.hp
     speed = hp.batch_tokens / seconds
     return {

@@ -38,7 +38,7 @@ def gather_objects(value, world: World) -> list:
 
 
 def agree(world: World, prepare):
-    """prepare() on every rank, and its result. Raises Ended on all ranks if it was a mistake on one."""
+    """Result of prepare() on this rank. Raises Ended on all ranks if it raised UserError on one."""
     result, mistake = None, None
     try:
         result = prepare()
@@ -53,7 +53,7 @@ def agree(world: World, prepare):
 
 
 def agree_on(facts: dict, world: World):
-    """Raises Ended, which names the first of these facts that differs between ranks."""
+    """Raises Ended if a fact differs between ranks; the error names the first such fact."""
     everyone = gather_objects(facts, world)
     for rank, theirs in enumerate(everyone):
         for name in sorted(everyone[0].keys() | theirs.keys()):
@@ -99,7 +99,7 @@ class StopSignals:
 
 
 class StepFlags(NamedTuple):
-    """Requests of one rank, summed over ranks in each step: where a sum is not zero, all ranks act in the same step."""
+    """Requests of one rank. They are summed over ranks in each step, so that all ranks act in the same step."""
 
     stop: bool = False  # a signal was received
     disk: bool = False  # a checkpoint could not be written
@@ -124,7 +124,7 @@ OTHER_RATES = "lower the learning rates and start again under another --experime
 
 
 def check_health(totals: AsyncHostCopy, step: int, saver) -> bool:
-    """Whether a rank received a signal, from [loss, *StepFlags] of a step and checkpoint.py's Saver.
+    """Whether a rank received a signal. `totals` is [loss, *StepFlags] of a step, `saver` the Saver of checkpoint.py.
 
     Raises Ended if the loss is not finite, and the error of a checkpoint that could not be written."""
     loss, stop, disk = totals.tolist()
@@ -210,7 +210,7 @@ class Watchdog:
     def report_stuck_ranks(self):
         silent = self.silent_ranks()
         busy = {rank: beat for rank, beat in self.read_beats().items() if not beat[1].endswith("communication")}
-        if not self.is_stuck():  # any more
+        if not self.is_stuck():  # there was progress meanwhile
             return
         waited = f"after {self.stuck_after:g} s without progress"
         if silent:
@@ -226,7 +226,7 @@ class Watchdog:
         return names + (" is" if len(ranks) == 1 else " are")
 
     def report(self, message: str):
-        """Print the message on the first rank that gets here; the others give it the time."""
+        """Print the message on the first rank that reports one; the others wait for it to do so."""
         if self.store.add("told", 1) == 1:
             print(f"\nerror: {message}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
         else:

@@ -43,7 +43,7 @@ class World(NamedTuple):
     def with_expert_groups(self, expert_parallel: int, timeout: timedelta) -> "World":
         """This World with the groups of ranks that hold the same experts, and of those that share all of them.
 
-        Every rank creates all groups. The two kinds are apart, because the order of buckets and of token rows may differ
+        Every rank creates all groups. The two kinds are apart, as the order of buckets and of token rows may differ
         between ranks."""
         if expert_parallel == 1:
             return self

@@ -871,11 +871,11 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
-    first = Parser(prog=recipe.script, add_help=False)  # of --preset alone, as it sets the other flags' defaults
-    first.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
-                       default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
-    preset = first.parse_known_args(argv)[0].preset
-    args = flag_parser(recipe, first, preset).parse_args(argv)
+    parent = Parser(prog=recipe.script, add_help=False)  # of --preset alone, which sets the defaults of other flags
+    parent.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
+                        default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    preset = parent.parse_known_args(argv)[0].preset
+    args = flag_parser(recipe, parent, preset).parse_args(argv)
     return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 

@@ -1,5 +1,4 @@
-"""Research options around the core: routers, experts, attention kinds, loops with halting, routing over layers,
-domains.
+"""Research options around the core: routers, experts, attention kinds, loops with halting, layer routing, domains.
 
     import zoo
     gpt = zoo.build(zoo.Config(depth="loop", halt="act"))

@@ -111,10 +111,8 @@ class KeyOffsetAttention(Attention):
 
     def append_to_cache(self, k: Tensor, v: Tensor, ctx) -> tuple[Tensor, Tensor]:
         if isinstance(ctx.cache, KVCache):  # its keys never change: shift before storing
-            k, v = (
-                self.normed_rotated(k, ctx),
-                self.rotate_values(ops.blend(self.value_mix, v, ctx.value_embed_BTHC), ctx),
-            )
+            k, v = self.normed_rotated(k, ctx), ops.blend(self.value_mix, v, ctx.value_embed_BTHC)
+            v = self.rotate_values(v, ctx)
             return ctx.cache.append(self, self.shift_new_keys(k, ctx), v)
         k, v = super().append_to_cache(k, v, ctx)
         return offset_keys(k, ctx.same_doc_BS), v
@@ -150,11 +148,10 @@ class SeparateAttention(Attention):
 
 
 class LatentAttention(SeparateAttention):
-    """MLA (DeepSeek-V2, 2405.04434): values and static key channels of all heads come from one normed vector of
-    latent_dim.
+    """MLA (DeepSeek-V2, 2405.04434): all heads' values and static key channels come from one normed latent vector.
 
-    The rotating key channels are one key for all heads. A cache keeps these two alone, so there are no value
-    embeddings."""
+    The vector has latent_dim entries. The rotating key channels are one key for all heads. A cache keeps these two
+    alone, so there are no value embeddings."""
 
     def add_projections(self, config: Config, width: int):
         super().add_projections(config, width)
@@ -185,8 +182,7 @@ def rotating_half(table: Tensor) -> Tensor:
 
 
 class SharedAttention(SeparateAttention):
-    """Own queries over the keys and values of the nearest earlier layer that has some: MLKV (2406.09297). No cache
-    needed."""
+    """MLKV (2406.09297): own queries over keys and values of the nearest earlier layer that computes some; no cache."""
 
     def keys_values(self, x_BTD: Tensor, ctx) -> tuple[Tensor, Tensor]:
         return ctx.kv
@@ -195,8 +191,8 @@ class SharedAttention(SeparateAttention):
 class RoutedAttention(SeparateAttention):
     """SwitchHead (2312.07987): attn_experts value and output matrices per head, of which a token uses attn_top_k.
 
-    They are weighted by the sigmoids that chose them. Queries and keys are plain; no value embeddings, no load
-    balancing."""
+    Their weights are the sigmoids of their scores. Queries and keys are plain. There are no value embeddings and no
+    load balancing."""
 
     def add_projections(self, config: Config, width: int):
         super().add_projections(config, width)
@@ -229,7 +225,7 @@ class RoutedAttention(SeparateAttention):
 
 
 def matrices(weight_XNK: Tensor):
-    """Experts of one matrix each, for dispatch."""
+    """Experts of one matrix each, as a function for dispatch."""
     return lambda rows, ends: ops.grouped_mm(rows, weight_XNK.type_as(rows), ends)
 
 
@@ -253,9 +249,8 @@ PARAMETER_RULES |= {
 
 def check(config: Config):
     require(config, "latent_dim", config.latent_dim % 8 == 0, "a multiple of 8")
-    require(
-        config, "attn_top_k", config.attn_top_k <= config.attn_experts, f"at most attn_experts = {config.attn_experts}"
-    )
+    legal = f"at most attn_experts = {config.attn_experts}"
+    require(config, "attn_top_k", config.attn_top_k <= config.attn_experts, legal)
     for layer, source in config.key_sources.items():
         legal = f"without S in layer {layer}: no layer before it has keys to share"
         require(config, "attention", source is not None, legal)

@@ -18,7 +18,7 @@ from zoo.stats import RouteStats
 
 
 class Context(NamedTuple):
-    """model.Context, and inputs that some option needs; None where no option does."""
+    """model.Context and the inputs of options; None where no option needs one."""
 
     ids_BT: Tensor | None  # None when embeddings were given
     mask: object
@@ -70,11 +70,8 @@ def average_keep_embedding(x: Tensor, y: Tensor, n: Tensor, x0: Tensor) -> Tenso
     return x + (y - (x - x0)) / n.type_as(x)
 
 
-RESIDUALS = {
-    "add": add,
-    "average": average,
-    "average_keep_embedding": average_keep_embedding,
-}  # (x, y, n terms, x0) -> x
+# key of `residual` -> function (x, y, n terms, x0) -> x
+RESIDUALS = {"add": add, "average": average, "average_keep_embedding": average_keep_embedding}
 
 
 def add_terms(terms: Tensor | None, count) -> Tensor | None:
@@ -85,8 +82,7 @@ FEED_FORWARDS = {"M": MoE, "D": model.DenseMLP}
 
 
 class Block(nn.Module):
-    """model.Block with a choice of norms and residual rule. Returns its keys and values too, if a later layer shares
-    them."""
+    """model.Block with a choice of norms and residual rule; also returns keys and values that a later layer shares."""
 
     def __init__(self, config: Config, layer: int, ranks: model.ExpertRanks):
         super().__init__()
@@ -113,10 +109,9 @@ class Block(nn.Module):
         return self.residual(x_BTD, norm(y_BTD) if self.norms.after else y_BTD, terms, x0_BTD)
 
 
-def run_layers(
-    blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list[Context], kv=None, stats: tuple[RouteStats, ...] = ()
-):
-    """Blocks in order: (hidden states, their statistics, last keys and values). `stats` are those of earlier layers."""
+def run_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list[Context], kv=None,
+               stats: tuple[RouteStats, ...] = ()):  # fmt: skip
+    """(hidden states, statistics, last keys and values) of blocks in order. `stats` are those of earlier layers."""
     own_stats = []
     for block, ctx in zip(blocks, contexts):
         previous = [*stats, *own_stats]

@@ -1,5 +1,4 @@
-"""zoo.Config: the fields of every option of the zoo. Each file of the zoo adds its tables and the checks of its
-fields."""
+"""zoo.Config: the fields of every option. Each file of the zoo adds its own tables, letters and checks of fields."""
 
 import dataclasses
 import functools
@@ -168,18 +167,18 @@ def as_zoo(config: model.Config) -> Config:
 
 
 def listed_kinds(experts: str) -> list[str]:
-    """The kinds in a list such as "mlp*12,identity", as often as it says; [] if it is no such list."""
+    """The kinds in a list such as "mlp*12,identity", each repeated n times for *n; [] if it is no such list."""
     parts = [re.fullmatch(r"\s*(\w+)\s*(?:\*\s*(\d+))?\s*", part) for part in experts.split(",")]
     return [part[1] for part in parts for _ in range(int(part[2] or 1))] if all(parts) else []
 
 
 def is_list(experts: str) -> bool:
-    """Whether `experts` says how many there are."""
+    """Whether `experts` is a list, which sets the number of experts."""
     return bool(set(experts) & set("*,"))
 
 
 def width_of(kind: str, hidden_size: int) -> tuple[int, float]:
-    """Hidden width of a kind beside an MLP of hidden_size, and its FLOPs over the MLP's."""
+    """Hidden width of a kind of about the FLOPs of an MLP of hidden_size, and its FLOPs over the MLP's."""
     width = getattr(TABLES["experts"][kind], "width", None)
     return width(hidden_size) if width else (hidden_size, 1.0)
 
@@ -192,8 +191,8 @@ def has_matmuls(kind: str) -> bool:
 def routed_scale(config: Config) -> float:
     """Factor on the sum of the routed experts. auto makes that sum as long as the shared one (kexue.fm/archives/10945).
 
-    auto is the mean of sqrt(shared experts) / |gates| for 2^14 tokens of normal logits and this router's own rule, for
-    experts of equal length at right angles; 1 without shared experts."""
+    auto is the mean of sqrt(shared experts) / |gates| over 2^14 tokens with normal logits, by this router's own rule.
+    It assumes that outputs of experts are orthogonal and equally long. Without shared experts it is 1."""
     if config.routed_scale != "auto":
         return config.routed_scale
     if not config.num_shared_experts:

@@ -72,7 +72,7 @@ def open_loader(config: Config, hp: MixtureConfig, world: World, micro_rows: int
     options = dict(kind=MixtureLoader, mix=mix, steps=hp.num_iterations)
     loader = train_muon.open_loader(config, hp, world, micro_rows, **options)
     if hp.routes_tokens:
-        routes_batches(config, hp, "cpu")  # raises
+        routes_batches(config, hp, "cpu")  # may raise
     domain_experts(config, hp, world.device)
     return loader
 
@@ -99,7 +99,7 @@ def validation_text(session: Session, encoding: data.Encoding) -> bytes:
 
 
 def compute_loss(net: GPT, batch: data.Batch, step: int, hp: MixtureConfig) -> tuple[Tensor, dict]:
-    """Loss of a micro-batch, with that of supervised routes while it has a price, and its statistics."""
+    """Loss of a micro-batch plus domain_price times the loss of supervised routes, and its statistics."""
     expert_D = domain_experts(net.config, hp, batch.inputs_BT.device)
     if expert_D is None:
         output = net(batch.inputs_BT, batch.targets_BT)
@@ -114,8 +114,8 @@ def compute_loss(net: GPT, batch: data.Batch, step: int, hp: MixtureConfig) -> t
 
 def domain_price(step: int, hp: MixtureConfig) -> float:
     """domain_coef for domain_steps, then linear to 0 over domain_anneal_steps."""
-    gone = (step - hp.domain_steps + 1) / (hp.domain_anneal_steps + 1)
-    return hp.domain_coef * min(1.0, max(0.0, 1 - gone))
+    annealed = (step - hp.domain_steps + 1) / (hp.domain_anneal_steps + 1)
+    return hp.domain_coef * min(1.0, max(0.0, 1 - annealed))
 
 
 @functools.cache
@@ -142,7 +142,7 @@ def domain_experts(config: Config, hp: MixtureConfig, device: torch.device) -> T
 
 
 def evaluate(session: Session, step: int) -> dict[str, float]:
-    """As train_muon.evaluate; for several domains also val/<domain>/..., and the load of experts by each."""
+    """As train_muon.evaluate; for several domains also val/<domain>/..., and the load of experts per domain."""
     one_domain = len(domains(session.hp.data)) == 1
     metrics = train_muon.evaluate(session, step) if one_domain else evaluate_domains(session, step)
     if session.hp.routes_tokens:
@@ -152,6 +152,7 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_domains(session: Session, step: int) -> dict[str, float]:
+    """Metrics over all domains, per domain, and of the experts' load per domain."""
     net, world = session.model, session.world
     names, L, E = list(domains(session.hp.data)), *net.bias_LE.shape
     totals_DX = torch.zeros(len(names), 3 + L * E, dtype=torch.float64, device=world.device)  # losses, expert counts

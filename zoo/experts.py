@@ -119,8 +119,7 @@ class ReLUSquaredExperts(FreeExperts):
 
 
 class NoiseExperts(FreeExperts):
-    """x plus normal noise of variance 1/4 in training, x alone in evaluation. The noise is the router's hash of other
-    numbers."""
+    """x plus normal noise of variance 1/4 in training, x alone in evaluation. Hashes as for the router's noise."""
 
     def output(self, x_TD: Tensor, ctx) -> Tensor:
         if not self.training:
@@ -141,7 +140,7 @@ class ExitExperts(ZeroExperts):
 
 
 class ConstantExperts(FreeExperts):
-    """a x + b v with a learned vector v and (a, b) = softmax(W x), for each expert its own."""
+    """a x + b v with (a, b) = softmax(W x); each expert has its own learned vector v and matrix W."""
 
     def __init__(self, config: model.Config, num_experts: int):
         super().__init__(config, num_experts)

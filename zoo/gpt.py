@@ -24,9 +24,7 @@ from zoo.stats import RouteStats, neg_entropy
 class TrunkOutput(NamedTuple):
     """Output of the block stack."""
 
-    states: list[
-        tuple[Tensor, Tensor | None]
-    ]  # hidden states (B, T, D), each with its tokens' weights (B, T) in the loss
+    states: list[tuple[Tensor, Tensor | None]]  # hidden states (B, T, D) and their loss weights (B, T; None: all 1)
     stats: list[RouteStats]  # one per MoE layer
     loss: Tensor | float = 0.0  # auxiliary loss of the depth
     loops_BT: Tensor | None = None  # iterations of each token
@@ -67,8 +65,7 @@ class GPT(model.GPT):
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """As model.GPT, but the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 /
-        eta."""
+        """As model.GPT; the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 / eta."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         even_E = 1 / self.eta_E / (1 / self.eta_E).mean()
@@ -133,8 +130,7 @@ class GPT(model.GPT):
         return one_document_BT.cumsum(1) + (0 if cache is None else cache.last_doc())
 
     def with_meta_tokens(self, tokens_BT: Tensor, doc_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """The row behind num_meta_tokens end-of-text ids (or zeros) in document -1, unless the cache holds them
-        already."""
+        """Rows with num_meta_tokens end-of-text ids (or zeros) of document -1 in front, once per cache."""
         meta = self.config.num_meta_tokens if cache is None or cache.length == 0 else 0
         if meta == 0:
             return tokens_BT, doc_BT
@@ -172,24 +168,21 @@ class GPT(model.GPT):
                  for letter, size in windows.items()}  # fmt: skip
         log_visible = dict.fromkeys(windows)
         if config.attn_softmax == "ssmax":
-            log_visible = {
-                letter: visible_keys(position_T, doc_BT, doc_BS, size, meta).log() for letter, size in windows.items()
-            }
+            log_keys = lambda size: visible_keys(position_T, doc_BT, doc_BS, size, meta).log()
+            log_visible = {letter: log_keys(size) for letter, size in windows.items()}
         same_doc_BS = F.pad(doc_BS, (1, -1), value=-2) == doc_BS
         rotary_position = position_T
         if meta:  # as if each document were the first one behind the meta-tokens
             rotary_position = position_T - document_starts(doc_BT, doc_BS) + meta * (doc_BT >= 0)
         speeds = {config.rope_spec(layer)[1] for layer in range(config.n_layer)}
-        tables = {
-            speed: ops.rotary_tables(rotary_position, config.head_dim, DTYPES[config.dtype], speed) for speed in speeds
-        }
+        rotary = (rotary_position, config.head_dim, DTYPES[config.dtype])
+        tables = {speed: ops.rotary_tables(*rotary, speed) for speed in speeds}
         layer_L, bias_LE = torch.arange(config.n_layer, device=device), F.pad(self.bias_LE, (0, 0, 0, 1))
         residual = config.router_residual
         previous_TE = torch.zeros(B * T, config.num_experts, device=device) if residual else None
         terms_L = None if config.residual == "add" else 2 * layer_L + 1
-        token_T = token_numbers(
-            first_token, B, T, meta if T == len(position_S) else 0
-        )  # a cache may hold the meta-tokens
+        new_meta = meta if T == len(position_S) else 0  # else the cache holds the meta-tokens
+        token_T = token_numbers(first_token, B, T, new_meta)
         contexts, moe_layer = [], 0
         for layer, value_embed in enumerate(self.layer_value_embeds(ids_BT)):
             letter, (cos, sin) = config.per_layer("window")[layer], tables[config.rope_spec(layer)[1]]
@@ -210,9 +203,8 @@ class GPT(model.GPT):
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE
         balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else zero
-        losses = (
-            zero + sum(s.loss for s in stats) + trunk.loss + self.config.entropy_coef * sum(map(neg_entropy, stats))
-        )
+        losses = zero + sum(s.loss for s in stats) + trunk.loss
+        losses = losses + self.config.entropy_coef * sum(map(neg_entropy, stats))
         summary = {
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean([s.z_loss for s in stats]),
@@ -245,8 +237,8 @@ class GPT(model.GPT):
 
     def stream(self, tokens_BT: Tensor, max_new_tokens: int, *args, **kwargs):
         if self.config.objective != "next" and max_new_tokens:
-            look = "which looks both ways; to continue a text it must be next"
-            raise UserError(f"objective is {self.config.objective}, {look}")
+            reason = "which looks both ways; to continue a text it must be next"
+            raise UserError(f"objective is {self.config.objective}, {reason}")
         return super().stream(tokens_BT, max_new_tokens, *args, **kwargs)
 
     # ---- cost
@@ -260,41 +252,39 @@ class GPT(model.GPT):
         return super().active_share(name)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """As model.GPT. Every iteration of a loop counts, though tokens may halt before; a pool counts at even use."""
+        """As model.GPT. Every iteration of a loop counts, though tokens may halt early; a pool counts at even use."""
         config = self.config
         runs, weights, keys = config.layer_runs, 0.0, 0.0
         for name, parameter in self.named_parameters():
             if self.is_in_matmul(name):
                 weights += parameter.numel() * self.active_share(name) * self.runs_of(name)
-        router_head = config.router_dim / (
-            config.n_head * config.head_dim
-        )  # of router attention, in units of a layer's
+        router_head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, over a layer's width
         letters = zip(config.per_layer("attention"), config.per_layer("window"), config.per_layer("pattern"), runs)
         for attention, window, pattern, times in letters:
             heads = (attention != "-") + router_head * (pattern == "M" and config.router == "attention")
             layer_keys = self.objective.mean_keys(model.mean_keys(config, window, seq_len)) + config.num_meta_tokens
             keys += times * heads * layer_keys
-        per_row = seq_len + config.num_meta_tokens  # meta-tokens are shared out among the others
-        return (6 * weights + 12 * keys * config.n_head * config.head_dim) * per_row / seq_len
+        row_tokens = seq_len + config.num_meta_tokens  # the cost of meta-tokens is shared by the others
+        return (6 * weights + 12 * keys * config.n_head * config.head_dim) * row_tokens / seq_len
 
     def runs_of(self, name: str) -> float:
-        """How often a parameter is used for one token."""
+        """Uses of a parameter in one token's forward pass."""
         config, (module, *path) = self.config, name.split(".")
         if module != "blocks":
             return config.loops if module in ("controller", "halt") else 1
         layer, times = int(path[0]), config.layer_runs[int(path[0])]
         if config.depth == "routed" and config.per_layer("looped")[layer] == "o" and path[1] == "attention":
-            of_keys = KEY_SHARES.get(path[2], 0)  # keys and values are computed for all tokens
-            return of_keys * config.loops + (1 - of_keys) * times
+            key_share = KEY_SHARES.get(path[2], 0)  # keys and values are computed for all tokens
+            return key_share * config.loops + (1 - key_share) * times
         return times
 
 
+# parameter of attention -> share of it that makes keys and values
 KEY_SHARES = {"qkv": 2 / 3, "latent": 1, "key": 1, "key_up": 1, "value_up": 1, "k": 1, "values": 1}
 
 
 def token_numbers(first_token: Tensor, B: int, T: int, meta: int) -> Tensor:
-    """(B * T,): number of each token in the global batch; the `meta` first of each row have -1, -2, ... in every
-    row."""
+    """(B * T,): number of each token in the global batch; the first `meta` of every row have -1, -2, ..."""
     own_BT = first_token + torch.arange(B * (T - meta), device=first_token.device).view(B, T - meta)
     return torch.cat([-1 - torch.arange(meta, device=first_token.device).expand(B, meta), own_BT], dim=1).flatten()
 

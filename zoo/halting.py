@@ -71,16 +71,15 @@ class Halt(NoHalt):
         active_BT, loops_BT = state.active_BT & ~halts_BT, state.loops_BT + state.active_BT
         count = count_true(active_BT)
         all_active = count == active_BT.numel()
-        return state._replace(
-            active_BT=active_BT, loops_BT=loops_BT, all_active=all_active, none_active=count == 0, **changes
-        )
+        changes |= dict(all_active=all_active, none_active=count == 0)
+        return state._replace(active_BT=active_BT, loops_BT=loops_BT, **changes)
 
     def cost(self, state: HaltState) -> Tensor:
         return state.cost_BT.mean()
 
 
 class ACT(Halt):
-    """Graves's adaptive computation time (1603.08983): a token halts when its probabilities sum to the threshold.
+    """Adaptive computation time (Graves, 1603.08983): a token halts when its probabilities sum to the threshold.
 
     The remainder to 1 is the last iteration's share of the weighted mean. Cost: iterations plus that remainder."""
 
@@ -146,9 +145,8 @@ class Ponder(Halt):
         sum_BT = state.sum_BT + prob_BT * state.active_BT
         if not self.training:
             return new_BTD, self.update_state(state, (sum_BT >= self.limit) | last, sum_BT=sum_BT)
-        prior_BT = (
-            max(self.prior, float(last)) * (1 - self.prior) ** state.loops_BT.float()
-        )  # the last one has the rest
+        now = max(self.prior, float(last))  # the last iteration has the rest
+        prior_BT = now * (1 - self.prior) ** state.loops_BT.float()
         divergence_BT = prob_BT * (prob_BT.clamp(min=1e-8) / prior_BT).log()
         changes = dict(sum_BT=sum_BT, cost_BT=state.cost_BT + divergence_BT, states=(*state.states, (new_BTD, prob_BT)))
         return new_BTD, self.update_state(state, torch.zeros_like(state.active_BT), **changes)
@@ -158,8 +156,7 @@ class Ponder(Halt):
 
 
 class ExitHalt(NoHalt):
-    """A token halts after the iteration in which it chose an exit among its experts. Cost: 1 - exit probability,
-    summed."""
+    """A token halts after the iteration in which it chose an exit expert. Cost: the sum of 1 - exit probability."""
 
     update_state, cost = Halt.update_state, Halt.cost
 

@@ -1,8 +1,9 @@
 """Routed depth: in each step a controller picks one layer of a pool, or an identity, for every token.
 
 Training computes all layers of the pool and weights them. Evaluation computes the picked one: keys and values of all
-tokens, queries and MLP rows of the tokens that picked it. Shape suffixes as in model.py, N choices of a token, Q packed
-tokens of a row."""
+tokens, queries and MLP rows of the tokens that picked it.
+
+Shape suffixes as in model.py, N choices of a token, Q packed tokens of a row."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,7 @@ from zoo.stats import RouteStats, unrouted_stats
 class LinearController(nn.Module):
     """One matrix; each step scales its input channel by channel.
 
-    With a bias per step in place of the scales it solved 0.52 of the programs of benchmarks/toys.py, where it now
-    solves all."""
+    With the scales it solves all programs of benchmarks/toys.py, with a bias per step in their place 0.52 of them."""
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
@@ -61,8 +61,7 @@ class MLPController(nn.Module):
 
 
 class LSTMController(nn.Module):
-    """An LSTM over the steps, of width controller_dim; each token has its own state, so nothing passes between
-    tokens."""
+    """An LSTM over the steps, of width controller_dim, with a state per token: nothing passes between tokens."""
 
     def __init__(self, config: Config, steps: int, choices: int):
         super().__init__()
@@ -131,8 +130,7 @@ STEP_LOSSES = ("last", "mean")  # steps whose hidden states enter the training l
 
 
 class LayerRoutedGPT(LoopGPT):
-    """h' = sum of w_i F_i(h) over a pool of layers and identities in training, F_i(h) of the likeliest one in
-    evaluation."""
+    """h' = sum of w_i F_i(h) over a pool of layers and identities; in evaluation F_i(h) of the likeliest one."""
 
     def add_depth_modules(self):
         super().add_depth_modules()
@@ -178,19 +176,18 @@ class LayerRoutedGPT(LoopGPT):
         cost = self.config.ponder_coef * self.halt.cost(state) + self.config.layer_balance_coef * balance
         return states, runs, cost, state.loops_BT, None, torch.stack(choices)
 
-    def run_picked(
-        self, blocks, x_BTD, x0_BTD, contexts: list, inputs: MaskInputs, choice_BT: Tensor, active_BT: Tensor
-    ):
-        """Each token's own layer; tokens without one keep their state. A layer that looks at neighbours is computed for
-        all."""
+    def run_picked(self, blocks, x_BTD, x0_BTD, contexts: list, inputs: MaskInputs, choice_BT: Tensor,
+                   active_BT: Tensor):  # fmt: skip
+        """(hidden states, statistics) after each token's own layer; tokens without one keep their hidden states.
+
+        Layers that look at neighbours are computed for all tokens."""
         new_BTD, all_stats = x_BTD, []
         for i, (block, ctx, letter) in enumerate(zip(blocks, contexts, self.windows[self.group])):
             picked_BT = (choice_BT == i) & active_BT
             if self.packs:
                 packed = PackedTokens(picked_BT)
-                y_BQD, stats = run_block_packed(
-                    block, x_BTD, x0_BTD, ctx, packed, packed_context(ctx, letter, packed, inputs, None)
-                )
+                packed_ctx = packed_context(ctx, letter, packed, inputs, None)
+                y_BQD, stats = run_block_packed(block, x_BTD, x0_BTD, ctx, packed, packed_ctx)
                 new_BTD = packed.scatter(new_BTD, y_BQD)
             else:
                 y_BTD, stats, _ = block(x_BTD, x0_BTD, ctx)
@@ -199,18 +196,16 @@ class LayerRoutedGPT(LoopGPT):
         return new_BTD, all_stats
 
     def layer_balance(self, prob_SBTN: Tensor, choice_SBT: Tensor) -> Tensor:
-        """n sum of f_i P_i over the pool's n layers, f_i the share of choices: 1 at even use. Of this micro-batch."""
+        """n sum_i f_i P_i over the pool's n layers in this micro-batch, f_i the share of choices: 1 at even use."""
         n, active_SBT1 = self.group.stop - self.group.start, (choice_SBT >= 0)[..., None]
         prob_N = (prob_SBTN * active_SBT1).flatten(0, 2).sum(0)[:n]
-        count_N = (
-            (F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * active_SBT1).flatten(0, 2).sum(0)[:n].float()
-        )
+        chosen_SBTN = F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * active_SBT1
+        count_N = chosen_SBTN.flatten(0, 2).sum(0)[:n].float()
         return n * (count_N / count_N.sum().clamp(min=1e-8) * prob_N / prob_N.sum().clamp(min=1e-8)).sum()
 
 
-def mix_layers(
-    blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list, weight_BTN: Tensor
-) -> tuple[Tensor, list[RouteStats]]:
+def mix_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list,
+               weight_BTN: Tensor) -> tuple[Tensor, list[RouteStats]]:  # fmt: skip
     """The weighted sum of all layers of the pool; identities are the hidden states themselves."""
     weight_BTN, all_stats = weight_BTN.type_as(x_BTD), []
     mixed_BTD = weight_BTN[..., len(blocks) :].sum(-1, keepdim=True) * x_BTD
@@ -222,8 +217,7 @@ def mix_layers(
 
 
 def run_block_packed(block: Block, x_BTD: Tensor, x0_BTD: Tensor, ctx, packed: PackedTokens, packed_ctx):
-    """A block's output for packed tokens (B, Q, D): their queries and feed-forward, over keys and values of all
-    tokens."""
+    """Output (B, Q, D) of a block for packed tokens, whose queries attend to all tokens' keys; and its statistics."""
     x_BTD = block.mix_x0(x_BTD, x0_BTD)
     x_BQD, x0_BQD = packed.gather(x_BTD), packed.gather(x0_BTD)
     kv = block.attention.keys_values(norm(x_BTD), block.update_context(ctx, x_BTD))
@@ -254,9 +248,8 @@ def check(config: Config):
     alone = config.step_loss == "last" or config.halt == "none"
     require(config, "step_loss", alone, f"last next to halt {config.halt}, which has its own weights")
     if config.depth == "routed":
-        require(
-            config, "residual", config.residual == "add", "add with depth routed, whose streams have no number of terms"
-        )
+        legal = "add with depth routed, whose streams have no number of terms"
+        require(config, "residual", config.residual == "add", legal)
         legal = "latest with depth routed, where a layer's keys come from the current states of all tokens"
         require(config, "loop_keys", config.loop_keys == "latest", legal)
         allowed = config.halt in ("none", "act", "stick_breaking")

@@ -53,7 +53,7 @@ class LoopKeys:
         return None
 
     def skip(self, loops: range):
-        """Iterations without active tokens: the cache stores how halted tokens are visible in them."""
+        """Store the halted tokens' keys and values for these iterations, in which no token is active."""
         for loop in loops:
             for module in self.full:
                 self.store(module, loop)
@@ -93,12 +93,12 @@ class PackedTokens:
     STEP = 64  # Q is a multiple of it, so few shapes occur
 
     def __init__(self, active_BT: Tensor):
-        most, T = int(active_BT.sum(1).max()), active_BT.size(1)
-        self.count = min(T, -(-most // self.STEP) * self.STEP)
+        longest, T = int(active_BT.sum(1).max()), active_BT.size(1)
+        self.count = min(T, -(-longest // self.STEP) * self.STEP)
         self.index_BQ = (~active_BT).to(torch.int8).argsort(dim=1, stable=True)[:, : self.count]
         self.valid_BQ = active_BT.gather(1, self.index_BQ)
-        flat_BQ = self.index_BQ + torch.arange(len(active_BT), device=active_BT.device)[:, None] * T
-        self.all_R, self.valid_R = flat_BQ.flatten(), flat_BQ[self.valid_BQ]
+        row_BQ = self.index_BQ + torch.arange(len(active_BT), device=active_BT.device)[:, None] * T  # in (B * T, ...)
+        self.all_R, self.valid_R = row_BQ.flatten(), row_BQ[self.valid_BQ]
 
     def gather(self, x_BT: Tensor) -> Tensor:
         """(B, T, ...) -> (B, Q, ...)"""
@@ -111,7 +111,7 @@ class PackedTokens:
 
 
 def packed_context(ctx, letter: str, packed: PackedTokens, inputs: MaskInputs, hidden_BS: Tensor | None):
-    """The context of the packed tokens."""
+    """A layer's context for the packed tokens; hidden_BS: keys that are not visible to them."""
     B, T = inputs.doc_BT.shape
     seed, step, layer, token_T = ctx.noise_key
     gather_if = lambda x_BT: None if x_BT is None else packed.gather(x_BT)
@@ -181,8 +181,7 @@ class LoopGPT(GPT):
         return TrunkOutput(outputs, stats + merge_runs(runs) + merge_runs(runs_after), cost, loops_BT, choices_SBT)
 
     def loops_of(self, states: list, loops_BT: Tensor) -> list[Tensor]:
-        """Iterations behind each state: one state is the end of every token, several (PonderNet) are successive
-        iterations."""
+        """Iterations (B, T) behind each of the states: one state ends all loops, several (PonderNet) are successive."""
         return [loops_BT] if len(states) == 1 else [torch.full_like(loops_BT, n) for n in range(1, len(states) + 1)]
 
     def terms_after(self, ctx, loops_BT: Tensor) -> Tensor | None:
@@ -221,9 +220,8 @@ class LoopGPT(GPT):
 def loop_context(ctx, loop: int, num_terms: int, store: LoopKeys | None):
     """The context of one iteration: its own noise, and the number of terms in the residual stream."""
     seed, step, layer, token_T = ctx.noise_key
-    return ctx._replace(
-        noise_key=(seed, step, layer + 256 * loop, token_T), terms=add_terms(ctx.terms, num_terms * loop), cache=store
-    )
+    noise_key, terms = (seed, step, layer + 256 * loop, token_T), add_terms(ctx.terms, num_terms * loop)
+    return ctx._replace(noise_key=noise_key, terms=terms, cache=store)
 
 
 def check(config: Config):

@@ -38,8 +38,8 @@ class NextToken:
 class MaskedTokens(NextToken):
     """Predict hidden tokens (1810.04805): mask_share of each row, none of them an end-of-text token.
 
-    Of the hidden ones 8 in 10 become mask_token, one any id, one stays. Drawn from seed, step and token number; in
-    evaluation without the step. Routers and tables see the inputs after hiding."""
+    Of ten hidden tokens eight become mask_token, one a random id, and one stays. They are drawn from seed, step and
+    token number, in evaluation without the step. Routers and tables read the inputs after hiding."""
 
     visible = staticmethod(visible_both_ways)
 

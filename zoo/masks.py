@@ -13,15 +13,14 @@ from model import BlockedMask, DenseMask, FlexMask
 
 
 def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
-    """The rule of model.visible, and every earlier meta-token."""
+    """The rule of model.visible; every earlier meta-token is visible too."""
     is_meta = (q_position >= kv_position) & (kv_position < meta)
     return model.visible(q_position, kv_position, q_doc, kv_doc, window) | is_meta
 
 
-def visible_both_ways(
-    q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0
-) -> Tensor:
-    """The rule of objective masked: later tokens too."""
+def visible_both_ways(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window,
+                      meta: int = 0) -> Tensor:  # fmt: skip
+    """The rule of objective masked: later tokens are visible too."""
     return ((q_position - kv_position).abs() < window) & (q_doc == kv_doc) | (kv_position < meta)
 
 
@@ -49,13 +48,12 @@ def visible_keys(q_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window
 
 
 class MetaDenseMask(DenseMask):
-    """SDPA with a full mask, after any rule of this file."""
+    """SDPA with a full mask, by a rule of this file."""
 
     rule = staticmethod(visible)
 
-    def __init__(
-        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
-    ):
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor,
+                 meta: int):  # fmt: skip
         q_doc, kv_doc = q_doc_BT[:, None, :, None], kv_doc_BS[:, None, None, :]
         self.mask = self.rule(q_position[:, None], kv_position, q_doc, kv_doc, window, meta)
 
@@ -67,9 +65,8 @@ class TwoWayMask(MetaDenseMask):
 class MetaBlockedMask(BlockedMask):
     """Blocks of queries against the keys within reach, and the meta-tokens."""
 
-    def __init__(
-        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
-    ):
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor,
+                 meta: int):  # fmt: skip
         T, reach = q_position.numel(), int(window)
         first_B1T1, key_S = model.first_visible(kv_position, kv_doc_BS, window)[:, None, :, None], kv_position.int()
         later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=key_S.device).triu(1)
@@ -86,9 +83,8 @@ class MetaBlockedMask(BlockedMask):
 class MetaFlexMask(FlexMask):
     """FlexAttention over blocks of documents, and the blocks of the meta-tokens."""
 
-    def __init__(
-        self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor, meta: int
-    ):
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor,
+                 meta: int):  # fmt: skip
         first_BT = model.first_visible(kv_position, kv_doc_BS, window)
         some_Bnn, full_Bnn = self.blocks(q_doc_BT, window)
         block = torch.arange(some_Bnn.size(1), device=some_Bnn.device)
@@ -104,7 +100,7 @@ def fastest_meta_mask(device_type: str, T: int) -> type:
 
 
 class PackedMask(DenseMask):
-    """For some queries of each row. Every query sees itself, or padding queries would have no key at all."""
+    """SDPA for some queries of each row. A query's own key is visible, else padding queries would have no key."""
 
     def __init__(self, inputs: MaskInputs, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None):
         q_position = inputs.position_T[index_BQ][:, None, :, None]

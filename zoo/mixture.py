@@ -18,6 +18,7 @@ from data import ShardRows, as_data_error, has_shards
 
 def domains(folder):
     """{name: folder of shards}, in the order of meta.json, else sorted by name; {"": folder} for a plain folder.
+
     Raises UserError if there are no shards."""
     folder = Path(folder)
     if has_shards(folder):
@@ -28,24 +29,22 @@ def domains(folder):
     names = list(data.read_meta_json(folder).get("domains") or found)
     for name in names:
         if name not in found:
-            raise UserError(
-                f"{folder}/{name}, a domain in meta.json, holds no token shards: remove {folder} and prepare it again"
-            )
+            missing = f"{folder}/{name}, a domain in meta.json, holds no token shards"
+            raise UserError(f"{missing}: remove {folder} and prepare it again")
     return {name: found[name] for name in names}
 
 
 def load_meta(folder):
     """meta.json of a mixture as a dict: the encoding that all domains share, token_bytes if any domain has them.
+
     Raises UserError if the folder holds no shards, a meta.json is damaged, or encodings differ."""
     parts = domains(folder)
     metas = {name: data.load_meta(part) for name, part in parts.items()}
     first, *others = metas
     for name in others:
         if any(metas[name][key] != metas[first][key] for key in data.GPT2_META):
-            raise UserError(
-                f"{folder}: domain {name} has encoding {metas[name]['encoding']}, {first} has "
-                f"{metas[first]['encoding']}: prepare both with the same --encoding"
-            )
+            found = f"domain {name} has encoding {metas[name]['encoding']}, {first} has {metas[first]['encoding']}"
+            raise UserError(f"{folder}: {found}: prepare both with the same --encoding")
     if "" in metas:
         return metas[""]
     token_bytes = next((meta["token_bytes"] for meta in metas.values() if meta["token_bytes"]), None)
@@ -88,7 +87,7 @@ class MixtureLoader(data.Loader):
         self.mix, self.steps = mix, steps  # the base class opens the shards, which needs both
         super().__init__(folder, split, **options)
 
-    def _open(self, folder, split, vocab_size):
+    def _open(self, folder, split, vocab_size):  # called by the base class
         parts = domains(folder)
         self.rows_D = [ShardRows(part, split, self.seq_len, vocab_size, tails=False) for part in parts.values()]
         for rows in self.rows_D:
@@ -119,10 +118,8 @@ def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **optio
     parts = domains(folder)
     share = None if max_tokens is None else max_tokens // len(parts)
     if len(parts) > 1 and share is not None and share < options["seq_len"]:
-        raise UserError(
-            f"max_tokens is {max_tokens}; it must be at least seq_len={options['seq_len']} "
-            f"for each of {len(parts)} domains"
-        )
+        legal = f"at least seq_len={options['seq_len']} for each of {len(parts)} domains"
+        raise UserError(f"max_tokens is {max_tokens}; it must be {legal}")
     streams = [data.validation_batches(part, max_tokens=share, device=device, **options) for part in parts.values()]
     label = lambda batch, d: MixtureBatch(*batch, torch.full((len(batch.inputs_BT),), d, device=device))
     return (label(batch, d) for d, stream in enumerate(streams) for batch in stream)
@@ -133,7 +130,7 @@ def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **optio
 
 
 class Mix(NamedTuple):
-    """How much of each domain training sees."""
+    """Shares of the domains in training."""
 
     weights: str = ""  # name=number,...; domains that are not named get 0; "": in proportion to their tokens
     temperature: float = 1.0  # shares are weights ** (1 / temperature): 1: unchanged; towards infinity: uniform
@@ -172,6 +169,7 @@ class Mixture:
 
     def assign(self, number_N):
         """(domain_N, nth_N): domain of each row, and the number of earlier rows of the same domain.
+
         Raises UserError if all domains have reached their limit."""
         self.extend_to(int(number_N.max()))
         domain_N, nth_N = np.empty((2, len(number_N)), np.int64)
@@ -196,20 +194,16 @@ class Mixture:
             self.round_robin_rows = start
             return self._next_segment(start, before_D)
         if not left:
-            raise UserError(
-                f"all domains have reached their --domain_epochs after {start} rows: "
-                "allow more, prepare more text, or train for fewer steps"
-            )
+            mend = "allow more, prepare more text, or train for fewer steps"
+            raise UserError(f"all domains have reached their --domain_epochs after {start} rows: {mend}")
 
         if in_turn:
             table = np.repeat(left, self.batch_rows)
         else:
             table = np.array(left)[interleave(self.share_D[left] / self.share_D[left].sum())]
         for d in set(left) - set(table.tolist()):
-            raise UserError(
-                f"domain {self.names[d]} is {self.share_D[d]:.1e} of the mixture, less than one row in "
-                f"{PERIOD:,}: give it more with --domain_weights, or 0"
-            )
+            share = f"{self.share_D[d]:.1e} of the mixture, less than one row in {PERIOD:,}"
+            raise UserError(f"domain {self.names[d]} is {share}: give it more with --domain_weights, or 0")
 
         segment = Segment(start, table, before_D)
         limited = [d for d in left if self.max_rows_D[d] is not None]

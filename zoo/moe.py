@@ -1,5 +1,4 @@
-"""The MoE layer with the zoo's options: pools of several expert kinds, shared experts, masked tokens, further
-statistics."""
+"""The MoE layer with the zoo's options: pools of several expert kinds, shared experts, masked tokens, statistics."""
 
 import functools
 
@@ -32,7 +31,7 @@ class SharedMLP(model.MLP):
 class SharedConv(nn.Module):
     """BiBo: down(silu(gate) * up) with a causal convolution over shared_kernel tokens of the document as gate.
 
-    Its width makes its FLOPs those of the MLP. The taps lie side by side, so initial values shrink with their
+    Its width gives it the FLOPs of the MLP. The taps are columns of one matrix, so initial values shrink with their
     number."""
 
     def __init__(self, config: Config):
@@ -40,10 +39,8 @@ class SharedConv(nn.Module):
         self.kernel = config.shared_kernel
         width = 8 * max(1, round(config.shared_width * 2 / (self.kernel + 2) / 8))
         self.gate = nn.Parameter(torch.empty(width, self.kernel * config.n_embd))
-        self.up, self.down = (
-            nn.Parameter(torch.empty(width, config.n_embd)),
-            nn.Parameter(torch.empty(config.n_embd, width)),
-        )
+        self.up = nn.Parameter(torch.empty(width, config.n_embd))
+        self.down = nn.Parameter(torch.empty(config.n_embd, width))
 
     def forward(self, x_BTD: Tensor, ctx) -> Tensor:
         gate_BTF = F.linear(stack_taps(self, x_BTD, ctx, self.kernel), self.gate.type_as(x_BTD))
@@ -103,14 +100,13 @@ class MoE(nn.Module):
         return routed_BTD if self.shared is None else self.shared(x_BTD, ctx) + routed_BTD
 
     def statistics(self, route, counts_E: Tensor, x_BTD: Tensor, ctx, valid_T: Tensor | None):
-        """RouteStats; while decoding only those parts that steer the loop."""
+        """RouteStats; while decoding only the fields that routers and halting read."""
         stats = route_stats(route, counts_E, valid_T, is_decoding(ctx.cache))
         if self.exits is not None:
             exit_ids = torch.arange(*self.exits, device=route.expert_TK.device)
             exits_T = torch.isin(route.expert_TK, exit_ids).any(1)
-            stats = stats._replace(
-                exits_T=exits_T, exit_prob_T=route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1)
-            )
+            exit_prob_T = route.logits_TE.softmax(-1)[:, slice(*self.exits)].sum(1)
+            stats = stats._replace(exits_T=exits_T, exit_prob_T=exit_prob_T)
         if is_decoding(ctx.cache):
             return stats
         if self.row_entropy:
@@ -145,15 +141,14 @@ def dispatch_to_pool(x_TD: Tensor, route, experts, first: int, count: int | None
 
 
 def run_masked(experts, count: int, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """Experts on the rows of the first `count` of them, zeros elsewhere: grouped GEMMs leave other rows
-    uninitialised."""
+    """Outputs of the first `count` experts, zeros in other rows, which grouped GEMMs leave uninitialised."""
     own_R1 = (torch.arange(len(rows_RD), device=rows_RD.device) < ends_E[count - 1])[:, None]
     return torch.where(own_R1, experts(torch.where(own_R1, rows_RD, 0), ends_E[:count].clone()), 0)
 
 
 @torch.compiler.disable
 def exchange_rows(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """model.expert_all_to_all of the rows that have an expert; the others, which are last, stay."""
+    """model.expert_all_to_all of the rows with an expert; the others come last, and their outputs are zeros."""
     count = int(ends_E[-1])
     rows_out_RD = model.expert_all_to_all(group, experts, rows_RD[:count], ends_E)
     return F.pad(rows_out_RD, (0, 0, 0, len(rows_RD) - count))
@@ -165,12 +160,10 @@ PARAMETER_RULES["shared.gate"] = ParameterRule("matrix", init_uniform)
 
 def check(config: Config):
     kinds = listed_kinds(config.experts)
-    names = f"names out of {', '.join(TABLES['experts'])}, each with *n for n of them, separated by commas"
-    require(config, "experts", kinds and all(kind in TABLES["experts"] for kind in kinds), names)
-    with_matmuls = ", ".join(filter(has_matmuls, TABLES["experts"]))
-    require(
-        config, "experts", any(map(has_matmuls, kinds)), f"a list with at least one that has matmuls: {with_matmuls}"
-    )
+    legal = f"names out of {', '.join(TABLES['experts'])}, each with *n for n of them, separated by commas"
+    require(config, "experts", kinds and all(kind in TABLES["experts"] for kind in kinds), legal)
+    legal = "a list with at least one that has matmuls: " + ", ".join(filter(has_matmuls, TABLES["experts"]))
+    require(config, "experts", any(map(has_matmuls, kinds)), legal)
     if is_list(config.experts):
         legal = f"{len(kinds)}, the number of experts in {config.experts!r}"
         require(config, "num_experts", config.num_experts == len(kinds), legal)
@@ -180,16 +173,12 @@ def check(config: Config):
         legal = f"without {kind}: {beside} and its FLOPs {flops:.2f} times; choose a larger mlp_ratio"
         require(config, "experts", width > 0 and abs(flops - 1) <= 0.05, legal)
     scale = config.routed_scale
-    require(
-        config,
-        "routed_scale",
-        scale == "auto" or (not isinstance(scale, str) and scale >= 0),
-        "auto or a number, at least 0",
-    )
+    fits = scale == "auto" or (not isinstance(scale, str) and scale >= 0)
+    require(config, "routed_scale", fits, "auto or a number, at least 0")
 
 
 def looks_at_neighbours(config: Config) -> bool:
-    """Whether a feed-forward of one token depends on other tokens."""
+    """Whether a token's feed-forward depends on other tokens."""
     return config.router not in ("linear", "hash", "mlp") or (config.num_shared_experts > 0 and config.shared != "mlp")
 
 

@@ -1,5 +1,4 @@
-"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, logits of the previous layer, Shazeer's
-losses.
+"""Routers: hash, MLP, convolution, recurrence, attention; sigmoid scores, residual logits, Shazeer's losses.
 
 Every router is router(x_BTD, ctx) -> Route in token order, as in model.py. A learned router subclasses Router and
 computes logits; noise, selection bias, top-k, gates and losses are inherited."""
@@ -119,8 +118,8 @@ def squared_variation(x_E: Tensor) -> Tensor:
 def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
     """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
 
-    An expert is chosen when it exceeds the k-th largest of the others: the (k+1)-th of all if it is among the first
-    k."""
+    An expert is chosen when its logit exceeds the k-th largest of the others, which is the (k+1)-th of all if it is
+    itself among the first k."""
     top_TK = noisy_TE.topk(k + 1).values
     threshold_TE = torch.where(noisy_TE > top_TK[:, k:], top_TK[:, k:], top_TK[:, k - 1 : k])
     return torch.special.ndtr((logits_TE - threshold_TE) / std_TE).sum(0)
@@ -156,7 +155,7 @@ class MLPRouter(Router):
 class ConvRouter(Router):
     """A causal convolution over the last router_kernel tokens of the document; kernel 1 is the linear router.
 
-    The taps lie side by side in one matrix (E, K D), the current token's first."""
+    The taps are columns of one matrix (E, router_kernel * D), the current token's first."""
 
     def __init__(self, config: model.Config):
         config = as_zoo(config)
@@ -168,8 +167,7 @@ class ConvRouter(Router):
 
 
 def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
-    """(B, T, kernel * D): each token and those before it, the current one first, zeros before the start of its
-    document."""
+    """(B, T, kernel * D): each token, then those before it; zeros in place of tokens of other documents."""
     T, back = x_BTD.size(1), kernel - 1
     if ctx.cache is None:
         x_BSD = F.pad(x_BTD, (0, 0, back, 0))
@@ -187,10 +185,9 @@ def stack_taps(module: nn.Module, x_BTD: Tensor, ctx, kernel: int) -> Tensor:
 
 
 class RecurrentRouter(Router):
-    """A gated linear recurrence over the document, minGRU (2410.01201): h_t = (1 - z_t) h_{t-1} + z_t v_t, z =
-    sigmoid(W_z x), v = W_v x.
+    """A gated linear recurrence over the document (minGRU, 2410.01201), in fp32, as a scan of log2(T) steps.
 
-    In fp32, as a scan of log2(T) steps. At a document's first token 1 - z is 0."""
+    h_t = (1 - z_t) h_{t-1} + z_t v_t, z = sigmoid(W_z x), v = W_v x; 1 - z is 0 at a document's first token."""
 
     def __init__(self, config: model.Config):
         config = as_zoo(config)
@@ -258,10 +255,7 @@ class HashRouter(nn.Module):
 
 ROUTERS = {"linear": LinearRouter, "hash": HashRouter, "mlp": MLPRouter, "conv": ConvRouter,
            "recurrent": RecurrentRouter, "attention": AttentionRouter}  # fmt: skip
-TABLES |= {
-    "router": ChainMap(ROUTERS, model.ROUTERS),
-    "router_score": SCORES,
-}  # a user's own routers are in model.ROUTERS
+TABLES |= {"router": ChainMap(ROUTERS, model.ROUTERS), "router_score": SCORES}  # model.ROUTERS: a user's own
 PARAMETER_RULES |= {
     "router.residual": ParameterRule("router", constant(0.0)),
     "router.up": ParameterRule("router", init_uniform),
@@ -274,8 +268,8 @@ PARAMETER_RULES |= {
 def check(config: Config):
     require(config, "router_dim", config.router_dim > 0 and config.router_dim % 16 == 0, "a multiple of 16")
     for field in ("importance_coef", "load_coef", "entropy_coef"):
-        unlearned = f"0 with router {config.router}, which learns nothing"
-        require(config, field, config.router != "hash" or getattr(config, field) == 0, unlearned)
+        legal = f"0 with router {config.router}, which learns nothing"
+        require(config, field, config.router != "hash" or getattr(config, field) == 0, legal)
     varies = config.router_noise > 0 and config.top_k < config.num_experts
     legal = "0, or there must be router_noise above 0, and fewer than num_experts chosen"
     require(config, "load_coef", varies or config.load_coef == 0, legal)

@@ -1,4 +1,4 @@
-"""Statistics of MoE layers with the zoo's options, over several runs of a layer too."""
+"""Statistics of MoE layers with the zoo's options, and their merge over several runs of a layer."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RouteStats(NamedTuple):
-    """model.RouteStats, and further ones that some option needs."""
+    """model.RouteStats and the statistics of options."""
 
     counts_E: Tensor  # int64, tokens per expert
     prob_E: Tensor | float  # mean router probability, differentiable
@@ -32,7 +32,7 @@ def mean_over(x: Tensor, valid_T: Tensor | None) -> Tensor:
 
 
 def route_stats(route, counts_E: Tensor, valid_T: Tensor | None, decoding: bool) -> RouteStats:
-    """Statistics of a route; while decoding without the means, which nothing reads there."""
+    """Statistics of a route; while decoding without the means, which are not needed there."""
     if decoding:
         return RouteStats(counts_E, 0.0, 0.0, 0.0, logits_TE=route.logits_TE, tokens=len(route.logits_TE))
     lse_T = route.logits_TE.logsumexp(-1)

@@ -67,6 +67,10 @@ def header(session, facts: dict, compile_note: str) -> str:
             f"activations {session.model.config.dtype}; {compile_note}")  # fmt: skip
 
 
+# -----------------------------------------------------------------------------
+# Evaluations, speed, norms
+
+
 def log_evaluation(session, log: Run, step: int, train_time: float, metrics: dict, facts: dict):
     """Add an evaluation's row to metrics.jsonl, and print its line."""
     hp = session.hp
@@ -127,6 +131,10 @@ class Norms:
         return {f"norm/{name}/{kind}": norm for name, row in norms for kind, norm in zip(self.kinds, row)}
 
 
+# -----------------------------------------------------------------------------
+# The end of a run
+
+
 def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: dict, facts: dict):
     """Log the peak memory, the bits per byte of general compressors, and a sample."""
     hp, steps = session.hp, session.hp.num_iterations
@@ -182,6 +190,10 @@ def sample(session) -> tuple[list[int], list[int]]:
     prompt = next(batches).inputs_BT
     ids = session.model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
     return ids[: prompt.size(1)], ids[prompt.size(1) :]
+
+
+# -----------------------------------------------------------------------------
+# The device
 
 
 def synchronize(device: torch.device):

@@ -166,14 +166,8 @@ class ExitHalt(NoHalt):
         return new_BTD, self.update_state(state, exits_BT | last, cost_BT=cost_BT)
 
 
-HALTS = {
-    "none": NoHalt,
-    "act": ACT,
-    "stick_breaking": StickBreaking,
-    "ponder": Ponder,
-    "threshold": Threshold,
-    "exit": ExitHalt,
-}
+HALTS = {"none": NoHalt, "act": ACT, "stick_breaking": StickBreaking, "ponder": Ponder, "threshold": Threshold,
+         "exit": ExitHalt}  # fmt: skip
 TABLES["halt"] = HALTS
 PARAMETER_RULES |= {
     "halt.weight": ParameterRule("router", constant(0.0)),

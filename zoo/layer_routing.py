@@ -128,6 +128,9 @@ ROUTE_TRAINING = {  # (probabilities, progress of annealing from 0 to 1) -> weig
 }
 STEP_LOSSES = ("last", "mean")  # steps whose hidden states enter the training loss; evaluation uses the last
 
+# -----------------------------------------------------------------------------
+# The model
+
 
 class LayerRoutedGPT(LoopGPT):
     """h' = sum of w_i F_i(h) over a pool of layers and identities; in evaluation F_i(h) of the likeliest one."""

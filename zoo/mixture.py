@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import data
 from cli import UserError
@@ -71,10 +73,10 @@ def fingerprint(folder):
 class MixtureBatch(NamedTuple):
     """data.Batch with the domain of each row."""
 
-    inputs_BT: "torch.Tensor"  # noqa: F821
-    targets_BT: "torch.Tensor"  # noqa: F821
+    inputs_BT: Tensor
+    targets_BT: Tensor
     first_row: int  # validation: within the domain's split
-    domain_B: "torch.Tensor"  # int64, index into domains()  # noqa: F821
+    domain_B: Tensor  # int64, index into domains()
 
 
 class MixtureLoader(data.Loader):
@@ -98,8 +100,6 @@ class MixtureLoader(data.Loader):
         self.mixture.extend_to(max(0, self.steps * self.batch_rows - 1))
 
     def _read_batch(self, number_N, first_row):
-        import torch
-
         domain_N, nth_N = self.mixture.assign(number_N)
         inputs, targets = np.empty((2, len(number_N), self.seq_len), np.int64)
         for d in np.unique(domain_N):
@@ -113,8 +113,6 @@ def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **optio
     """Generator of MixtureBatch: data.validation_batches of each domain in turn, each with an equal part of max_tokens.
 
     Raises UserError at the call if a domain has no validation row, or its part of max_tokens is below seq_len."""
-    import torch
-
     parts = domains(folder)
     share = None if max_tokens is None else max_tokens // len(parts)
     if len(parts) > 1 and share is not None and share < options["seq_len"]:

@@ -154,6 +154,11 @@ def exchange_rows(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     return F.pad(rows_out_RD, (0, 0, 0, len(rows_RD) - count))
 
 
+def looks_at_neighbours(config: Config) -> bool:
+    """Whether a token's feed-forward depends on other tokens."""
+    return config.router not in ("linear", "hash", "mlp") or (config.num_shared_experts > 0 and config.shared != "mlp")
+
+
 TABLES["shared"] = SHARED
 PARAMETER_RULES["shared.gate"] = ParameterRule("matrix", init_uniform)
 
@@ -175,11 +180,6 @@ def check(config: Config):
     scale = config.routed_scale
     fits = scale == "auto" or (not isinstance(scale, str) and scale >= 0)
     require(config, "routed_scale", fits, "auto or a number, at least 0")
-
-
-def looks_at_neighbours(config: Config) -> bool:
-    """Whether a token's feed-forward depends on other tokens."""
-    return config.router not in ("linear", "hash", "mlp") or (config.num_shared_experts > 0 and config.shared != "mlp")
 
 
 CHECKS.append(check)

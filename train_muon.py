@@ -161,7 +161,7 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
     Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, which is steep at 0 instead of exact at 1. G is first
     divided by its Schatten-4 norm ||G G^T||^(1/2), closer to the largest singular value than the Frobenius norm, which
-    is 0.004 bits per byte worse (n = 2). Four steps are 0.007 worse (records/cpu/NEGATIVE.md). Zeros stay zeros."""
+    is 0.004 bits per byte worse (n = 2). Four steps cost 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)

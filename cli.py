@@ -1,4 +1,4 @@
-"""Shared by every command line: UserError, flags from a dataclass, lasting output streams, whole files.
+"""Shared by every command line: UserError, flags from a dataclass, whole files.
 
 Imports the standard library only."""
 
@@ -170,33 +170,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-
-# -----------------------------------------------------------------------------
-# Output
-
-
-class LastingStream:
-    """A standard stream that outlives its reader: after a closed pipe or terminal it drops text and raises nothing."""
-
-    def __init__(self, stream):
-        self.stream = stream if stream is not None else open(os.devnull, "w")
-
-    def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action):
-        try:
-            action()
-        except (OSError, ValueError):  # ValueError: the file object is closed
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
 
 
 # -----------------------------------------------------------------------------

@@ -501,7 +501,7 @@ def dispatch(x_TD: Tensor, route: Route, experts) -> tuple[Tensor, Tensor]:
 
 
 class ExpertRanks(NamedTuple):
-    """The ranks that share the experts of every layer, E / size consecutive ones each. By default one rank holds all."""
+    """The ranks that share the experts of every layer, E / size consecutive ones each. By default one holds all."""
 
     rank: int = 0
     size: int = 1

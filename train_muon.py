@@ -43,14 +43,14 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import LastingStream, Parser, UserError, add_flags, positive, require, with_flags
+from cli import Parser, UserError, add_flags, positive, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
-from terminal import Progress, say
+from terminal import LastingStream, Progress, say
 
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag

@@ -95,7 +95,7 @@ class StopSignals:
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received else handler)  # a repeat must not kill the exit
 
 
 class StepFlags(NamedTuple):

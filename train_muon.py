@@ -685,7 +685,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
         if step < hp.num_iterations or metrics is None:
             saver.wait()
             log.flush()
-            log.print(f"stopped by a signal after step {step}; {saver.describe_last_good()}; go on with --resume")
+            where = f"the checkpoint is {saver.last_good}" if saver.last_good else saver.describe_last_good()
+            log.print(f"stopped by a signal after step {step}; {where}; go on with --resume")
             raise SystemExit(128 + (session.signals.received or signal.SIGTERM))
         facts.log_end(session, log, meta["encoding"], train_time, metrics, about)
         saver.wait()
@@ -743,9 +744,7 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
 
 
 def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, about: dict):
-    """Save, validate and step until num_iterations or a signal.
-
-    Returns the step, its time, and the last evaluation: {} if there was none, None if a signal interrupted it."""
+    """Save, validate and step until the end or a signal; returns step, time, last evaluation (None: interrupted)."""
     hp, world, timer = session.hp, session.world, session.timer
     latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
     flush_every = 1 if world.device.type == "cpu" else 25  # bringing rows to the host makes a GPU wait

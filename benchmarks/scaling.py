@@ -64,7 +64,7 @@ from distributed import Bucket, Slab, World, backward_order  # noqa: E402
 from model import DTYPES, Config, build, count_parameters, flops_per_token  # noqa: E402
 from tools import cost  # noqa: E402
 from tools.cost import activation_bytes  # noqa: E402
-from tools.plots import COLOURS, THEME  # noqa: E402
+from tools.plots import COLOURS, open_figure  # noqa: E402
 from train_muon import MUON, MuonConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -571,10 +571,6 @@ def short(number: float) -> str:
 
 def draw(rows: list[dict], args: argparse.Namespace, path: Path):
     """A column per model (the last and at most three before): MFU under each scaling, and memory per GPU."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -584,8 +580,8 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
         zip(SCHEMES, zip(COLOURS, ("o", "s", "^"), (7, 5, 4)))
     )  # where schemes coincide, the larger marker shows behind
     panels = [(scaling, "mfu") for scaling in args.scaling] + [(args.scaling[-1], "memory_bytes")]
-    with matplotlib.rc_context(THEME):
-        figure = Figure(layout="constrained", figsize=(1.2 + 3.1 * len(names), 0.9 + 2.5 * len(panels)))
+    with open_figure(path) as figure:
+        figure.set_size_inches(1.2 + 2.8 * len(names), 0.9 + 2.5 * len(panels))
         axes = figure.subplots(len(panels), len(names), sharex=True, sharey="row", squeeze=False)
         for (scaling, key), line in zip(panels, axes):
             for name, ax in zip(names, line):
@@ -629,7 +625,7 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
                         0.5,
                         "the batch has\nno more rows",
                         color="#57606a",
-                        fontsize=8,
+                        fontsize=9.5,
                         ha="center",
                         va="center",
                         transform=ax.get_xaxis_transform(),
@@ -646,12 +642,9 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
                 f"{name}\n{short(counts['parameters'])} parameters, {short(counts['active'])} active", fontsize=10
             )
         for (scaling, key), line in zip(panels, axes):
-            amount = (
-                f"{short(args.batch_tokens)} tokens per step"
-                if scaling == "strong"
-                else f"{short(args.tokens_per_gpu)} tokens per GPU"
-            )
-            line[0].set_ylabel(f"MFU (%)\n{scaling}: {amount}" if key == "mfu" else f"GB per GPU\n{scaling}: {amount}")
+            strong, weak = f"{short(args.batch_tokens)} tokens/step", f"{short(args.tokens_per_gpu)} tokens/GPU"
+            unit, amount = "MFU (%)" if key == "mfu" else "GB per GPU", strong if scaling == "strong" else weak
+            line[0].set_ylabel(f"{unit}\n{scaling}: {amount}", fontsize=11)
         lines = f"dotted: a node of {args.machine.gpus_per_node}; dashed: {args.machine.memory / 1e9:.0f} GB"
         figure.supxlabel(f"GPUs ({args.gpu}; {lines})", fontsize=11)
         says = {
@@ -676,7 +669,6 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
             )
         )
         figure.legend(handles=handles, loc="outside upper center", ncols=4)
-        figure.savefig(path)
 
 
 # -----------------------------------------------------------------------------

@@ -229,7 +229,8 @@ def plot_difficulty(figure, routes, found):
     for ax, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         for (kind, values), colour in zip(found[f"{name}_by_difficulty"].items(), COLOURS):
             ax.plot(list(values), list(values.values()), "o-", color=colour, label=kind)
-        ax.set(xlabel="operations needed", ylabel=measures[name])
+        needed = sorted(set().union(*found[f"{name}_by_difficulty"].values()))
+        ax.set(xlabel="operations needed", ylabel=measures[name], xticks=needed)
         ax.legend()
 
 

@@ -85,3 +85,19 @@ def test_long_runs_are_averaged_not_sampled():
     assert short.shape == (300, 2)
     np.testing.assert_allclose(short[0], values[:5].mean(0))
     np.testing.assert_array_equal(plots.bin_means(values[:7]), values[:7])
+
+
+def test_pictures_are_small_and_keep_their_colours(tmp_path):
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    with plots.open_figure(tmp_path / "lines.png") as figure:
+        ax = figure.subplots()
+        for i, colour in enumerate(plots.COLOURS):
+            ax.plot([0, 1], [i, i], color=colour, linewidth=6)
+    assert (tmp_path / "lines.png").read_bytes()[25] == 3, "a palette"
+    colours = imread(tmp_path / "lines.png")[..., :3].reshape(-1, 3)
+    for colour in plots.COLOURS:
+        assert abs(colours - to_rgb(colour)).max(1).min() < 0.02, colour
+    pictures = [path for folder in ("benchmarks", "records", "docs") for path in (ROOT / folder).rglob("*.png")]
+    assert len(pictures) > 5 and max(path.stat().st_size for path in pictures) < 150_000

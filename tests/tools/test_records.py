@@ -245,7 +245,7 @@ def test_the_picture_has_every_record_s_curve_and_end(planted):
     track, records = read_history(planted / "records/cpu")
     plot_history(figure, track["target"], records)
     [ax] = figure.axes
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "1  2026-01-02_DenseAdamW: 601 s",
         "2  2026-01-01_MoEMuon: 220 s",
         "3  2026-01-02_DenseMuon: 282 s",

@@ -1,0 +1,103 @@
+"""A run is not lost: dead terminals, failing evaluations, signals. Processes of their own, on a CPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_train import WORDS, flags, write_data
+
+from checkpoint import checkpoints
+from cli import LastingStream
+from train_muon import MUON
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "greek", WORDS["greek"])
+
+
+def start(folder: Path, data, **values) -> subprocess.Popen:
+    """A tiny run in a process of its own; its output goes to folder/out.txt and folder/err.txt."""
+    values = dict(data=data, out_dir=folder, experiment_name="run") | values
+    out, err = open(folder / "out.txt", "w"), open(folder / "err.txt", "w")
+    return subprocess.Popen([sys.executable, "train_muon.py", *flags(MUON, **values)], cwd=ROOT, stdout=out, stderr=err)
+
+
+def wait_for(condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def rows(folder: Path) -> list[dict]:
+    path = folder / "run/metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def saved(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoints(folder / "run/checkpoint")]
+
+
+@pytest.mark.parametrize("redirection", ("| head -1", ">&-", ">&- 2>&-", "2>&1 | true"))
+def test_a_dead_terminal_ends_no_run(shards, tmp_path, redirection):
+    words = flags(MUON, data=shards, out_dir=tmp_path, experiment_name="run", val_every=2, num_iterations=4)
+    command = " ".join([sys.executable, "train_muon.py", *(f"'{word}'" for word in words), redirection])
+    subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    assert saved(tmp_path)[0] == 4
+    assert rows(tmp_path)[-1]["event"] == "end" and [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [0, 2, 4]
+
+
+def test_a_stream_without_a_reader_drops_its_text():
+    reading, writing = os.pipe()
+    stream = LastingStream(os.fdopen(writing, "w"))
+    os.close(reading)
+    assert stream.write("x" * 10**6) == 10**6
+    stream.flush()
+    LastingStream(None).write("nothing")
+
+
+def test_the_last_checkpoint_is_saved_before_the_last_evaluation(shards, tmp_path):
+    """The folder of the data is renamed during the run, so the evaluation fails; the weights are there."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    process = start(tmp_path, data, num_iterations=300, val_every=0)
+    wait_for(lambda: any("train/loss" in row for row in rows(tmp_path)))
+    data.rename(tmp_path / "renamed")
+    assert process.wait(120) != 0
+    assert "holds no token shards" in (tmp_path / "err.txt").read_text()
+    assert saved(tmp_path)[0] == 300
+    (tmp_path / "renamed").rename(data)
+    assert start(tmp_path, data, num_iterations=300, val_every=0, resume=True).wait(120) == 0
+    assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [300] and rows(tmp_path)[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("number", (signal.SIGHUP, signal.SIGINT, signal.SIGTERM), ids=lambda number: number.name)
+def test_every_signal_ends_with_a_checkpoint_and_repeats_count_once(shards, tmp_path, number):
+    process = start(tmp_path, shards, num_iterations=10**5)
+    wait_for(lambda: any("train/loss" in row for row in rows(tmp_path)))
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.05)
+    assert process.wait(60) == 128 + number
+    err = (tmp_path / "err.txt").read_text()
+    assert err.count("stopping: saving a checkpoint") == 1 and "Traceback" not in err
+    assert saved(tmp_path)[0] == rows(tmp_path)[-1]["step"] > 0
+
+
+def test_a_signal_interrupts_an_evaluation(shards, tmp_path):
+    """An evaluation of some 10,000 rows of two tokens, one by one, takes much longer than the answer."""
+    process = start(tmp_path, shards, num_iterations=4, seq_len=2, batch_tokens=4, micro_batch_tokens=2, val_every=2)
+    wait_for(lambda: (tmp_path / "run/run.log").exists())
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 30 and not any("val/loss" in row for row in rows(tmp_path))
+    assert "there is no checkpoint" in (tmp_path / "out.txt").read_text()

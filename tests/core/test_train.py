@@ -1953,6 +1953,7 @@ LOCAL = {
     "guards",
     "data",
     "logger",
+    "terminal",
 }
 
 

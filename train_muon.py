@@ -661,7 +661,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     with signals, watchdog, saver, contextlib.ExitStack() as opened:
         opened.callback(loader.close)
         say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
-        say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
+        say(f"warm-up steps: {hp.warmup_steps}, undone before the clock starts", hp.warmup_steps > 0 and is_first)
         warm_up(session)
         if enable_profiling:
             from tools.profile import profile

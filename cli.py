@@ -173,33 +173,6 @@ def positive(text: str) -> int:
 
 
 # -----------------------------------------------------------------------------
-# Output
-
-
-class LastingStream:
-    """A standard stream whose reader may go away: a closed pipe or terminal drops the text and raises nothing."""
-
-    def __init__(self, stream):
-        self.stream = stream if stream is not None else open(os.devnull, "w")
-
-    def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action):
-        try:
-            action()
-        except (OSError, ValueError):  # ValueError: the file object is closed
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-# -----------------------------------------------------------------------------
 # Files
 
 

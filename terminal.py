@@ -29,6 +29,29 @@ def clear_line():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+class LastingStream:
+    """A standard stream whose reader may go away: a closed pipe or terminal drops the text and raises nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream if stream is not None else open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action):
+        try:
+            action()
+        except (OSError, ValueError):  # ValueError: the file object is closed
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class Progress:
     """The progress of a run: one live line on a terminal, a line every 30 seconds elsewhere."""
 

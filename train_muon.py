@@ -43,7 +43,7 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import LastingStream, Parser, UserError, add_flags, positive, require, with_flags
+from cli import Parser, UserError, add_flags, positive, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
@@ -912,7 +912,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
 
 
 def main(recipe: Recipe, argv: list[str] | None = None):
-    sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
+    sys.stdout, sys.stderr = map((sys.stdout, sys.stderr))  # a run outlives its terminal
     world, start = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
     try:
         config, hp, args = parse(recipe, argv)

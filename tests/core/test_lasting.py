@@ -13,7 +13,7 @@ import pytest
 from test_train import WORDS, flags, write_data
 
 from checkpoint import checkpoints
-from cli import LastingStream
+from terminal import LastingStream
 from train_muon import MUON
 
 ROOT = Path(__file__).parents[2]

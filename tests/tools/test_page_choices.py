@@ -25,7 +25,8 @@ def seeds(driver, tmp_path):
     """Three seeds of one setting, another setting, and the same settings on other data."""
     compressors = {"val/gzip_bpb": 2.6, "val/xz_bpb": 2.4}
     for seed, (name, shift) in enumerate({"moe_a": 0.0, "moe_b": 0.1, "moe_c": 0.5}.items()):
-        write_run(tmp_path, name, seed=seed, shift=shift, norms=True, compressors=compressors)
+        more = {"data": f"/disk{seed}/python", "norms": True, "compressors": compressors}
+        write_run(tmp_path, name, seed=seed, shift=shift, **more)
     write_run(tmp_path, "deep", n_layer=8, shift=-0.2, compressors=compressors | {"val/xz_bpb": None})
     write_run(tmp_path, "other", data="/mnt/data/web", compressors={"val/gzip_bpb": 3.1})
     with Run(tmp_path, "young", config={"a": 1}, sources=[]) as run:

@@ -50,7 +50,7 @@ from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_healt
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
-from terminal import Progress, say
+from terminal import LastingStream, Progress, say
 
 # -----------------------------------------------------------------------------
 # Settings: every field is a flag
@@ -912,7 +912,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
 
 
 def main(recipe: Recipe, argv: list[str] | None = None):
-    sys.stdout, sys.stderr = map((sys.stdout, sys.stderr))  # a run outlives its terminal
+    sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
     world, start = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
     try:
         config, hp, args = parse(recipe, argv)

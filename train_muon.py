@@ -161,7 +161,7 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
     Five steps of the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, which is steep at 0 instead of exact at 1. G is first
     divided by its Schatten-4 norm ||G G^T||^(1/2), closer to the largest singular value than the Frobenius norm, which
-    is 0.004 bits per byte worse (n = 2). Four steps cost 0.007 (records/cpu/NEGATIVE.md). A zero matrix stays zero."""
+    is 0.004 bits per byte worse (n = 2). Four steps cost 0.012 (records/cpu/NEGATIVE.md). A zero matrix stays zero."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     wide = X.size(-2) <= X.size(-1)
@@ -661,7 +661,7 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     with signals, watchdog, saver, contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)
-        say(f"warm-up: {hp.warmup_steps} steps, undone before the clock starts", hp.warmup_steps > 0 and is_first)
+        say(f"warm-up steps: {hp.warmup_steps}, undone before the clock starts", hp.warmup_steps > 0 and is_first)
         warm_up(session)
         if enable_profiling:
             from tools.profile import profile

@@ -280,7 +280,7 @@ def test_long_work_is_named_when_it_begins(shards, tmp_path, monkeypatch):
     notes = [
         f"verifying the shards of {shards}",
         "compiling in the first step: minutes, or seconds from a cache",
-        "warm-up: 2 steps, undone before the clock starts",
+        "warm-up steps: 2, undone before the clock starts",
         "sampling, and compressing the validation text for comparison",
     ]
     assert status == 0 and [line for line in err.splitlines() if line in notes] == notes, err

@@ -19,7 +19,7 @@ def main():
     parser.add_argument("--experts")
     args, rest = parser.parse_known_args(sys.argv[1:])
     if {"-h", "--help"} & set(rest):
-        print("--optimizer muon or adamw is the one flag that train_muon.py lacks; it names the experiment too")
+        print("train_zoo.py: the flags below, --optimizer {muon,adamw}, and the options of zoo/ (--help zoo)")
     if args.experts is not None:
         counted = [f"--num_experts={len(listed_kinds(args.experts))}"] if is_list(args.experts) else []
         rest = [f"--experts={args.experts}", *counted, *rest]

@@ -60,7 +60,9 @@ def test_the_script_trains_with_either_optimizer(name, shards, tmp_path):  # noq
 
 def test_help_names_the_optimizers_and_the_options_of_mixtures():
     status, out, _ = call(train_zoo.main, ["--help"])
-    assert status == 0 and "--optimizer {muon,adamw}" in out and "--domain_weights" in out
+    assert status == 0 and "--optimizer {muon,adamw}" in out and "--help zoo" in out
+    status, out, _ = call(train_zoo.main, ["--help", "zoo"])
+    assert status == 0 and "--domain_weights" in out and "--halt" in out
 
 
 def test_experts_of_several_kinds_are_not_shared_among_ranks(shards, tmp_path):  # noqa: F811

@@ -303,34 +303,33 @@ def sync_folder(folder: Path):
 # Resuming
 
 
-def latest_valid_checkpoint(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files match its manifest, and the faults of newer ones. The ranks share the work.
+def latest_valid_checkpoint(folder: Path, world: World) -> tuple[Path | None, dict, list[str]]:
+    """The newest checkpoint whose files match its manifest, that manifest, and the faults of newer checkpoints.
 
-    None if there is no checkpoint. Raises Ended if there are some and none is valid."""
+    (None, {}, []) if there is no checkpoint. The ranks share the work. Raises Ended if there are some and none is
+    valid."""
     faults = []
     for path in checkpoints(folder):
-        fault = ""
+        manifest, fault = {}, ""
         try:
-            verified_manifest(path, world.rank, world.size)
+            manifest = verified_manifest(path, world.rank, world.size)
         except UserError as error:
             fault = str(error).partition(";")[0]
         found = [fault for fault in gather_objects(fault, world) if fault]
         if not found:
-            return path, faults
+            return path, manifest, faults
         faults += found[:1]
     if faults:
         mend = "start over under another --experiment_name"
         raise Ended(f"{'; '.join(faults)}; no checkpoint in {folder} is sound, so {mend}")
-    return None, []
+    return None, {}, []
 
 
-def load_checkpoint(path: Path, exchange, config: Config, hp) -> dict:
-    """Copy a verified checkpoint's values and optimizer state into the model of an Exchange; returns the manifest.
+def load_checkpoint(path: Path, manifest: dict, exchange):
+    """Copy a verified checkpoint's values and optimizer state into the model and optimizers of an Exchange.
 
     Slabs are found by name, so the numbers of ranks and of expert parts may differ from those of the run that saved.
-    Raises UserError if that was another configuration."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    check_same_run(manifest, config, hp, path)
+    Raises UserError if one is missing."""
     parameters, buffers = dict(exchange.model.named_parameters()), dict(exchange.model.named_buffers())
     slabs = with_current_names(read_slabs(path, manifest), parameters.keys() | buffers.keys())
     kept_buffers = exchange.model.state_dict().keys() & buffers.keys()
@@ -352,23 +351,3 @@ def load_checkpoint(path: Path, exchange, config: Config, hp) -> dict:
             if saved:
                 state = {key: value.to(local.value.device, copy=True) for key, value in saved.items()}
                 owner_of[local.value].state[local.value] = state
-    return manifest
-
-
-MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val_every val_tokens routes_tokens
-    checkpoint_every sample_tokens warmup_steps expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
-
-
-def check_same_run(manifest: dict, config: Config, hp, path: Path):
-    """Raises UserError, which names the first field that differs from the run that was saved."""
-    here = class_name(config)
-    saved_class = manifest.get("config_class", here)
-    if saved_class != here:
-        raise UserError(f"{path} was saved with a {saved_class}, not a {here}; resume with the script that began")
-    now = dataclasses.asdict(config) | dataclasses.asdict(hp)
-    then = current_fields(manifest["model"]) | manifest["hyperparameters"]
-    for field, value in now.items():
-        was = then.get(field)
-        if field not in MAY_CHANGE_ON_RESUME and was != value:
-            mend = f"pass --{field} {was}, or another --experiment_name"
-            raise UserError(f"{path} was saved with {field} = {was}, not {value}; {mend}")

@@ -42,10 +42,11 @@ import facts
 import guards
 import logger
 import model
+import settings
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
 from cli import Parser, UserError, add_flags, positive, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
-from facts import cpu_has_bf16, synchronize
+from facts import synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
@@ -733,10 +734,15 @@ def random_batches(config: Config, hp: TrainConfig, count: int, micro_rows: int,
 def resume_run(session: Session, loader, saver: Saver) -> Start:
     """Load the latest valid checkpoint into the model, the optimizers and the loader."""
     session.timer.begin("resuming")
-    path, faults = latest_valid_checkpoint(saver.folder, session.world)
+    path, manifest, faults = latest_valid_checkpoint(saver.folder, session.world)
     if path is None:
         return Start(resume_step=-1)
-    manifest = agree(session.world, lambda: load_checkpoint(path, session.exchange, session.model.config, session.hp))
+
+    def load():
+        settings.check_same_run(manifest, session.model.config, session.hp, path)
+        load_checkpoint(path, manifest, session.exchange)
+
+    agree(session.world, load)
     loader.load_state_dict(manifest["loader"])
     step, notes = manifest["step"], tuple(f"{fault}; going on from step {manifest['step']} instead" for fault in faults)
     validated = gather_objects(logger.has_evaluation(session.folder, step), session.world)[0]
@@ -802,7 +808,7 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 
 # -----------------------------------------------------------------------------
-# Before training: checks, data, compilation
+# Before training: data and compilation
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
@@ -812,47 +818,13 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
     if fresh:
         logger.refuse_existing(folder)
     recipe.check(config, hp, world.size, world.device.type)
-    micro_rows = micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+    micro_rows = settings.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = recipe.open_loader(config, hp, world, micro_rows)
     recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # may raise
     return recipe.data.load_meta(hp.data), loader
-
-
-def check(config: Config, hp: TrainConfig, world_size: int, device_type: str):
-    """Raises UserError for settings that do not go together."""
-    parts = hp.expert_parallel
-    if world_size % parts or config.num_experts % parts:
-        legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
-        raise UserError(f"expert_parallel is {parts}; it must {legal}")
-    if device_type == "cuda":
-        check_for_cuda(config, hp, hp.seq_len)
-
-
-def check_for_cuda(config: Config, hp: TrainConfig, row_tokens: int):
-    """Raises UserError for shapes that matmuls and FlexAttention cannot take on a GPU."""
-    for name, value in {"seq_len": hp.seq_len, "n_embd": config.n_embd}.items():
-        if config.head == "fp8" and value % 16:
-            legal = "with head fp8 on CUDA it must be a multiple of 16, or pass --head bf16"
-            raise UserError(f"{name} is {value}; {legal}")
-    if config.head_dim < 16:
-        raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
-    block, max_masked = model.FlexMask.BLOCK, 8192  # tokens of a row whose pairs all fit into a mask
-    if row_tokens % block and row_tokens > max_masked:
-        name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
-        legal = f"on CUDA it must be a multiple of {block} beyond {max_masked}"
-        raise UserError(f"{name} is {row_tokens}; {legal}, or attention would hold a mask of all pairs")
-
-
-def micro_batch_rows(rows: int, hp: TrainConfig, world: World) -> int:
-    """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
-    if rows % world.size:
-        raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
-                       "change --batch_tokens or --nproc_per_node")  # fmt: skip
-    own_rows, max_rows = rows // world.size, max(1, hp.micro_batch_tokens // hp.seq_len)
-    return max(n for n in range(1, own_rows + 1) if own_rows % n == 0 and n <= max_rows)
 
 
 def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
@@ -899,19 +871,6 @@ def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
     return parser
 
 
-def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argparse.Namespace, device) -> Config:
-    """The configuration with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them."""
-    meta, changes = recipe.data.load_meta(hp.data), {}
-    if "vocab_size" not in args:
-        changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
-    elif config.vocab_size < meta["vocab_size"]:
-        legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
-        raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
-    if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
-        changes["dtype"] = "fp32"
-    return dataclasses.replace(config, **changes)
-
-
 def main(recipe: Recipe, argv: list[str] | None = None):
     sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
     world, prefix = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
@@ -924,7 +883,7 @@ def main(recipe: Recipe, argv: list[str] | None = None):
             return
         sinks = {name: logger.sink_module(name) for name in logger.SINKS if vars(args)[name]}  # raises if not installed
         world = distributed.init_distributed(hp.device, hp.collectives_timeout)
-        config = agree(world, lambda: resolve_config(config, hp, recipe, args, world.device))
+        config = agree(world, lambda: settings.resolve_config(config, hp, recipe, args, world.device))
         restarted = world.restarted and (Path(hp.out_dir) / args.experiment_name).exists()
         resume = args.resume or any(gather_objects(restarted, world))
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
@@ -943,8 +902,9 @@ def main(recipe: Recipe, argv: list[str] | None = None):
 
 MUON = Recipe(
     "train_muon.py", "muon", MuonConfig, PRESETS, make_optimizers, set_rates, matrix_state=1,
-    newton_schulz=NEWTON_SCHULZ_STEPS, model_config=Config, model_presets=model.PRESETS, check=check, data=data,
-    open_loader=open_loader, loss=compute_loss, evaluate=evaluate, validation_text=facts.validation_text)  # fmt: skip
+    newton_schulz=NEWTON_SCHULZ_STEPS, model_config=Config, model_presets=model.PRESETS, check=settings.check,
+    data=data, open_loader=open_loader, loss=compute_loss, evaluate=evaluate,
+    validation_text=facts.validation_text)  # fmt: skip
 
 if __name__ == "__main__":
     main(MUON)

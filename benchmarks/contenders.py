@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import settings
 import train_adamw
 import train_muon
 from benchmarks.floor import dense_twin
@@ -71,7 +72,7 @@ def ours(optimizer: str, shape):
         world = World(0, 1, CPU)
         exchange = train_muon.Exchange(build_model(config), world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
-        rows = train_muon.micro_batch_rows(work.tokens // work.seq_len, hp, world)
+        rows = settings.micro_batch_rows(work.tokens // work.seq_len, hp, world)
         batch = lambda i, ids: Batch(ids[:, :-1], ids[:, 1:], i * rows)
         batches = [[batch(i, part) for i, part in enumerate(ids.split(rows))] for ids in work.batches()]
 

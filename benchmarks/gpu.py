@@ -37,6 +37,7 @@ import data  # noqa: E402
 import facts  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
+import settings
 import train_muon  # noqa: E402
 from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
@@ -138,7 +139,7 @@ class Stepper:
         )
         self.name, self.config, self.hp, self.versions = name, config, hp, ROWS[name].versions
         self.timer, self.number = PhaseTimer("cuda"), 0
-        rows = train_muon.micro_batch_rows(args.tokens // args.seq_len, hp, World(0, 1, DEVICE))
+        rows = settings.micro_batch_rows(args.tokens // args.seq_len, hp, World(0, 1, DEVICE))
         with self.versions():
             self.model = drawn_on_the_device(config).train()
             self.exchange = train_muon.Exchange(self.model, World(0, 1, DEVICE))

@@ -24,6 +24,7 @@ import torch.distributed as dist  # noqa: E402
 import distributed  # noqa: E402
 import guards  # noqa: E402
 import model  # noqa: E402
+import settings
 import train_muon  # noqa: E402
 from cli import Parser, positive  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
@@ -49,7 +50,7 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
     config, hp = model.PRESETS[args.preset], train_muon.PRESETS[args.preset]
     world = distributed.init_distributed(hp.device, hp.collectives_timeout)
     rows = hp.batch_tokens // hp.seq_len
-    micro_rows = train_muon.micro_batch_rows(rows, hp, world)
+    micro_rows = settings.micro_batch_rows(rows, hp, world)
     next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
     net, timer, delay = model.build(config).to(world.device), PhaseTimer(world.device.type), [0.0]
     train_muon.reduce_scatter = delayed(train_muon.reduce_scatter, delay)

@@ -58,6 +58,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import facts  # noqa: E402
+import settings  # noqa: E402
 import train_muon  # noqa: E402
 from cli import Parser, UserError, positive  # noqa: E402
 from distributed import Bucket, Slab, World, backward_order  # noqa: E402
@@ -442,7 +443,7 @@ def predict(config: Config, world_size: int, parts: int, batch_tokens: int, args
     world, room = World(0, world_size, torch.device("cpu")), args.micro_batch_tokens
     while True:  # the largest micro-batch that fits, as a user would look for it
         hp = MuonConfig(batch_tokens=batch_tokens, seq_len=args.seq_len, micro_batch_tokens=room, val_tokens=0)
-        micro_rows = train_muon.micro_batch_rows(batch_tokens // args.seq_len, hp, world)
+        micro_rows = settings.micro_batch_rows(batch_tokens // args.seq_len, hp, world)
         held = memory(config, p, parts, micro_rows * args.seq_len, machine)
         if sum(held.values()) <= machine.memory or micro_rows == 1:
             break

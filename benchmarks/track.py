@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
+import settings  # noqa: E402
 import train_muon  # noqa: E402
 from cli import Parser, UserError, positive  # noqa: E402
 from distributed import World  # noqa: E402
@@ -469,7 +470,7 @@ class Stepper:
         exchange = train_muon.Exchange(net, world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
         self.session = train_muon.Session(recipe, hp, net, exchange, timer)
-        micro_rows = train_muon.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+        micro_rows = settings.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
         self.loader = recipe.open_loader(config, hp, world, micro_rows)
 
     def milliseconds(self) -> float:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import checkpoint
 import data
+import settings
 import train_muon
 from cli import UserError, require
 from distributed import World
@@ -60,7 +60,7 @@ class MixtureConfig(TrainConfig):
         require(self, "domain_temperature", 0 < self.domain_temperature < math.inf, "above 0")
 
 
-checkpoint.MAY_CHANGE_ON_RESUME.add("routes_tokens")
+settings.MAY_CHANGE_ON_RESUME.add("routes_tokens")
 
 # -----------------------------------------------------------------------------
 # Data

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import settings
 import train_adamw
 import train_muon
 import zoo
@@ -32,7 +33,7 @@ RUN_100M_CPU = CPU_RUN | dict(
 
 def check(config: Config, hp: domains.MixtureConfig, world_size: int, device_type: str):
     """Raises UserError for settings that do not go together."""
-    train_muon.check(config, hp, world_size, "cpu")
+    settings.check(config, hp, world_size, "cpu")
     parts = hp.expert_parallel
     if parts > 1 and len(config.expert_counts) > 1:
         raise UserError(f"experts is {config.experts!r}; with expert_parallel = {parts} all must be of one kind")
@@ -43,7 +44,7 @@ def check(config: Config, hp: domains.MixtureConfig, world_size: int, device_typ
         legal = f"0 with objective {config.objective}, which cannot continue a text"
         raise UserError(f"sample_tokens is {hp.sample_tokens}; it must be {legal}")
     if device_type == "cuda":
-        train_muon.check_for_cuda(config, hp, hp.seq_len + config.num_meta_tokens)
+        settings.check_for_cuda(config, hp, hp.seq_len + config.num_meta_tokens)
 
 
 def zoo_recipe(core: Recipe, train_config: type, **cpu_rates) -> Recipe:

@@ -35,6 +35,7 @@ import guards  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
+import settings  # noqa: E402
 import train_muon  # noqa: E402
 from distributed import World, cut_slabs, make_buckets, slab_view  # noqa: E402
 from model import DTYPES, GPT, Config  # noqa: E402
@@ -1075,9 +1076,9 @@ def test_what_a_gpu_cannot_do_is_refused(config, values, legal):
         dataclasses.replace(train_muon.PRESETS["cpu"], **values),
     )
     if legal is None:
-        return train_muon.check_for_cuda(*words, words[1].seq_len)
+        return settings.check_for_cuda(*words, words[1].seq_len)
     with pytest.raises(UserError, match=legal):
-        train_muon.check_for_cuda(*words, words[1].seq_len)
+        settings.check_for_cuda(*words, words[1].seq_len)
 
 
 def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, straight, monkeypatch):
@@ -1312,7 +1313,7 @@ def test_rows_that_fp8_cannot_take_on_cuda_are_one_sentence(shards, tmp_path):
 
 
 def test_micro_batches_are_the_largest_that_fit_and_divide():
-    rows_at_once = lambda tokens, size: train_muon.micro_batch_rows(
+    rows_at_once = lambda tokens, size: settings.micro_batch_rows(
         12, hyper(MUON, micro_batch_tokens=tokens), World(0, size, CPU)
     )
     assert [rows_at_once(tokens, 1) for tokens in (1, 32, 64, 160, 192, 383, 384, 10**6)] == [1, 1, 2, 4, 6, 6, 12, 12]

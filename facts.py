@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import data
 import model
+from checkpoint import class_name
 from cli import UserError, file_sha256
 from logger import Run
 from model import DTYPES, Config, flops_per_token
@@ -48,11 +49,13 @@ def run_facts(session, experiment_name: str, encoding: str) -> dict:
     return {
         "experiment_name": experiment_name,
         "optimizer": session.recipe.name,
+        "config_class": class_name(config),
         "model": dataclasses.asdict(config),
         "hyperparameters": dataclasses.asdict(hp),
         "parameters": model.count_parameters(config),
         "flops_per_token": flops_per_token(config, hp.seq_len),
         "encoding": encoding,
+        "shards": session.recipe.data.fingerprint(hp.data),
         "world_size": world.size,
         "matmul_flops_per_second": world.size * matmul_rate(world.device, config.dtype),
     }

@@ -80,7 +80,8 @@ class Run:
 
         metrics = self.path / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
-            kept = [row for row in read_rows(metrics) if (row.get("step") or 0) <= resume_step]
+            kept = [row for row in read_rows(metrics)
+                    if (row.get("step") or 0) <= resume_step and row.get("event") != "end"]
             write_text(metrics, _to_lines(kept))
         self._write_header(sources, resume_step)
         write_text(self.path / "config.json", json.dumps(finite_or_none(config), indent=2, default=str) + "\n")
@@ -151,7 +152,7 @@ class Run:
                 text += f"{'-' * 100}\n{source.name}\n{'-' * 100}\n{body}"
         text += f"{SEPARATOR}\n{_describe_environment(sources)}\n{SEPARATOR}\n"
         if resume_step is not None:
-            text += f"the run continues from step {max(0, resume_step)}\n"
+            text += f"the run continues from step {resume_step}\n"
         _append(log, text)
 
     def _snapshot(self, value):
@@ -249,7 +250,7 @@ class TensorBoard:
     """Event files in the run's folder, in tensorboard/. A resumed run hides the events after its checkpoint."""
 
     def __init__(self, tensorboard, folder, config: dict, resume_step: int | None):
-        first_step = None if resume_step is None else max(0, resume_step) + 1
+        first_step = None if resume_step is None else resume_step + 1
         self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         text = json.dumps(finite_or_none(config), indent=1, default=str)
         self.writer.add_text("config", f"```json\n{text}\n```", resume_step or 0)

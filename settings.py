@@ -3,14 +3,17 @@ compared with those of the run to resume. `hp` is a TrainConfig of train_muon.py
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
+import logger
 import model
-from checkpoint import class_name, current_fields
+from checkpoint import checkpoints, class_name, current_fields
 from cli import UserError
 from distributed import World
 from facts import cpu_has_bf16
 from model import Config
+from terminal import say
 
 # -----------------------------------------------------------------------------
 # Data and machine
@@ -68,18 +71,81 @@ def micro_batch_rows(rows: int, hp, world: World) -> int:
 
 MAY_CHANGE_ON_RESUME = set("""data out_dir device compile micro_batch_tokens val_every val_tokens checkpoint_every
     sample_tokens warmup_steps expert_parallel bucket_mb overlap stuck_after""".split())  # fmt: skip
+SCHEDULERS = {"SLURM_JOB_ID": "Slurm", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF"}  # variable of a job -> its scheduler
 
 
-def check_same_run(manifest: dict, config: Config, hp, path: Path):
-    """Raises UserError, which names the first field that differs from the run that was saved."""
+def is_resumed(folder: Path, resume: bool, world: World) -> bool:
+    """Whether the run in `folder` continues: with --resume, or if torchrun restarted this process.
+
+    A job's first attempt may have ended before it made the folder, so with --resume of nothing a scheduler's job starts
+    the run. Raises UserError for it elsewhere, as the name is likely mistyped."""
+    if resume and not folder.exists():
+        scheduler = next((name for variable, name in SCHEDULERS.items() if os.environ.get(variable)), None)
+        if scheduler is None:
+            raise UserError(f"there is no {folder} to resume; start the run without --resume, "
+                           "or correct --experiment_name or --out_dir")  # fmt: skip
+        say(f"there is no {folder} to resume yet, so this {scheduler} job starts the run", world.rank == 0)
+    return folder.exists() and (resume or world.restarted)
+
+
+def saved_fields(folder: Path, recipe) -> dict:
+    """Every field of the run in `folder`, but its out_dir; {} without a config.json. Raises UserError."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    saved = logger.read_json(path)
+    check_same_script(saved, recipe, path)
+    fields = current_fields(saved.get("model", {})) | saved.get("hyperparameters", {})
+    return {field: value for field, value in fields.items() if field != "out_dir"}
+
+
+def check_resumable(folder: Path, config: Config, hp, recipe):
+    """Raises UserError for a run that has ended and lost its checkpoint, and for one that began with other settings."""
+    path = folder / "config.json"
+    if path.exists():
+        check_same_run(logger.read_json(path), config, hp, recipe, path)
+    if logger.has_ended(folder) and not checkpoints(folder / "checkpoint"):
+        mend = f"restore {folder}/checkpoint, or start another --experiment_name"
+        raise UserError(f"{folder} has ended, and its checkpoint is gone, so nothing can be resumed; {mend}")
+
+
+def check_same_run(saved: dict, config: Config, hp, recipe, path: Path):
+    """Raises UserError, which names the first difference from the saved run; its num_iterations may grow.
+
+    saved: contents of `path`, a config.json or manifest.json. Earlier versions saved no class and no shards."""
+    check_same_script(saved, recipe, path)
     here = class_name(config)
-    saved_class = manifest.get("config_class", here)
-    if saved_class != here:
-        raise UserError(f"{path} was saved with a {saved_class}, not a {here}; resume with the script that began")
+    if saved.get("config_class", here) != here:
+        raise UserError(f"{path} is of a {saved['config_class']}, not a {here}; resume with the script that began")
     now = dataclasses.asdict(config) | dataclasses.asdict(hp)
-    then = current_fields(manifest["model"]) | manifest["hyperparameters"]
+    then = current_fields(saved.get("model", {})) | saved.get("hyperparameters", {})
     for field, value in now.items():
         was = then.get(field)
-        if field not in MAY_CHANGE_ON_RESUME and was != value:
-            mend = f"pass --{field} {was}, or another --experiment_name"
-            raise UserError(f"{path} was saved with {field} = {was}, not {value}; {mend}")
+        grows = field == "num_iterations" and isinstance(was, int) and value > was
+        if field not in MAY_CHANGE_ON_RESUME and was != value and not grows:
+            legal = f"{was} or more" if field == "num_iterations" else was
+            raise UserError(f"{path} has {field} = {was}, not {value}; pass --{field} {legal}, "
+                           "or another --experiment_name")  # fmt: skip
+    shards = recipe.data.fingerprint(hp.data)
+    for name in sorted(shards.keys() | saved.get("shards", shards).keys()):
+        was, value = (contents.get(name, "absent") for contents in (saved.get("shards", shards), shards))
+        if was != value:
+            raise UserError(f"{path} is of other data: {name} was {was} and is {value} in {hp.data}; pass the --data "
+                           "that the run began with, or another --experiment_name")  # fmt: skip
+
+
+def extension(saved: dict, hp) -> list[str]:
+    """A sentence for the log if the run is longer than the saved one, else nothing."""
+    steps = saved["hyperparameters"]["num_iterations"]
+    if hp.num_iterations == steps:
+        return []
+    return [f"extended from {steps} to {hp.num_iterations} steps: rates and window go on as in a run of that length, "
+            f"with a new cooldown over its last {hp.cooldown_frac:.0%}"]  # fmt: skip
+
+
+def check_same_script(saved: dict, recipe, path: Path):
+    """Raises UserError if the run was trained with another optimizer."""
+    optimizer = saved.get("optimizer", recipe.name)
+    if optimizer != recipe.name:
+        raise UserError(f"{path} is of a run with {optimizer}, not {recipe.name}; resume with the script that began, "
+                       "or choose another --experiment_name")  # fmt: skip

@@ -43,7 +43,7 @@ import guards
 import logger
 import model
 import settings
-from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
+from checkpoint import Saver, latest_valid_checkpoint, load_checkpoint
 from cli import Parser, UserError, add_flags, positive, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import synchronize
@@ -677,7 +677,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
             return
         run_info = facts.run_facts(session, experiment_name, meta["encoding"])
         log = stack.enter_context(Run(hp.out_dir, experiment_name, config=run_info, sources=facts.source_files(),
-                                      resume_step=start.resume_step, active=is_first, sinks=sinks))  # fmt: skip
+                                      resume_step=start.step if resume else None, active=is_first,
+                                      sinks=sinks))  # fmt: skip
         for note in (*start.notes, facts.header(session, run_info, compile_note)):
             log.print(note)
 
@@ -703,8 +704,7 @@ class Start(NamedTuple):
     step: int = 0
     train_time: float = 0.0  # seconds
     validated: bool = False  # the evaluation of this step is in the log already
-    resume_step: int | None = None  # None: a new run; -1: one that left no checkpoint and starts over
-    notes: tuple[str, ...] = ()  # on newer checkpoints that are damaged
+    notes: tuple[str, ...] = ()  # for the log
 
 
 def warm_up(session: Session):
@@ -732,21 +732,21 @@ def random_batches(config: Config, hp: TrainConfig, count: int, micro_rows: int,
 
 
 def resume_run(session: Session, loader, saver: Saver) -> Start:
-    """Load the latest valid checkpoint into the model, the optimizers and the loader."""
+    """Load the latest valid checkpoint, if any, into the model, the optimizers and the loader."""
+    hp, world = session.hp, session.world
     session.timer.begin("resuming")
-    path, manifest, faults = latest_valid_checkpoint(saver.folder, session.world)
+    path, manifest, faults = latest_valid_checkpoint(saver.folder, world)
     if path is None:
-        return Start(resume_step=-1)
-
-    def load():
-        settings.check_same_run(manifest, session.model.config, session.hp, path)
-        load_checkpoint(path, manifest, session.exchange)
-
-    agree(session.world, load)
-    loader.load_state_dict(manifest["loader"])
-    step, notes = manifest["step"], tuple(f"{fault}; going on from step {manifest['step']} instead" for fault in faults)
-    validated = gather_objects(logger.has_evaluation(session.folder, step), session.world)[0]
-    return Start(step, manifest["train_time"], validated, step, notes)
+        manifest = {"step": 0, "train_time": 0.0}
+        notes = [f"{saver.folder} holds no checkpoint, so the run begins again"]
+    else:
+        agree(world, lambda: settings.check_same_run(manifest, session.model.config, hp, session.recipe, path))
+        agree(world, lambda: load_checkpoint(path, manifest, session.exchange))
+        loader.load_state_dict(manifest["loader"])
+        notes = [f"{fault}; going on from step {manifest['step']} instead" for fault in faults]
+        notes += settings.extension(manifest, hp)
+    validated = gather_objects(logger.has_evaluation(session.folder, manifest["step"]), world)[0]
+    return Start(manifest["step"], manifest["train_time"], validated, tuple(notes))
 
 
 def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, run_info: dict):
@@ -763,7 +763,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
             due = last or (hp.val_every and step % hp.val_every == 0)
             validate_now = due and (last or not stopping) and not (step == start.step and start.validated)
             save_due = last or stopping or (hp.checkpoint_every and step % hp.checkpoint_every == 0)
-            save_now = save_due and step not in (0, start.resume_step)
+            save_now = save_due and step > start.step
             if validate_now or save_now:
                 check_health(latest, step, saver)
                 synchronize(world.device)
@@ -777,7 +777,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
                     metrics = None
                 if metrics is not None:
                     facts.log_evaluation(session, log, step, train_time, metrics, run_info)
-                elif not save_now and step not in (0, start.resume_step):
+                elif not save_now and step > start.step:
                     save_checkpoint(session, loader, log, saver, step, train_time, run_info)
                 synchronize(world.device)
                 clock = time.perf_counter()
@@ -804,7 +804,7 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
     session.timer.begin("saving")
     log.flush()
     state = {"train_time": train_time, "loader": loader.state_dict()}
-    saver.save(step, run_info | {"config_class": class_name(session.model.config)} | state, log)
+    saver.save(step, run_info | state, log)
 
 
 # -----------------------------------------------------------------------------
@@ -812,11 +812,10 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
-    if resume and not folder.exists():
-        raise UserError(f"there is no {folder} to resume; start the run without --resume, "
-                       "or correct --experiment_name or --out_dir")  # fmt: skip
     if fresh:
         logger.refuse_existing(folder)
+    if resume:
+        settings.check_resumable(folder, config, hp, recipe)
     recipe.check(config, hp, world.size, world.device.type)
     micro_rows = settings.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -842,12 +841,23 @@ def compile_model(net: GPT, hp: TrainConfig, device: torch.device) -> str:
 # Command line
 
 def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainConfig, argparse.Namespace]:
-    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError."""
-    parent = Parser(prog=recipe.script, add_help=False)  # of --preset alone, which sets the defaults of other flags
-    parent.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model",
-                        default="speedrun" if torch.cuda.is_available() else "cpu")  # fmt: skip
-    preset = parent.parse_known_args(argv)[0].preset
-    args = flag_parser(recipe, parent, preset).parse_args(argv)
+    """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError.
+
+    Flags change the preset's settings; with --resume and no --preset, those of the run in its folder."""
+    first = Parser(prog=recipe.script, add_help=False)  # flags that set the defaults of others
+    first.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model")
+    first.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
+    first.add_switch("resume", "go on from the last checkpoint of this experiment, with its flags")
+    place = Parser(prog=recipe.script, add_help=False, parents=[first])
+    place.add_argument("--out_dir", "--out-dir", default=recipe.train_config.out_dir)
+
+    args = place.parse_known_args(argv)[0]
+    preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
+    resumed = args.resume and not args.preset
+    saved = settings.saved_fields(Path(args.out_dir) / args.experiment_name, recipe) if resumed else {}
+    parser = flag_parser(recipe, first, preset)
+    parser.set_defaults(preset=preset, **saved)
+    args = parser.parse_args(argv)
     return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 
@@ -859,8 +869,6 @@ def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
     about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
     parser = Parser(prog=script, description=about, parents=[parent], examples=calls, first=first)
-    parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
-    parser.add_switch("resume", "go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
         parser.add_switch(sink, f"feed the same numbers to {sink} besides")
     parser.add_switch("enable_profiling", "profile a few steps into profile/ and stop")
@@ -884,8 +892,9 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         sinks = {name: logger.sink_module(name) for name in logger.SINKS if vars(args)[name]}  # raises if not installed
         world = distributed.init_distributed(hp.device, hp.collectives_timeout)
         config = agree(world, lambda: settings.resolve_config(config, hp, recipe, args, world.device))
-        restarted = world.restarted and (Path(hp.out_dir) / args.experiment_name).exists()
-        resume = args.resume or any(gather_objects(restarted, world))
+        folder = Path(hp.out_dir) / args.experiment_name
+        resume = agree(world, lambda: settings.is_resumed(folder, args.resume, world))
+        resume = any(gather_objects(resume, world))
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
     except Ended as error:
         if world.rank == 0:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from test_distributed import free_port
 from test_train import WORDS, flags, write_data
+from torch.distributed.run import parse_args
 
 from checkpoint import checkpoints
 from terminal import LastingStream
@@ -101,3 +105,46 @@ def test_a_signal_interrupts_an_evaluation(shards, tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 30 and not any("val/loss" in row for row in rows(tmp_path))
     assert "there is no checkpoint" in (tmp_path / "out.txt").read_text()
+
+
+# -----------------------------------------------------------------------------
+# Under a scheduler
+
+
+def slurm_recipe() -> str:
+    """The script for sbatch in docs/training.md."""
+    return re.search(r"```bash needs: nodes\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/training.md").read_text(), re.S)[1]
+
+
+def test_torchrun_waits_for_the_checkpoint_nearly_until_the_job_is_killed():
+    script = slurm_recipe()
+    seconds_left = int(re.search(r"--signal=TERM@(\d+)", script)[1])
+    words = shlex.split(re.search(r"srun torchrun (.*?)train_muon.py", script, re.S)[1].replace("$SLURM_NNODES", "2"))
+    assert seconds_left - 30 < parse_args([*words, "train_muon.py"]).shutdown_timeout < seconds_left
+
+
+def test_the_slurm_recipe_starts_stops_and_resumes(shards, tmp_path):
+    """The first attempt died before it made the folder; the second is signalled, and the third goes on from there."""
+    for name, line in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    ours = shlex.join(flags(MUON, data=shards, out_dir=tmp_path, experiment_name="muon", num_iterations=10**5))
+    script = slurm_recipe().replace("--nproc_per_node=8", "--nproc_per_node=2").replace("29400", str(free_port()))
+    script = script.replace("--experiment_name muon", ours)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = dict(SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_JOB_NODELIST="node0", PATH=path)
+    metrics = tmp_path / "muon/metrics.jsonl"
+    trained = lambda: [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in row]
+
+    for attempt in (1, 2):
+        before = trained()[-1] if metrics.exists() else 0
+        environment = os.environ | job | {"SLURM_RESTART_COUNT": str(attempt)}
+        process = subprocess.Popen(["bash", "-c", script.replace("srun", "exec srun")], cwd=ROOT, env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        wait_for(lambda: metrics.exists() and trained() and trained()[-1] > before)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode != 0
+        assert ("this Slurm job starts the run" in err) == (attempt == 1)
+        assert [int(path.name[-6:]) for path in checkpoints(tmp_path / "muon/checkpoint")][0] == trained()[-1] > before
+    assert f"the run continues from step {before}" in (tmp_path / "muon/run.log").read_text()

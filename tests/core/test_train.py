@@ -1093,7 +1093,7 @@ def test_resuming_a_finished_run_trains_nothing_and_succeeds(shards, tmp_path, s
 CHANGED = [
     *(
         (MUON, name, value)
-        for name, value in dict(muon_lr=0.123, seed=7, num_iterations=12, batch_tokens=768, seq_len=64).items()
+        for name, value in dict(muon_lr=0.123, seed=7, num_iterations=8, batch_tokens=768, seq_len=64).items()
     ),
     *(
         (MUON, name, value)
@@ -1122,13 +1122,79 @@ def interrupted(tmp_path_factory, shards):
 def test_resuming_with_another_hyperparameter_is_refused_by_name(recipe, field, value, shards, interrupted):
     out = interrupted(recipe)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert field in refused(out, recipe, data=shards, resume=True, **RESUMED_RUN | {field: value})
+    said = refused(out, recipe, data=shards, resume=True, **RESUMED_RUN | {field: value})
+    assert f" has {field} = " in said and f"not {value}; pass --{field} " in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_muon_s_run_with_adamw_is_refused(shards, tmp_path, interrupted):
     shutil.copytree(interrupted(MUON) / "muon", tmp_path / "adamw")
     refused(tmp_path, ADAMW, data=shards, resume=True, **RESUMED_RUN)
+
+
+def test_resume_alone_takes_the_flags_of_the_run(shards, tmp_path, straight):
+    interrupt(tmp_path, data=shards)
+    status, _, err = call(lambda: train_muon.main(MUON), ["--resume", "--out_dir", str(tmp_path)])
+    assert status == 0, err
+    assert_equal_run(tmp_path / "muon", straight(MUON))
+
+
+def test_a_finished_run_is_extended_with_a_new_cooldown(shards, tmp_path, straight):
+    run = Path(shutil.copytree(straight(MUON), tmp_path / "muon"))
+    call(lambda: train_muon.main(MUON), ["--resume", "--out_dir", str(tmp_path), "--num_iterations", "14"])
+    rows = training_rows(run)
+    hp = hyper(MUON, **RESUMED_RUN | {"num_iterations": 14})
+    assert [row["step"] for row in rows] == list(range(1, 15))
+    assert [row["train/lr_scale"] for row in rows[10:]] == [train_muon.lr_scale(step, hp) for step in range(10, 14)]
+    assert "extended from 10 to 14 steps" in (run / "run.log").read_text()
+    assert [row["step"] for row in rows_of(run) if row.get("event") == "end"] == [14]
+    assert [row["step"] for row in rows_of(run) if "val/loss" in row] == [0, 4, 8, 10, 12, 14]
+
+
+def test_a_finished_run_without_its_checkpoint_is_refused_and_left_as_it_is(shards, tmp_path, straight):
+    run = Path(shutil.copytree(straight(MUON), tmp_path / "muon"))
+    shutil.rmtree(run / "checkpoint")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = refused(tmp_path, data=shards, resume=True, **RESUMED_RUN)
+    assert "has ended, and its checkpoint is gone" in said and "--experiment_name" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_without_a_checkpoint_does_not_begin_again_with_other_settings(shards, tmp_path):
+    interrupt(tmp_path, at=1, data=shards)
+    assert "muon_lr = " in refused(tmp_path, data=shards, resume=True, **RESUMED_RUN | {"muon_lr": 0.123})
+
+
+def test_other_data_of_the_same_size_is_refused(shards, tmp_path):
+    """The shards hold other words, and as many tokens; a moved folder with the same shards is not other data."""
+    other, moved = tmp_path / "other", shutil.copytree(shards, tmp_path / "moved")
+    shutil.copytree(shards, other)
+    tokens = np.array(data.read_shard(other / "words_train_000001.bin"))
+    data.write_shard(other / "words_train_000001.bin", np.roll(tokens, 1))
+    (other / "meta.json").write_text(json.dumps(prepare.describe(other, data.get_encoding("bytes"))))
+    interrupt(tmp_path, data=shards)
+    said = refused(tmp_path, data=other, resume=True, **RESUMED_RUN)
+    assert "is of other data: words_train_000001.bin was " in said and str(other) in said
+    train(tmp_path, data=moved, resume=True, **RESUMED_RUN)
+
+
+@BOTH
+def test_another_optimizer_does_not_resume_the_run(recipe, shards, tmp_path, interrupted):
+    other = ADAMW if recipe is MUON else MUON
+    shutil.copytree(interrupted(recipe) / recipe.name, tmp_path / "run")
+    words = ["--resume", "--out_dir", str(tmp_path), "--experiment_name", "run"]
+    status, _, err = call(lambda: train_muon.main(other), words)
+    assert f"is of a run with {recipe.name}, not {other.name}" in sentence(status, err, other)
+
+
+def test_resuming_nothing_starts_the_run_only_under_a_scheduler(shards, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "there is no" in refused(tmp_path, data=shards, resume=True, num_iterations=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = flags(MUON, data=shards, out_dir=tmp_path, resume=True, num_iterations=1)
+    status, _, err = call(lambda: train_muon.main(MUON), words)
+    assert status == 0 and "this Slurm job starts the run" in err
+    assert [row["step"] for row in training_rows(tmp_path / "muon")] == [1]
 
 
 def test_what_does_not_change_the_mathematics_may_change_on_resume(shards, tmp_path, straight):
@@ -1947,6 +2013,7 @@ LOCAL = {
     "train_adamw",
     "model",
     "ops",
+    "settings",
     "cli",
     "checkpoint",
     "distributed",

@@ -6,7 +6,11 @@ Everything else (model, data order, loop, clock, AdamW on tables and scalars) is
 matrices and experts, and a linear warm-up of all rates, as in modded-nanogpt's AdamW baseline.
 """
 
+import signal
 from dataclasses import dataclass
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import torch
 from torch import Tensor

@@ -31,6 +31,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,7 +77,7 @@ class TrainConfig:
     # evaluation and safety
     val_every: int = 125  # steps; 0 = at the end only
     val_tokens: int = 10_485_760  # 0 = all
-    checkpoint_every: int = 0  # steps; 0 = at the end only
+    checkpoint_every: int = 125  # steps; 0 = at the end only
     sample_tokens: int = 256  # generated at the end
     warmup_steps: int = 10  # untimed steps on random tokens, undone before the clock starts
     stuck_after: float = 600.0  # seconds without progress of one of several ranks, after which the run ends

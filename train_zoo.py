@@ -5,7 +5,11 @@ domains.
     python train_zoo.py --optimizer adamw --preset 100m --data data/domains
 """
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import train_muon
 from cli import Parser

@@ -96,6 +96,18 @@ def test_every_signal_ends_with_a_checkpoint_and_repeats_count_once(shards, tmp_
     assert saved(tmp_path)[0] == rows(tmp_path)[-1]["step"] > 0
 
 
+@pytest.mark.parametrize("script", ("train_muon.py", "train_adamw.py", "train_zoo.py"))
+def test_a_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
+    """A package named torch stands in the way of the real one; its import takes forever."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, ROOT / script], cwd=tmp_path, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
+
+
 def test_a_signal_interrupts_an_evaluation(shards, tmp_path):
     """An evaluation of some 10,000 rows of two tokens, one by one, takes much longer than the answer."""
     process = start(tmp_path, shards, num_iterations=4, seq_len=2, batch_tokens=4, micro_batch_tokens=2, val_every=2)

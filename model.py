@@ -61,7 +61,7 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = none
-    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 = normalised, 0 = probabilities
+    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 = normalised, unless top_k is 1, 0 = not
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
@@ -457,10 +457,10 @@ class LinearRouter(nn.Module):
 def softmax_gates(logits_TE: Tensor, expert_TK: Tensor, norm_power: float) -> Tensor:
     """Softmax over the kept experts (norm_power 1), or their share of the softmax over all experts (norm_power 0)."""
     kept_TK = logits_TE.gather(1, expert_TK)
-    if norm_power == 1:
+    if norm_power == 1 and kept_TK.size(1) > 1:
         return ops.softmax(kept_TK)
     share = (kept_TK.logsumexp(-1, keepdim=True) - logits_TE.logsumexp(-1, keepdim=True)).exp()
-    return ops.softmax(kept_TK) * share ** (1 - norm_power)
+    return ops.softmax(kept_TK) * share ** (1 - norm_power or 1)  # at top-1 a gate of 1 would train no router
 
 
 ROUTERS = {"linear": LinearRouter}  # key of `router` -> class

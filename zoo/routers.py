@@ -40,6 +40,7 @@ class Scores(NamedTuple):
 
 def sigmoid_gates(logits_TE: Tensor, expert_TK: Tensor, power: float) -> Tensor:
     kept_TK = logits_TE.gather(1, expert_TK).sigmoid()
+    power = 0 if power == 1 and kept_TK.size(1) == 1 else power  # as in softmax_gates
     return kept_TK / kept_TK.sum(-1, keepdim=True) ** power
 
 

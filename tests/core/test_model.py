@@ -279,7 +279,7 @@ def slow_moe(moe, x_TD, ctx, training: bool):
             h = h + normal[t] * torch.log1p(torch.exp(noise @ x))
         score = torch.exp(h - h.max()) / torch.exp(h - h.max()).sum() + ctx.bias_E
         picks = sorted(range(len(gate)), key=lambda e: -score[e].item())[: moe.router.top_k]
-        total = sum(torch.exp(h[e]) for e in picks)
+        total = torch.exp(h).sum() if len(picks) == 1 else sum(torch.exp(h[e]) for e in picks)
         y = 0
         for e in picks:
             hidden = up[e] @ x
@@ -330,7 +330,8 @@ def test_a_single_expert_may_take_every_token():
     ctx.bias_E[2] = 10
     x = torch.randn(1, 50, 32, generator=rng(1))
     (y, (stats,)), up, down = moe(x, ctx), moe.experts.up[2], moe.experts.down[2]
-    assert stats.counts_E.tolist() == [0, 0, 50, 0] and far(y, (x @ up.T).relu().square() @ down.T) < 1e-5
+    gate_TK = (x[0] @ moe.router.gate.T).softmax(-1)[:, 2:3]
+    assert stats.counts_E.tolist() == [0, 0, 50, 0] and far(y, (x @ up.T).relu().square() @ down.T * gate_TK) < 1e-5
 
 
 def test_a_token_without_an_expert_gets_zeros_and_counts_nowhere():
@@ -461,7 +462,7 @@ def recorded_routes(monkeypatch) -> list[Route]:
     return routes
 
 
-@pytest.mark.parametrize("E, k", ((4, 2), (8, 3), (5, 2), (4, 4), (4, 1)))
+@pytest.mark.parametrize("E, k", ((4, 2), (8, 3), (5, 2), (4, 4)))
 def test_each_token_has_k_distinct_experts_and_gates_that_sum_to_one(E, k, monkeypatch):
     routes = recorded_routes(monkeypatch)
     counts_LE = core(num_experts=E, top_k=k, mlp_ratio=3.0, pattern="DM").train()(PACKED).stats["counts_LE"]
@@ -482,6 +483,17 @@ def test_gates_are_kept_probabilities_over_a_power_of_their_sum(power):
     route = router(x, moe_context(config, 30))
     kept_TK = route.logits_TE.softmax(-1).gather(1, route.expert_TK)
     assert far(route.weight_TK, kept_TK / kept_TK.sum(-1, keepdim=True) ** power) < 1e-6
+
+
+def test_top_1_trains_its_router():
+    """By the cross-entropy alone, with default gates: they are probabilities, as in Switch (2101.03961)."""
+    net = core(top_k=1, router_noise=0.0, balance_coef=0.0, z_coef=0.0).train()
+    net(PACKED, PACKED.roll(-1, 1)).loss.backward()
+    assert all(p.grad.norm() > 1e-6 for name, p in net.named_parameters() if name.endswith("router.gate"))
+    config = Config(**TINY | dict(top_k=1))
+    router, x = shaken(LinearRouter(config)).eval(), torch.randn(1, 30, 32, generator=rng())
+    route = router(x, moe_context(config, 30))
+    assert far(route.weight_TK, route.logits_TE.softmax(-1).amax(-1, keepdim=True)) < 1e-6
 
 
 def test_each_moe_layer_has_its_own_bias_and_noise():

@@ -24,6 +24,14 @@ def router_of(name: str, **changes):
     return shaken(ROUTERS[name](config), 3).eval(), config
 
 
+def test_top_1_does_not_normalise_its_gate():
+    for score in SCORES:
+        router, config = router_of("linear", router_score=score, top_k=1)
+        route = router(torch.randn(1, 20, 32, generator=rng()), row_context(config, 20))
+        assert far(route.weight_TK, SCORES[score].of(route.logits_TE).amax(-1, keepdim=True)) < 1e-6
+        assert torch.autograd.grad(route.weight_TK.sum(), router.gate)[0].norm() > 1e-3
+
+
 # -----------------------------------------------------------------------------
 # Logits
 

@@ -160,8 +160,10 @@ def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: d
             compared = f"gzip -9 {others['gzip_bpb']:.4f}, xz -9 {others['xz_bpb']:.4f}{ours}"
             log.print(f"bits per byte of the validation text: {compared}")
             if hp.sample_tokens:
-                end["sample/text"] = f"{encoding.decode(prompt)}|>{encoding.decode(continuation)}"
-                log.print(f"{'-' * 30} sample\n{end['sample/text']}\n{'-' * 37}")
+                beginning, written = encoding.decode(prompt), encoding.decode(continuation)
+                end["sample/text"] = f"{beginning}|>{written}"
+                log.print(f"{'the validation text begins':-^60}\n{beginning}\n"
+                          f"{'the model continues it':-^60}\n{written}\n{'-' * 60}")  # fmt: skip
     log.log(end)
 
 
@@ -190,7 +192,8 @@ def sample(session) -> tuple[list[int], list[int]]:
     """Ids: the beginning of the validation text, and the model's continuation."""
     hp, device = session.hp, session.world.device
     batches = session.recipe.data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)
-    prompt = next(batches).inputs_BT
+    first = next(batches)
+    prompt = first.inputs_BT[:, : (first.targets_BT >= 0).sum()]  # without padding, if the text is short
     ids = session.model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
     return ids[: prompt.size(1)], ids[prompt.size(1) :]
 

@@ -1657,7 +1657,7 @@ def observe(out, recipe=MUON, **values) -> dict:
         run = train(out, recipe, **OBSERVED_RUN | values)
     echoes = ("train/flops", "train/lr_scale")  # computed from options alone
     rows = [{key: value for key, value in row.items() if key not in echoes} for row in untimed(run)]
-    sampled = (run / "run.log").read_text().rpartition("=" * 100)[2].partition("- sample")[2]
+    sampled = (run / "run.log").read_text().rpartition("=" * 100)[2].partition("the model continues it")[2]
     files = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
     state = {
         name: tensor for name, tensor in state_of(run).items() if name != "load_WLE/value"
@@ -1772,11 +1772,21 @@ def test_every_training_step_is_a_row_with_what_the_plots_need(recipe, finished)
 
 
 def test_the_sample_continues_the_validation_text(finished, shards):
-    text = (finished(MUON) / "run.log").read_text()
-    prompt, _, rest = text.rpartition("- sample\n")[2].partition("|>")
+    end, text = rows_of(finished(MUON))[-1], (finished(MUON) / "run.log").read_text()
+    prompt, _, rest = end["sample/text"].partition("|>")
     start = data.read_shard(Path(shards) / "words_val_000000.bin")[:32]
-    assert prompt == data.get_encoding("bytes").decode(start)
-    assert len(rest.rpartition("\n----")[0]) > 0
+    assert prompt == data.get_encoding("bytes").decode(start) and rest
+    assert re.search(rf"the validation text begins-+\n{re.escape(prompt)}\n-+the model continues it-+\n{re.escape(rest)}\n", text)
+
+
+def test_the_prompt_of_the_sample_has_no_padding(tmp_path):
+    """A validation text of seven characters, in rows of 32."""
+    folder = Path(write_data(tmp_path / "short", WORDS["greek"]))
+    encoding = data.get_encoding("bytes")
+    data.write_shard(folder / "words_val_000000.bin", np.array([256, *b"sigma"], np.uint16))
+    (folder / "meta.json").write_text(json.dumps(prepare.describe(folder, encoding)))
+    run = train(tmp_path, data=folder, num_iterations=1, sample_tokens=3)
+    assert rows_of(run)[-1]["sample/text"].startswith("sigm|>")
 
 
 def validation_rows(shards, seq_len=32):

@@ -61,7 +61,7 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = none
-    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this: 1 = normalised, unless top_k is 1, 0 = not
+    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this; 1 counts as 0 at top-1
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss

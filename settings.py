@@ -19,17 +19,21 @@ from terminal import say
 # Data and machine
 
 
-def resolve_config(config: Config, hp, recipe, args: argparse.Namespace, device) -> Config:
-    """The configuration with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them."""
+def resolve(config: Config, hp, recipe, args: argparse.Namespace, device) -> tuple:
+    """Both configurations with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them.
+
+    Raises UserError for a vocabulary smaller than the data's."""
     meta, changes = recipe.data.load_meta(hp.data), {}
     if "vocab_size" not in args:
         changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
     elif config.vocab_size < meta["vocab_size"]:
         legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
         raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
-    if device.type == "cpu" and "dtype" not in args and not cpu_has_bf16():
-        changes["dtype"] = "fp32"
-    return dataclasses.replace(config, **changes)
+    if device.type == "cpu" and not cpu_has_bf16():
+        changes |= {} if "dtype" in args else {"dtype": "fp32"}
+        if hasattr(hp, "ns_dtype") and "ns_dtype" not in args:  # Newton-Schulz in emulated bf16 takes 8 times as long
+            hp = dataclasses.replace(hp, ns_dtype="fp32")
+    return dataclasses.replace(config, **changes), hp
 
 
 def check(config: Config, hp, world_size: int, device_type: str):

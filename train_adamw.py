@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train_muon
 from cli import require
-from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, lr_scale
+from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,14 @@ def make_optimizers(tensors: dict[str, list[Tensor]], hp: AdamWConfig) -> list[t
     return adamw(adamw_groups(tensors, hp) + matrices, hp)
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: AdamWConfig):
-    scale = min(1.0, (step + 1) / max(1, hp.lr_warmup)) * lr_scale(step, hp)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
+def lr_scale(step: int, hp: AdamWConfig) -> float:
+    """Linear from 0 to 1 over lr_warmup steps, times train_muon's schedule."""
+    return min(1.0, (step + 1) / max(1, hp.lr_warmup)) * train_muon.lr_scale(step, hp)
 
 
 ADAMW = MUON._replace(
     script="train_adamw.py", name="adamw", train_config=AdamWConfig, presets=PRESETS, make_optimizers=make_optimizers,
-    set_rates=set_rates, matrix_state=2, newton_schulz=0)  # fmt: skip
+    lr_scale=lr_scale, matrix_state=2, newton_schulz=0)  # fmt: skip
 
 if __name__ == "__main__":
     train_muon.main(ADAMW)

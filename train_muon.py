@@ -269,13 +269,13 @@ def adamw(groups: list[dict], hp: TrainConfig) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(groups, **options)] if groups else []
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: MuonConfig):
-    warm = min(1.0, step / max(1, hp.momentum_warmup))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale(step, hp)
-            if "momentum" in group:
-                group["momentum"] = hp.momentum_start + warm * (hp.momentum - hp.momentum_start)
+def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: TrainConfig, scale: float):
+    """Write this step's rates, base_lr * scale, and Muon's momentum into the groups."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["base_lr"] * scale
+        if "momentum" in group:
+            warm = min(1.0, step / max(1, hp.momentum_warmup))
+            group["momentum"] = hp.momentum_start + warm * (hp.momentum - hp.momentum_start)
 
 
 def lr_scale(step: int, hp: TrainConfig) -> float:
@@ -472,7 +472,7 @@ class Recipe(NamedTuple):
     train_config: type
     presets: dict
     make_optimizers: callable  # (kind -> owned slabs, hp) -> optimizers
-    set_rates: callable  # (optimizers, step, hp): writes the rates of this step into the groups
+    lr_scale: callable  # (step, hp) -> factor on all rates
     matrix_state: int  # floats of optimizer state per element of a matrix
     newton_schulz: int  # iterations for each matrix in a step
     model_config: type
@@ -607,7 +607,7 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
 
     with phase(timer, "communication"):
         exchange.flush_reduce()
-    recipe.set_rates(exchange.optimizers, step, hp)
+    set_rates(exchange.optimizers, step, hp, recipe.lr_scale(step, hp))
     norms = facts.Norms(exchange, step)
     for transfer in exchange.transfers:
         with phase(timer, "communication"):
@@ -797,7 +797,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
             stopping = check_health(previous, step, saver)  # a host that is ahead of its GPU waits here
             now = time.perf_counter()
             speed = facts.speed_metrics(session, step + 1, now - began, run_info)
-            row |= speed | {"train/lr_scale": lr_scale(step, hp)}
+            row |= speed | {"train/lr_scale": session.recipe.lr_scale(step, hp)}
             log.log({"step": step + 1, "train_time": train_time + now - clock, **row, **timer.row()})
             if (step + 1) % flush_every == 0:
                 log.flush()
@@ -896,7 +896,7 @@ def main(recipe: Recipe, argv: list[str] | None = None):
             return
         sinks = {name: logger.sink_module(name) for name in logger.SINKS if vars(args)[name]}  # raises if not installed
         world = distributed.init_distributed(hp.device, hp.collectives_timeout)
-        config = agree(world, lambda: settings.resolve_config(config, hp, recipe, args, world.device))
+        config, hp = agree(world, lambda: settings.resolve(config, hp, recipe, args, world.device))
         folder = Path(hp.out_dir) / args.experiment_name
         resume = agree(world, lambda: settings.is_resumed(folder, args.resume, world))
         resume = any(gather_objects(resume, world))
@@ -915,7 +915,7 @@ def main(recipe: Recipe, argv: list[str] | None = None):
 
 
 MUON = Recipe(
-    "train_muon.py", "muon", MuonConfig, PRESETS, make_optimizers, set_rates, matrix_state=1,
+    "train_muon.py", "muon", MuonConfig, PRESETS, make_optimizers, lr_scale, matrix_state=1,
     newton_schulz=NEWTON_SCHULZ_STEPS, model_config=Config, model_presets=model.PRESETS, check=settings.check,
     data=data, open_loader=open_loader, loss=compute_loss, evaluate=evaluate,
     validation_text=facts.validation_text)  # fmt: skip

@@ -694,7 +694,7 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
     hp = hyper(recipe, num_iterations=100, cooldown_frac=0.5, final_lr_scale=0.0, **extra)
     optimizers = made_optimizers(recipe, Exchange(GPT(CONFIGS["tiny"]), World(0, 1, CPU)), hp)
     for step in (0, 1, 4, 7, 8, 50, 75, 99):
-        recipe.set_rates(optimizers, step, hp)
+        train_muon.set_rates(optimizers, step, hp, recipe.lr_scale(step, hp))
         warm = min(1, (step + 1) / 8) if recipe is ADAMW else 1
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -1702,6 +1702,26 @@ LONG_RUN = dict(num_iterations=60, val_every=20, sample_tokens=16, warmup_steps=
 def finished(tmp_path_factory, shards):
     """recipe -> the folder of a run of 60 steps; not to be changed."""
     return once(lambda recipe: train(tmp_path_factory.mktemp("finished"), recipe, data=shards, **LONG_RUN))
+
+
+@BOTH
+def test_the_log_has_the_scale_of_the_rates(recipe, finished):
+    config = json.loads((finished(recipe) / "config.json").read_text())["hyperparameters"]
+    hp = recipe.train_config(**config)
+    logged = [row["train/lr_scale"] for row in training_rows(finished(recipe))]
+    assert logged == [recipe.lr_scale(step, hp) for step in range(60)]
+    assert (logged[0] < 0.1) == (recipe is ADAMW)  # its rates begin with a warm-up
+
+
+@pytest.mark.parametrize("has_bf16", (True, False))
+@BOTH
+def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(recipe, has_bf16, shards, monkeypatch):
+    monkeypatch.setattr(settings, "cpu_has_bf16", lambda: has_bf16)
+    own = ["--dtype", "bf16"] + (["--ns_dtype", "bf16"] if recipe is MUON else [])
+    for words, dtype in (([], "bf16" if has_bf16 else "fp32"), (own, "bf16")):
+        config, hp, args = train_muon.parse(recipe, ["--preset", "cpu", "--data", shards, *words])
+        config, hp = settings.resolve(config, hp, recipe, args, CPU)
+        assert config.dtype == dtype and getattr(hp, "ns_dtype", dtype) == dtype
 
 
 @BOTH

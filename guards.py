@@ -106,34 +106,37 @@ class StepFlags(NamedTuple):
 
 
 class AsyncHostCopy:
-    """A small tensor's values on the host. Read one step later, the copy costs no wait for the GPU."""
+    """0-d tensors by name, on the host. Read one step later, the copy costs no wait for the GPU."""
 
-    def __init__(self, values: Tensor):
-        self.host = values.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if values.is_cuda else None
+    def __init__(self, values: dict[str, Tensor]):
+        self.names, stacked = list(values), torch.stack(list(values.values()))
+        self.host = stacked.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if stacked.is_cuda else None
         if self.copied:
             self.copied.record()
 
-    def tolist(self) -> list[float]:
+    def read(self) -> dict[str, float]:
         if self.copied:
             self.copied.synchronize()
-        return self.host.tolist()
+        return dict(zip(self.names, self.host.tolist()))
 
 
 OTHER_RATES = "lower the learning rates and start again under another --experiment_name"
 
 
 def check_health(totals: AsyncHostCopy, step: int, saver) -> bool:
-    """Whether a rank received a signal. `totals` is [loss, *StepFlags] of a step, `saver` the Saver of checkpoint.py.
+    """Whether a rank received a signal. `totals`: loss, its parts and StepFlags of a step; `saver`: checkpoint.Saver.
 
-    Raises Ended if the loss is not finite, and the error of a checkpoint that could not be written."""
-    loss, stop, disk = totals.tolist()
-    if not math.isfinite(loss):
+    Raises Ended, which names the part, if the loss is not finite; and the error of a checkpoint that failed."""
+    values = totals.read()
+    if not math.isfinite(values["loss"]):
         saver.join()
-        raise Ended(f"the loss of step {step} is {loss}; {saver.describe_last_good()}; {OTHER_RATES}")
-    if disk:
+        parts = [f"{name} is {value}" for name, value in values.items() if name != "loss" and not math.isfinite(value)]
+        what = f"the loss of step {step} is {values['loss']} ({', '.join(parts) or 'its parts are finite'})"
+        raise Ended(f"{what}; {saver.describe_last_good()}; {OTHER_RATES}")
+    if values["disk"]:
         saver.wait()
-    return stop > 0
+    return values["stop"] > 0
 
 
 # -----------------------------------------------------------------------------

@@ -576,8 +576,8 @@ def phase(timer: PhaseTimer, name: str):
 NO_FLAGS = StepFlags()
 
 
-def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLAGS) -> tuple[dict, Tensor]:
-    """One optimizer step over the global batch; returns its metrics, and [loss, *flags] summed over ranks.
+def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLAGS) -> tuple[dict, dict[str, Tensor]]:
+    """One optimizer step over the global batch; returns its metrics; and loss, parts of it, and flags of all ranks.
 
     next_step() returns the micro-batches of this rank. During the last backward, gradients leave bucket by bucket, with
     the losses, counts and flags beside them. While one bucket is updated, earlier ones are gathered and later ones
@@ -596,6 +596,7 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
         with phase(timer, "forward"):
             net.set_step(hp.seed, step, batch.first_row * hp.seq_len, window(step, hp, net.config))
             loss, stats = recipe.loss(net, batch, step, hp)
+            stats = stats | {"loss": loss}
             names = [name for name, value in stats.items() if torch.is_tensor(value) and value.ndim == 0]
             sums = sums + (share * torch.stack([stats[name].detach() for name in names])).double()
             counts_LE += stats["counts_LE"]
@@ -624,8 +625,8 @@ def train_step(session: Session, next_step, step: int, flags: StepFlags = NO_FLA
     sums, flags, counts = totals.split([len(names), len(flags), counts_LE.numel()])
     counts_LE = counts.view_as(counts_LE).long()
     net.balance(counts_LE)
-    means = stats | dict(zip(names, sums.unbind()))
-    return step_metrics(means, counts_LE) | norm_row, torch.cat([means["ce"][None], flags])
+    means = dict(zip(names, sums.unbind()))
+    return step_metrics(stats | means, counts_LE) | norm_row, means | dict(zip(StepFlags._fields, flags.unbind()))
 
 
 ROUTER_NAMES = {"balance_loss": "train/balance_loss", "z_loss": "train/z_loss", "entropy": "moe/router_entropy"}
@@ -757,7 +758,8 @@ def resume_run(session: Session, loader, saver: Saver) -> Start:
 def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, run_info: dict):
     """Save, validate and step until the end or a signal; returns step, time, last evaluation (None: interrupted)."""
     hp, world, timer = session.hp, session.world, session.timer
-    latest, stopping, metrics, train_time = AsyncHostCopy(torch.zeros(3)), False, {}, start.train_time
+    latest = AsyncHostCopy(dict.fromkeys(("loss", *StepFlags._fields), torch.zeros(())))
+    stopping, metrics, train_time = False, {}, start.train_time
     flush_every = 1 if world.device.type == "cpu" else 25  # copying rows to the host waits for the GPU
     session.model.train()
     synchronize(world.device)
@@ -802,7 +804,7 @@ def train_steps(session: Session, loader, log: Run, saver: Saver, start: Start, 
             if (step + 1) % flush_every == 0:
                 log.flush()
             if step > start.step:
-                progress.update(step, previous.tolist()[0], now - began, row["memory/peak_bytes"])
+                progress.update(step, previous.read()["ce"], now - began, row["memory/peak_bytes"])
 
 
 def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int, train_time: float, run_info: dict):

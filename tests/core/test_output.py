@@ -224,9 +224,9 @@ def test_progress_reads_no_loss_that_a_gpu_may_still_compute(shards, tmp_path, m
             super().__init__(values)
             made.append(self)
 
-        def tolist(self):
+        def read(self):
             reads.append(self is made[-1])
-            return super().tolist()
+            return super().read()
 
     monkeypatch.setattr(train_muon, "AsyncHostCopy", Watched)
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)

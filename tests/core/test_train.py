@@ -1413,10 +1413,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_checkpoints(
 
 def test_a_checkpoint_due_right_after_a_loss_that_is_not_finite_is_not_written(shards, tmp_path, monkeypatch):
     step = train_muon.train_step
-    spoil = lambda words, row, signs: (row, signs * math.nan if words[2] == 5 else signs)
+    nan = lambda values: {name: value * math.nan for name, value in values.items()}
+    spoil = lambda words, row, totals: (row, nan(totals) if words[2] == 5 else totals)
     monkeypatch.setattr(train_muon, "train_step", lambda *words: spoil(words, *step(*words)))
     assert "step 6 is nan" in refused(tmp_path, data=shards, num_iterations=10, checkpoint_every=2)
     assert sorted(path.name for path in (tmp_path / "muon/checkpoint").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_a_loss_that_is_not_finite_names_its_part(shards, tmp_path, monkeypatch):
+    summary = GPT.summary
+    spoiled = lambda self, stats: summary(self, stats) | {"z_loss": stats[0].z_loss * math.inf}
+    monkeypatch.setattr(GPT, "summary", spoiled)
+    assert "is inf (z_loss is inf); " in refused(tmp_path, data=shards, num_iterations=3, warmup_steps=0)
 
 
 def test_values_that_are_not_finite_are_not_saved(shards, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def tokenise(source, encoding, args, folder):
             raise UserError(f"source {args.source} gave too few documents: nothing is left to {purpose}; "
                             "give more text, or separate its documents by lines <|endoftext|>")
     compared = val.num_tokens - len(val.paths)  # the first token of a shard is not predicted
-    if compared < MIN_VAL_TOKENS:
+    if compared < FEW_TOKENS:
         say(f"warning: {data.describe_validation(compared, ROW_TOKENS)}")
     return meta_entries(encoding, (train.count_V, val.count_V), train.shards + val.shards, compressors) | facts
 
@@ -76,15 +76,15 @@ def print_facts(facts, encoding):
     """Print what a source has left out or found odd, and add to facts what becomes of bytes that are not UTF-8."""
     if "files" in facts:
         left_out = sources.count_kinds(facts["left_out"])
-        say(f"{facts['files']:,} files read" + (f"; left out: {left_out}" if left_out else ""))
-    if count := facts.get("empty_documents"):
-        say(f"{count:,} documents are null or blank: left out")
+        say(f"files read: {facts['files']:,}" + (f"; left out: {left_out}" if left_out else ""))
+    if "empty_documents" in facts:
+        say(f"null or blank documents left out: {facts['empty_documents']:,}")
     if found := facts.get("not_utf8"):
         found["replaced"] = encoding.name != "bytes"
-        fate = "each character of them is replaced by U+FFFD, 3 bytes in all counts; `iconv -t UTF-8 -f` and their " \
-               "encoding converts them, --encoding bytes keeps them" if found["replaced"] else "they are kept"
-        say(f"warning: {found['bytes']:,} bytes of {found['documents']:,} documents are not UTF-8, the first in "
-            f"{found['first']}: {fate}")
+        fate = "become U+FFFD, of which bits per byte count 3 bytes each; `iconv -t UTF-8 -f` and their encoding " \
+               "converts them, --encoding bytes keeps them" if found["replaced"] else "are kept"
+        say(f"warning: {found['bytes']:,} bytes that are not UTF-8 {fate}; documents with such bytes: "
+            f"{found['documents']:,}, the first in {found['first']}")
 
 
 def describe(folder, encoding):
@@ -176,7 +176,7 @@ def slices(shards, start, stop):
 # Validation of text that has too few documents to be split by hash alone
 
 ROW_TOKENS = 2048  # seq_len of preset cpu
-MIN_VAL_TOKENS = data.MIN_VAL_ROWS * ROW_TOKENS
+FEW_TOKENS = data.MIN_VAL_ROWS * ROW_TOKENS
 MIN_CUT = 256  # tokens; no shorter document is cut in two
 MAX_MOVED = 1000  # documents at most
 
@@ -185,14 +185,14 @@ def plan_split(train, val, lowest, encoding, at_limit):
     """Spans of train and val, (tokens of the shards, start, stop), if validation got far from 1% of the text; else ().
 
     Too little is filled up with the training documents of lowest hash; from too much the rest is trained on. The goal
-    is 1%, but MIN_VAL_TOKENS if these are at most 5%.
+    is 1%, or 2 * FEW_TOKENS if these are more, but 5% at most.
 
     Args:
         lowest: spans in train, the one of lowest hash first
         at_limit: no token may be added, not even the end-of-text token in front of the rest of a document"""
     total = train.num_tokens + val.num_tokens
     num_text = val.num_tokens - val.count_V[encoding.eot_token]
-    goal = max(1, total // 100, min(MIN_VAL_TOKENS, total // 20))
+    goal = max(1, total // 100, min(2 * FEW_TOKENS, total // 20))
     old_train, old_val = ([read_shard(path) for path in writer.paths] for writer in (train, val))  # outlive the files
 
     def cut(shards, start, count):
@@ -201,7 +201,7 @@ def plan_split(train, val, lowest, encoding, at_limit):
         ends = [i + 1 for i in range(len(ids) // 2, len(ids)) if encoding.vocab[ids[i]].endswith(b"\n")]
         return start + (ends[-1] if ends else len(ids))
 
-    if num_text < max(1, total // 200, min(MIN_VAL_TOKENS // 2, total // 100)):
+    if num_text < max(1, total // 200, min(FEW_TOKENS, total // 100)):
         moved, missing = [], goal - num_text
         for start, stop in lowest:
             if missing <= 0:

@@ -167,7 +167,7 @@ def list_files(path, globs=None):
     for folder, folders, names in os.walk(path, onerror=raise_error):
         folder = Path(folder)
         if is_prepared(folder, names):
-            left_out["folders of shards"] += 1
+            left_out["folders of shards"] += data.MARKER not in names
             folders.clear()
             continue
         left_out["hidden folders"] += sum(name.startswith(".") for name in folders)
@@ -176,9 +176,9 @@ def list_files(path, globs=None):
         for name in names:
             below = (folder / name).relative_to(path).as_posix()
             if name.startswith("."):
-                left_out["hidden"] += 1
+                left_out["hidden files"] += 1
             elif not (folder / name).is_file():
-                left_out["special files and broken links"] += 1
+                left_out["special files or broken links"] += 1
             elif globs and not any(fnmatch.fnmatchcase(below if "/" in glob else name, glob) for glob in globs):
                 left_out["outside --glob"] += 1
             else:
@@ -197,7 +197,7 @@ def is_prepared(folder, names):
 
 
 def count_kinds(counts):
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+    return ", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.items()))
 
 
 SNIFFED_BYTES = 2**13  # of the beginning of a file, to see whether it is text

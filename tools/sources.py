@@ -143,12 +143,15 @@ def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None
                 read = reader_of(path)
                 if read is not read_parquet:
                     head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
-                    is_refused = is_binary(head) and (path not in named or encoding.name != "bytes")
-                    if is_refused and path in named:
+                    kind, is_named = kind_of(head), path in named
+                    kept = ["text"]
+                    if encoding.name == "bytes":
+                        kept += ["not UTF-8", "binary"] if is_named else ["not UTF-8"]
+                    if kind not in kept and is_named and head:
                         raise UserError(f"{path} is not UTF-8 text: leave it out, convert it (`iconv -t UTF-8 -f` and "
                                         "its encoding), or keep its bytes as they are with --encoding bytes")
-                    if is_refused or not head:
-                        left_out["binary" if head else "empty"] += 1
+                    if kind not in kept:
+                        left_out[kind] += 1
                         continue
                     file = as_utf8(file, head)
                 facts["files"] += 1
@@ -204,12 +207,18 @@ SNIFFED_BYTES = 2**13  # of the beginning of a file, to see whether it is text
 CONTROL_BYTES = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
 
 
-def is_binary(head):
-    """Whether the first bytes of a file hold a NUL, or are by 30% control characters or not UTF-8. Not after a BOM."""
+def kind_of(head):
+    """Kind of a file by its first bytes: `empty`, `binary`, `text` or `not UTF-8`, which is text of another encoding.
+
+    Binary files hold a NUL or 5% of control characters. Text is UTF-8 to 70%, or follows a byte order mark."""
+    if not head:
+        return "empty"
     if head.startswith(tuple(BOMS)):
-        return False
-    text = head.decode("utf-8", "ignore").encode().translate(None, CONTROL_BYTES)
-    return b"\0" in head or len(text) < 0.7 * len(head) - 3  # 3: a character cut at the end
+        return "text"
+    if b"\0" in head or len(head.translate(None, CONTROL_BYTES)) < 0.95 * len(head):
+        return "binary"
+    legal = len(head.decode("utf-8", "ignore").encode())
+    return "text" if legal >= 0.7 * len(head) - 3 else "not UTF-8"  # 3: a character cut at the end
 
 
 class AsUtf8(io.RawIOBase):

@@ -387,7 +387,7 @@ KEPT = {"a.py": b"pass\n", "b.rst": b"Title\n", "deep/c.tex": b"x^2\n", "deep/d"
 
 def test_every_file_that_is_text_is_read_and_others_are_counted(tmp_path, capsys):
     folder = tmp_path / "src"
-    others = {".env": b"secret", ".git/config": b"x", "e.py": b"", "f.png": b"\x89PNG\0", "g": bytes(range(128, 256))}
+    others = {".env": b"secret", ".git/config": b"x", "e.py": b"", "f.png": b"\x89PNG\0", "g": b"\1\2\3 text"}
     for name, body in (KEPT | others).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
@@ -461,6 +461,15 @@ def test_binary_files_are_kept_as_bytes_and_refused_as_text(tmp_path, capsys, gp
     assert contents in {b"".join(pieces), b"".join(pieces[::-1])}
     line = refusal(capsys, tmp_path / "no", "--path", tmp_path / "a.txt", encoding="gpt2")
     assert "a.txt is not UTF-8 text" in line and "iconv" in line and "--encoding bytes" in line
+    russian = "\u0442\u0435\u043a\u0441\u0442 ".encode("koi8-r") * 99
+    for name, body in {"koi8.txt": russian, "a.txt": b"one\n", "b.txt": b"two\n", "c.txt": contents}.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(body)
+    meta, _ = prepare_files(capsys, tmp_path / "kept", "--path", tmp_path / "in")
+    assert sorted(b"".join(texts(tmp_path / "kept"))) == sorted(russian + b"one\ntwo\n")
+    assert meta["left_out"] == {"binary": 1} and meta["not_utf8"]["replaced"] is False
+    meta, _ = prepare_files(capsys, tmp_path / "text", "--path", tmp_path / "in", encoding="gpt2")
+    assert meta["left_out"] == {"binary": 1, "not UTF-8": 1} and meta["files"] == 2
     (tmp_path / "a.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le") * 9)
     assert "a.txt is not UTF-8 text" in refusal(capsys, tmp_path / "no", "--path", tmp_path / "a.txt", encoding="gpt2")
 

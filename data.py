@@ -52,7 +52,7 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 
 def write_shard(path, tokens):
-    """Write tokens, integers below 65536 of shape (n,), 0 < n < 2**31, as one shard.
+    """Write tokens, integers below 65536 of shape (n,), 0 < n < 2**31, as one shard. Returns the sha256 of its bytes.
 
     Atomic: a reader sees the whole shard or the previous file. Raises UserError for other tokens, or if the file cannot
     be written."""
@@ -66,17 +66,21 @@ def write_shard(path, tokens):
 
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
+    contents = header.data, np.ascontiguousarray(tokens, "<u2").data
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with as_data_error(f"{path} cannot be written ({{error}}): free some space or choose another --out", OSError):
         try:
             with open(temporary, "wb") as file:
-                file.write(header.data)
-                file.write(np.ascontiguousarray(tokens, "<u2").data)
+                file.writelines(contents)
                 file.flush()
                 os.fsync(file.fileno())  # without it, a crash after the rename can leave a file without its contents
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    digest = hashlib.sha256()
+    for part in contents:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def read_shard(path):
@@ -116,13 +120,17 @@ def get_encoding(name):
 class Encoding:
     """Text to ids and back. `vocab[i]` is the bytes of id i, b"" for special tokens. Made by `get_encoding`."""
 
-    def __init__(self, name, vocab, eot_token, encode):
+    def __init__(self, name, vocab, eot_token, encode):  # encode: UTF-8 bytes to an array of ids
         self.name, self.vocab, self.eot_token, self._encode = name, vocab, eot_token, encode
         self.vocab_size = len(vocab)
 
     def encode(self, text):
         """Ids of a text, uint16 (n,). Special tokens in it are encoded as ordinary text, lone surrogates as `?`."""
-        return self._encode(text.encode("utf-8", "replace")).astype(np.uint16)
+        return self.encode_bytes(text.encode("utf-8", "replace"))
+
+    def encode_bytes(self, text):
+        """Ids of UTF-8 bytes, uint16 (n,). `bytes` keeps bytes that are not UTF-8, others encode them as U+FFFD."""
+        return self._encode(text).astype(np.uint16)
 
     def decode(self, ids):
         """Text of ids. End-of-text decodes to "", bytes that are not UTF-8 to U+FFFD."""
@@ -161,19 +169,40 @@ def tiktoken_encoding(name):
 
     riptoken_encode = riptoken_encoder(bpe)
 
-    def encode(document):
-        text = document.decode("utf-8", "replace")
+    def encode(text):
         if riptoken_encode:
             return np.array(riptoken_encode(text), np.uint16)
         if hasattr(bpe, "encode_to_numpy"):  # 1.4 times as fast as encode_ordinary, which returns a list
             return bpe.encode_to_numpy(text, disallowed_special=())
         return np.array(bpe.encode_ordinary(text), np.int64)
 
-    return Encoding(name, vocab, bpe.eot_token, encode)
+    def encode_document(document):
+        return encode_in_parts(document.decode("utf-8", "replace"), encode, vocab)
+
+    return Encoding(name, vocab, bpe.eot_token, encode_document)
+
+
+MAX_BLANKS = 2**18  # tiktoken's regular expression fails between 500,000 and 1,000,000 blanks in a row
+EDGE_TOKENS = 64    # at the end of a part, whose ids may depend on the text that follows
+
+
+def encode_in_parts(text, encode, vocab):
+    """Ids of a text. A run of MAX_BLANKS or more blanks is cut between two tokens, so that the ids stay the same."""
+    parts, block = [], MAX_BLANKS // 2
+    blank_ends = lambda: (i + block for i in range(0, len(text), block) if text[i : i + block].isspace())
+    while (end := next(blank_ends(), len(text))) < len(text):  # of the first block that such a run fills
+        ids, covered = encode(text[:end])[:-EDGE_TOKENS], text[:end].encode()
+        covered = covered[: sum(len(vocab[i]) for i in ids.tolist())]
+        while covered.decode("utf-8", "ignore").encode() != covered:  # the last token ends inside a character
+            ids, covered = ids[:-1], covered[: -len(vocab[ids[-1]])]
+        parts.append(ids)
+        text = text[len(covered.decode()) :]
+    return np.concatenate([*parts, encode(text)])
 
 
 PROBE = "\n\n  \tIt's 1,234.56 \u20ac (na\u00efve)?!  don't\r\nDEF_x\u4e2d\u6587\u0e01\u0e33 \U0001f600\u200d "
 PROBE += "<|endoftext|> ".join(map(chr, range(32, 0x2500, 7)))
+PROBE += "".join(f" {part * 501} {part * 1002}" for part in ("\n", " ", "-", "a", "1", "ha"))  # riptoken 0.2.4 differs
 
 
 def riptoken_encoder(bpe):
@@ -273,6 +302,9 @@ def fingerprint(folder):
 def listed_sha256(folder):
     """{path: sha256 or None} of the shards in meta.json."""
     return {Path(folder) / shard["file"]: shard.get("sha256") for shard in load_meta(folder)["shards"] or []}
+
+
+MARKER = ".preparing"  # file in a folder that data.py is filling: the process, which holds a lock on it
 
 
 def has_shards(folder):
@@ -472,6 +504,27 @@ def validation_batches(folder, *, seq_len, rows, max_tokens=None, rank=0, world_
 
     num_batches = -(-split.total // (rows * world_size))
     return (read_batch((j * world_size + rank) * rows) for j in range(num_batches))
+
+
+def describe_run(loader, batches, num_steps):
+    """One sentence for the start of a run: its epochs, and the tokens that each evaluation compares.
+
+    Args:
+        batches: one evaluation's, as `validation_batches` returns them, of a single rank; it is read to its end"""
+    total, seq_len = sum(loader.row_counts), loader.seq_len
+    read, compared = num_steps * loader.batch_rows, sum(int((batch.targets_BT >= 0).sum()) for batch in batches)
+    train = f"{read:,} of {total:,} rows" if read <= total else f"{read / total:,.1f} epochs of {total:,} rows"
+    return f"training reads {train} of {seq_len:,} tokens; " + describe_validation(compared, seq_len)
+
+
+MIN_VAL_ROWS = 4  # with fewer, the validation loss is mostly noise
+
+
+def describe_validation(num_tokens, seq_len):
+    """The number of tokens that an evaluation compares; a warning if these are few."""
+    few = num_tokens < MIN_VAL_ROWS * seq_len
+    line = f"validation compares {num_tokens:,} tokens: {num_tokens / seq_len:,.1f} rows of {seq_len:,}"
+    return line + (", so its loss is mostly noise: prepare more text" if few else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,12 +56,12 @@ def stream_nats(model, ids_N: np.ndarray, seq_len: int) -> float:
 
 
 def bits_per_byte(model, encoding, documents, seq_len: int) -> tuple[float, int, int]:
-    """(bits per byte, bytes, tokens) of documents (UTF-8). Raises UserError if there is no text."""
-    ids = [
-        np.concatenate(([encoding.eot_token], encoding.encode(text.decode("utf-8", "replace")))) for text in documents
-    ]
+    """(bits per byte, bytes, tokens) of documents (bytes). Raises UserError if there is no text."""
+    ids, size = [], 0  # bytes of the documents: U+FFFD, which stands for bytes that are not UTF-8, has more
+    for text in documents:
+        ids.append(np.concatenate(([encoding.eot_token], encoding.encode_bytes(text))))
+        size += len(text)
     stream_N = np.concatenate(ids) if ids else np.empty(0, np.int64)
-    size = len(encoding.decode_bytes(stream_N))
     if size == 0:
         raise UserError("there is no text in it; name other files")
     return (

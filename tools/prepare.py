@@ -2,7 +2,8 @@
 
     python data.py                                              # FineWeb, GPT-2 tokens: 9 shards of 100M (internet)
     python data.py --source python --encoding bytes             # the Python source of the installed torch: no download
-    python data.py --source files --path notes/ more.jsonl.gz   # your own .txt .md .jsonl .parquet, also .gz .xz .zst
+    python data.py --source files --path notes/ more.jsonl.gz   # your own text, .jsonl and .parquet, also .gz .xz .zst
+    python data.py --source files --path src/ --glob "*.py" "*.md"   # files of these names alone
     python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000
     python data.py --source hf --dataset NAME --tokens_field input_ids   # a data set that already holds GPT-2 ids
     python data.py --source arithmetic --encoding bytes --max_tokens 4_000_000   # problems of known difficulty
@@ -12,29 +13,23 @@
 The result is a folder of shards and a meta.json. With --source domains it is a mixture: one such folder per domain.
 """
 import argparse
-import collections
-import concurrent.futures
 import contextlib
+import fcntl
 import json
-import lzma
-import multiprocessing
 import os
 import re
 import shutil
-import signal
+import socket
 import sys
-import threading
 import time
-import zlib
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
-
 import data
-from cli import Parser, UserError, file_sha256, write_atomically
-from data import COMPRESSED_BYTES, as_data_error, get_encoding, load_meta, read_shard, write_shard
+from cli import Parser, UserError, write_atomically
+from data import MARKER, as_data_error, get_encoding, load_meta
+from terminal import say
 from tools import sources
+from tools.shards import describe, encoding_meta, tokenise
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -63,30 +58,29 @@ def prepare(args):
     if target.is_mount():
         raise UserError(f"{out} is the mount point of a file system and cannot be replaced: "
                         "choose a folder inside it as --out")
-    request = {flag: getattr(args, flag) for flag in ("source", *SOURCES[args.source][1]) if flag != "num_proc"}
+    request = requested(args, SOURCES[args.source][1])
     if args.source == "python":
         request["torch"] = sources.torch_version()
     if args.path:
         paths = [word.partition("=")[2] for word in args.path] if args.source == "domains" else args.path
-        request["inputs"] = file_stamps(paths)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if (out / "meta.json").exists() and was_requested(meta := data.read_meta_json(out), request):
-            parts = [out / name for name in meta.get("domains") or [""]]
-            shards = [shard for part in parts for split in ("train", "val") for shard in data.open_split(part, split)]
-            tokens = sum(len(tokens) for _, tokens in shards)
-            return f"{out} is ready: {tokens:,} tokens, made by this same command"
-        raise UserError(f"{out} already exists and was made by another command or of other text: "
-                        "remove it or choose another --out")
+        request["inputs"] = file_stamps(filter(None, paths), args.glob)
+    if ready := ready_line(out, request):
+        return ready
 
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no warning at each retry
-    partial = target.with_name(target.name + ".partial")
-    if args.source not in ("fineweb", "domains") and partial.exists():  # those two continue, tokenising starts over
-        shutil.rmtree(partial)
-    split_seed = args.split_seed if args.source != "fineweb" else None
-    meta = {"source": args.source, "split_seed": split_seed, "request": request}
-    meta |= SOURCES[args.source][0](args, partial)
-    write_meta(partial, meta)
-    os.replace(partial, target)
+    resumable = args.source in ("fineweb", "domains")  # other sources start over
+    with claimed(target, resumable) as partial:
+        if ready := ready_line(out, request):  # made by another process since
+            return ready
+        if not resumable:
+            remove_earlier(partial, keep=MARKER)
+        split_seed = args.split_seed if args.source != "fineweb" else None
+        meta = {"source": args.source, "split_seed": split_seed, "request": request}
+        meta |= SOURCES[args.source][0](args, partial)
+        write_meta(partial, meta)
+        with locked(target.parent):
+            os.replace(partial, target)
+            (target / MARKER).unlink()
 
     total = lambda key: sum(split[key] or 0 for split in meta["splits"].values())
     tokens, seconds = total("tokens"), time.perf_counter() - start
@@ -96,6 +90,19 @@ def prepare(args):
         line += f"; {meta['compressed_bytes']:,} bytes of validation text: gzip -9 {meta['gzip_bpb']:.3f}, " \
                 f"xz -9 {meta['xz_bpb']:.3f} bits per byte"
     return line
+
+
+def ready_line(out, request):
+    """The line to print if the same request has filled `out`; None if nothing is there. Raises UserError for others."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return None
+    if (out / "meta.json").exists() and was_requested(meta := data.read_meta_json(out), request):
+        parts = [out / name for name in meta.get("domains") or [""]]
+        shards = [shard for part in parts for split in ("train", "val") for shard in data.open_split(part, split)]
+        tokens = sum(len(tokens) for _, tokens in shards)
+        return f"{out} is ready: {tokens:,} tokens, made by this same command"
+    raise UserError(f"{out} already exists and was made by another command or of other text: "
+                    "remove it or choose another --out")
 
 
 def parse(argv):
@@ -117,6 +124,7 @@ def parse(argv):
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
     add("--encoding", metavar="NAME", help=f"{', '.join(data.ENCODINGS)} (default gpt2)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
+    add("--glob", nargs="+", metavar="G", help="files and domains: names to read in folders, such as '*.py'")
     add = parser.add_argument_group("domains").add_argument
     add("--domains", nargs="+", metavar="NAME",
         help=f"some of them (default {' '.join(sources.DOMAINS)}, or those of --path)")
@@ -149,9 +157,16 @@ def parse(argv):
     return args
 
 
-def file_stamps(paths):
+def requested(args, flags):
+    """What decides the shards: {flag: value} of these and --source."""
+    without = {"num_proc"} | ({"glob"} if args.glob is None else set())
+    return {flag: getattr(args, flag) for flag in ("source", *flags) if flag not in without}
+
+
+def file_stamps(paths, globs=None):
     """{file: [size, time of last change]} of files and folders; it differs if a file has changed since the request."""
-    stats = {str(file): file.stat() for path in paths for file in sources.list_files(Path(path)) if file.exists()}
+    files = [file for path in paths for file in sources.list_files(Path(path), globs)[0]]
+    stats = {str(file): file.stat() for file in files if file.exists()}
     return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
 
@@ -167,6 +182,103 @@ def write_meta(folder, meta):
     meta = meta | {"sha256": data.meta_sha256(meta)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())
     write_atomically(folder / "meta.json", lambda temporary: temporary.write_text("{\n" + lines + "\n}\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder <out>.partial, which one process at a time fills
+
+
+@contextlib.contextmanager
+def claimed(target, resumable):
+    """Yields <target>.partial, new or of an earlier attempt, and locks it until the end of the block or the process.
+
+    If the block ends without renaming it, the folder is removed, but for what a resumable source can continue with.
+    Raises UserError if another process holds the lock, or if data.py did not make the folder."""
+    partial = target.with_name(target.name + ".partial")
+    new_folders = [folder for folder in target.parents if not folder.exists()]
+    cannot = f"{partial} cannot be made or locked ({{error}}): choose another --out"
+    with contextlib.ExitStack() as stack:
+        with as_data_error(cannot, OSError):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with locked(partial.parent):  # no other process sees the folder without its marker
+                marker = stack.enter_context(take(partial))
+        try:
+            yield partial
+        finally:
+            with locked(partial.parent):
+                leave(partial, resumable)
+            marker.close()
+            for folder in new_folders:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
+def take(partial):
+    """The open and locked marker of a folder, which is made unless it is there."""
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        if not (partial / MARKER).exists():
+            raise UserError(f"{partial} was not made by data.py, which would replace it: move it or choose another "
+                            "--out") from None
+    marker = open(partial / MARKER, "a+")
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        marker.seek(0)
+        holder = marker.read() or "another process"
+        marker.close()
+        raise UserError(f"{partial} is being filled by {holder}: wait until it has ended, stop it, or choose another "
+                        "--out") from None
+    marker.truncate(0)
+    marker.write(f"process {os.getpid()} on {socket.gethostname()}")
+    marker.flush()
+    return marker
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Locks a folder against other data.py, for moments only."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def leave(partial, resumable):
+    """Remove a folder that was not finished, unless the same command can continue with what it holds."""
+    if resumable and (data.has_shards(partial) or data.shard_folders(partial) or any(partial.rglob("*.incomplete"))):
+        say(f"what is complete stays in {partial}; the same command continues with it")
+    elif partial.exists():
+        remove_made(partial)
+
+
+def remove_made(folder, keep=None):
+    """Remove from a folder what data.py made, but the file `keep`, and the folder once it is empty.
+
+    Returns whether nothing else is left in it."""
+    for path in folder.iterdir():
+        if path.name == "download" and (path / ".cache" / "huggingface").exists():
+            shutil.rmtree(path)
+        elif path.is_dir() and not path.is_symlink():
+            remove_made(path)
+        elif path.name != keep and MADE.fullmatch(path.name):
+            path.unlink()
+    left = {path.name for path in folder.iterdir()}
+    if not left:
+        folder.rmdir()
+    return left <= {keep}
+
+
+MADE = re.compile(r".+_(train|val)_\d+\.bin|\..+\.bin\.\d+|meta\.json|\.meta\.json\.partial\.json|" + re.escape(MARKER))
+
+
+def remove_earlier(folder, keep=None):
+    """Remove the files of an earlier attempt. Raises UserError if others lie among them."""
+    if folder.exists() and not remove_made(folder, keep):
+        raise UserError(f"{folder} holds files that data.py did not make: move them or choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +307,7 @@ def prepare_hf(args, folder):
 
 def prepare_files(args, folder):
     encoding = get_encoding(args.encoding)
-    source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field)
+    source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field, args.glob)
     return tokenise(source, encoding, args, folder)
 
 
@@ -233,8 +345,8 @@ def prepare_domains(args, folder):
         own = argparse.Namespace(**vars(args) | {"source": name, "path": paths.get(name), "max_tokens": max_tokens})
         prepare_domain(own, encoding, folder / name)
         metas[name] = data.read_meta_json(folder / name)
-    for stale in (path for path in folder.iterdir() if path.name not in names):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for stale in (path for path in folder.glob("*/") if path.name not in names):
+        remove_earlier(stale)
 
     total = lambda split, key: sum(meta["splits"][split][key] for meta in metas.values())
     splits = {split: {key: total(split, key) for key in ("documents", "tokens", "bytes")} for split in ("train", "val")}
@@ -246,235 +358,37 @@ def prepare_domains(args, folder):
 
 def prepare_domain(args, encoding, folder):
     """Fill the folder of one domain, args.source, unless the same request has filled it."""
-    request = {flag: getattr(args, flag) for flag in ("source", "path", *TOKENISED, "source_tag") if flag != "num_proc"}
-    request["inputs"] = file_stamps(args.path or [])
+    request = requested(args, ("path", "glob", *TOKENISED, "source_tag"))
+    request["inputs"] = file_stamps(args.path or [], args.glob)
     if folder.exists() and was_requested(load_meta(folder), request):
         return
     partial = folder.with_name(f"{folder.name}.partial")
     for old in (folder, partial):
-        shutil.rmtree(old, ignore_errors=True)
+        remove_earlier(old)
     if args.path:
-        source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field)
+        source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field, args.glob)
     else:
         source = sources.stream_domain(args.source, encoding)
     if args.source_tag:
         source = sources.add_tag(source, args.source, encoding)
     meta = {"source": args.source, "split_seed": args.split_seed, "request": request}
-    write_meta(partial, meta | tokenise(source, encoding, args, partial))
-    os.replace(partial, folder)
+    try:
+        write_meta(partial, meta | tokenise(source, encoding, args, partial))
+        os.replace(partial, folder)
+    finally:
+        if partial.exists():
+            remove_made(partial)
 
 
 TOKENISED = ("encoding", "max_tokens", "shard_tokens", "num_proc", "split_seed")
 SOURCES = {  # name: (function of the flags and a folder, the flags it takes)
     "fineweb": (prepare_fineweb, ("encoding", "shards")),
     "hf": (prepare_hf, TOKENISED + ("dataset", "subset", "split_name", "text_field", "tokens_field")),
-    "files": (prepare_files, TOKENISED + ("path", "text_field", "tokens_field")),
+    "files": (prepare_files, TOKENISED + ("path", "glob", "text_field", "tokens_field")),
     "python": (prepare_python, TOKENISED),
     "arithmetic": (prepare_arithmetic, TOKENISED),
-    "domains": (prepare_domains, TOKENISED + ("domains", "path", "text_field", "tokens_field", "source_tag")),
+    "domains": (prepare_domains, TOKENISED + ("domains", "path", "glob", "text_field", "tokens_field", "source_tag")),
 }
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": NUM_CORES, "split_seed": 0,
             "split_name": "train", "text_field": "text"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents to shards
-
-
-def tokenise(source, encoding, args, folder):
-    """Write the train and val shards of a source. Returns entries of meta.json."""
-    from tqdm import tqdm
-    documents, facts = source
-    folder.mkdir(parents=True)
-    stem = folder / args.source
-    train = ShardWriter(f"{stem}_train", 1, args.shard_tokens)
-    val = ShardWriter(f"{stem}_val", 0, args.shard_tokens)
-    compressors, num_tokens, val_text_tokens = Compressors(), 0, 0
-    lowest = (2**64, 0, 0)  # hash, start and stop of the training document with the smallest hash
-    with tqdm(total=args.max_tokens, unit="tok", unit_scale=True, desc=args.source, mininterval=0.5) as bar, \
-            contextlib.closing(encode_documents(documents, encoding, args.num_proc, args.split_seed)) as encoded:
-        for hashed, ids in encoded:
-            ids = ids[: args.max_tokens and args.max_tokens - num_tokens]
-            if hashed % 50 == 0:
-                val.add(ids)
-                val_text_tokens += len(ids) - 1
-                if compressors.num_bytes < COMPRESSED_BYTES:
-                    compressors.add(encoding.decode_bytes(ids))
-            else:
-                if len(ids) > 1:
-                    lowest = min(lowest, (hashed, train.num_tokens, train.num_tokens + len(ids)))
-                train.add(ids)
-            num_tokens += len(ids)
-            bar.update(len(ids))
-            if num_tokens == args.max_tokens:
-                break
-    train.flush()
-    val.flush()
-
-    if not val_text_tokens:
-        train = move_to_validation(lowest[1], lowest[2], train, val)
-    for writer, purpose in ((train, "train on"), (val, "validate with")):
-        if not writer.num_tokens:
-            raise UserError(f"source {args.source} gave too few documents: nothing is left to {purpose}; "
-                            "give more text, or separate its documents by lines <|endoftext|>")
-    return describe(folder, encoding, compressors if val_text_tokens else None) | facts
-
-
-def move_to_validation(start, stop, train, val):
-    """Move training tokens [start, stop) to validation, for a corpus too small for the hash rule. Returns the rest."""
-    rest, offset = ShardWriter(train.stem, train.number, len(train.buffer)), 0
-    for shard in [read_shard(path) for path in train.paths]:  # a mapped file outlives its replacement
-        begin, end = np.clip((start - offset, stop - offset), 0, len(shard))
-        rest.add(shard[:begin])
-        val.add(shard[begin:end])
-        rest.add(shard[end:])
-        offset += len(shard)
-    rest.flush()
-    val.flush()
-    for path in train.paths[len(rest.paths) :]:
-        path.unlink()
-    return rest
-
-
-def describe(folder, encoding, compressors=None):
-    """Entries of meta.json, counted from finished shards. Raises UserError for an id beyond the vocabulary.
-
-    Args:
-        encoding: None for GPT-2 without its ranks
-        compressors: if they have compressed the validation text already"""
-    compress, compressors = compressors is None and encoding is not None, compressors or Compressors()
-    known = data.GPT2_META if encoding is None else encoding_meta(encoding)
-    token_bytes = None if encoding is None else encoding.token_bytes()
-    splits, shards = {}, []
-    for split in ("train", "val"):
-        count_V = np.zeros(known["vocab_size"], np.int64)
-        for path in data.shard_paths(folder, split):
-            tokens = read_shard(path)
-            for start in range(0, len(tokens), 2**20):
-                piece = tokens[start : start + 2**20]
-                if piece.max() >= len(count_V):
-                    raise UserError(f"{path} holds token id {piece.max()}, beyond the vocabulary of "
-                                    f"{known['encoding']}: remove it and run again")
-                count_V += np.bincount(piece, minlength=len(count_V))
-                if split == "val" and compress and compressors.num_bytes < COMPRESSED_BYTES:
-                    compressors.add(encoding.decode_bytes(piece))
-            shards.append({"file": path.name, "tokens": len(tokens), "sha256": file_sha256(path)})
-        splits[split] = {"documents": int(count_V[known["eot_token"]]), "tokens": int(count_V.sum()),
-                         "bytes": None if encoding is None else int(count_V @ token_bytes)}
-    return {**known, "splits": splits, **compressors.finish(), "shards": shards,
-            "token_bytes": None if encoding is None else token_bytes.tolist()}
-
-
-def encoding_meta(encoding):
-    return {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
-
-
-class ShardWriter:
-    """Collects the tokens of one split and writes `<stem>_000001.bin`, ... of shard_tokens each."""
-
-    def __init__(self, stem, number, shard_tokens):
-        self.stem, self.number, self.paths, self.num_tokens = stem, number, [], 0
-        self.buffer, self.filled = np.empty(shard_tokens, np.uint16), 0
-
-    def add(self, ids):
-        self.num_tokens += len(ids)
-        while len(ids):
-            fitting = ids[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(fitting)] = fitting
-            self.filled += len(fitting)
-            ids = ids[len(fitting) :]
-            if self.filled == len(self.buffer):
-                self.flush()
-
-    def flush(self):
-        if self.filled:
-            self.paths.append(Path(f"{self.stem}_{self.number + len(self.paths):06d}.bin"))
-            write_shard(self.paths[-1], self.buffer[: self.filled])
-            self.filled = 0
-
-
-class Compressors:
-    """data.compressed_bpb of a text that comes in pieces, computed in a thread beside tokenising."""
-
-    def __init__(self):
-        self.thread, self.num_bytes, self.pending = concurrent.futures.ThreadPoolExecutor(1), 0, []
-        self.streams = {"gzip_bpb": zlib.compressobj(9, wbits=31), "xz_bpb": lzma.LZMACompressor(preset=9)}
-        self.sizes = dict.fromkeys(self.streams, 0)
-
-    def add(self, piece):
-        piece = piece[: COMPRESSED_BYTES - self.num_bytes]
-        self.num_bytes += len(piece)
-        if piece:
-            self.pending.append(self.thread.submit(self._compress, piece))
-
-    def finish(self):
-        """Entries of meta.json: bits per byte of each compressor, number of bytes compressed. Call it once."""
-        self.thread.shutdown()
-        for future in self.pending:
-            future.result()  # raises the error of its thread
-        sizes = {name: size + len(self.streams[name].flush()) for name, size in self.sizes.items()}
-        bpb = {name: 8 * size / self.num_bytes if self.num_bytes else None for name, size in sizes.items()}
-        return {"compressed_bytes": self.num_bytes or None, **bpb}
-
-    def _compress(self, piece):
-        for name, stream in self.streams.items():
-            self.sizes[name] += len(stream.compress(piece))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding documents on every core
-
-CHUNK = 2**19  # bytes of text, or tokens, that are sent to a process at once
-
-
-def encode_documents(documents, encoding, num_proc, split_seed):
-    """Yield (split hash, ids) in the order of the documents; at most 2 * num_proc chunks are in memory."""
-    def chunks():
-        chunk, size = [], 0
-        for document in documents:
-            chunk.append(document)
-            size += len(document[1]) + 64  # the constant bounds the number of empty documents in a chunk
-            if size >= CHUNK:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
-
-    if num_proc == 1 or encoding.name == "bytes":  # bytes are encoded faster than they are sent
-        for chunk in chunks():
-            yield from encode_chunk(chunk, encoding, split_seed)
-        return
-    context = multiprocessing.get_context("spawn")  # the same on Linux and Mac; safe beside threads
-    pool = concurrent.futures.ProcessPoolExecutor(num_proc, context, start_worker, (encoding.name,))
-    killed = "a tokenising process was killed, most often for want of memory: run again with a smaller --num_proc"
-    with as_data_error(killed, BrokenProcessPool), contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
-        pending = collections.deque()
-        for chunk in chunks():  # pool.map would read the whole input first
-            pending.append(pool.submit(encode_in_worker, chunk, split_seed))
-            if len(pending) == 2 * num_proc:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def start_worker(name):
-    """Initialise a tokenising process, a fresh interpreter that builds an encoding of its own."""
-    global worker_encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # end if the parent is killed
-    worker_encoding = get_encoding(name)
-
-
-def encode_in_worker(chunk, split_seed):
-    return encode_chunk(chunk, worker_encoding, split_seed)
-
-
-def encode_chunk(chunk, encoding, split_seed):
-    """[(split hash, ids)] of a list of documents; ids are uint16 and start with end-of-text."""
-    def encode(body):
-        ids = encoding.encode(body.decode("utf-8", "replace")) if isinstance(body, bytes) else body
-        return np.concatenate(([encoding.eot_token], ids), dtype=np.uint16, casting="unsafe")
-
-    return [(sources.split_hash(key, split_seed), encode(body)) for key, body in chunk]

@@ -1,9 +1,13 @@
 """Sources of text: files, the Python source of torch, arithmetic problems, the Hugging Face hub, FineWeb's shards.
 
 A document is a pair (key, body): the hash of the key chooses its split, the body is bytes of text or uint16 ids.
-A source returns (iterator of documents in a fixed order, dict of entries for meta.json).
+A source returns (iterator of documents in a fixed order, dict of entries for meta.json). Some entries are counted while
+the iterator is read: `files`, files `left_out` by kind, `empty_documents`, and bytes that are `not_utf8`.
 """
+import codecs
+import collections
 import contextlib
+import fnmatch
 import gzip
 import hashlib
 import importlib.metadata
@@ -21,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import data
 from cli import UserError
 from data import as_data_error, read_shard
 
@@ -43,11 +48,13 @@ def row_document(row, where, encoding, text_field, tokens_field):
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no field {field!r} (it has: {found}): "
                         "name it with --text_field or --tokens_field")
+    if row[field] is None:
+        return b"", b""
     if not tokens_field:
-        if not isinstance(row[field], str):
+        if not isinstance(row[field], (str, bytes)):
             kind = type(row[field]).__name__
             raise UserError(f"{where}: field {field!r} holds {kind}, not text: name another with --text_field")
-        body = row[field].encode("utf-8", "replace")
+        body = without_bom(row[field]) if isinstance(row[field], bytes) else to_bytes(row[field])
         return body, body
 
     wrong = f"{where}: field {field!r} is not a list of ids from 0 to {encoding.vocab_size - 1}: " \
@@ -66,37 +73,175 @@ def has_text(document):
     return bool(body.strip() if isinstance(body, bytes) else len(body))
 
 
+def with_text(documents, where, facts):
+    """The documents that hold text. Counts the others in facts["empty_documents"], and bytes that are not UTF-8."""
+    for document in documents:
+        if has_text(document):
+            count_not_utf8(document[1], where, facts)
+            yield document
+        else:
+            facts["empty_documents"] = facts.get("empty_documents", 0) + 1
+
+
+def count_not_utf8(body, where, facts):
+    """Count bytes of a text that are not UTF-8 in facts["not_utf8"], which names the place of the first."""
+    try:
+        body.decode() if isinstance(body, bytes) else None
+    except UnicodeDecodeError:
+        found = facts.setdefault("not_utf8", {"bytes": 0, "documents": 0, "first": str(where)})
+        found["bytes"] += len(body) - len(body.decode("utf-8", "ignore").encode())
+        found["documents"] += 1
+
+
+def to_bytes(text):
+    """UTF-8 of a text. Surrogates that stand for bytes become these, and others bytes that are not UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+        codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # UTF-32-LE begins as UTF-16-LE does
+
+
+def without_bom(text):
+    """Bytes of a text as UTF-8 without its byte order mark, if it begins with one; else as they are."""
+    for bom, name in BOMS.items():
+        if text.startswith(bom):
+            return text[len(bom) :] if name == "utf-8" else to_bytes(text[len(bom) :].decode(name, "surrogatepass"))
+    return text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def read_files(paths, encoding, text_field="text", tokens_field=None):
-    """Documents of files and folders of .txt, .md, .jsonl and .parquet. Raises UserError."""
-    files = []
+def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None):
+    """Documents of files, and of the files below folders: .jsonl, .parquet, and any other that holds text.
+
+    Raises UserError for a path that is not there, and for a named file that is not text, unless the encoding is
+    `bytes`."""
+    files, left_out = [], collections.Counter()
     for path in map(Path, paths):
-        found = list_files(path)
-        if not path.exists() or not found or not FILE_NAME.fullmatch(found[0].name):
-            raise UserError(f"--path {path} is not a file or folder of {', '.join(READERS)} "
-                            "(text and jsonl also .gz, .xz, .zst)")
-        files += found
+        if not path.exists():
+            raise UserError(f"--path {path} is not a file or folder: correct the path")
+        found, others = list_files(path, globs)
+        if not found:
+            seen = f" (left out: {count_kinds(others)})" if others else ""
+            raise UserError(f"--path {path} holds no file to read{seen}: name other files or folders")
+        files, left_out = files + found, left_out + others
+    named = {Path(path) for path in paths}
+    facts = {"files": 0, "left_out": left_out}
     fields = dict(encoding=encoding, text_field=text_field, tokens_field=tokens_field)
     unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError)
 
     def documents():
         for path in files:
-            kind, compression = FILE_NAME.fullmatch(path.name).groups()
             mend = f"{path} cannot be read ({{error}}): mend it or leave it out of --path"
-            with as_data_error(mend, *unreadable), OPENERS[compression](path) as file:
-                yield from filter(has_text, READERS[kind](file, path, **fields))
+            with as_data_error(mend, *unreadable), open_file(path) as file:
+                read = reader_of(path)
+                if read is not read_parquet:
+                    head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
+                    kind, is_named = kind_of(head), path in named
+                    kept = ["text"]
+                    if encoding.name == "bytes":
+                        kept += ["not UTF-8", "binary"] if is_named else ["not UTF-8"]
+                    if kind not in kept and is_named and head:
+                        raise UserError(f"{path} is not UTF-8 text: leave it out, convert it (`iconv -t UTF-8 -f` and "
+                                        "its encoding), or keep its bytes as they are with --encoding bytes")
+                    if kind not in kept:
+                        left_out[kind] += 1
+                        continue
+                    file = as_utf8(file, head)
+                facts["files"] += 1
+                yield from with_text(read(file, path, **fields), path, facts)
 
-    return documents(), {}
+    return documents(), facts
 
 
-def list_files(path):
-    """The file itself, or the files of known kinds in a folder."""
+def list_files(path, globs=None):
+    """([the file itself, or the files below a folder, sorted], Counter of what is left out, by kind).
+
+    globs: patterns of the names to read, or of paths below the folder if they hold a slash."""
+    files, left_out = [], collections.Counter()
     if not path.is_dir():
-        return [path]
-    return sorted(found for found in path.rglob("*") if found.is_file() and FILE_NAME.fullmatch(found.name))
+        return [path], left_out
+    for folder, folders, names in os.walk(path, onerror=raise_error):
+        folder = Path(folder)
+        if is_prepared(folder, names):
+            left_out["folders of shards"] += data.MARKER not in names
+            folders.clear()
+            continue
+        left_out["hidden folders"] += sum(name.startswith(".") for name in folders)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        left_out["links to folders"] += sum((folder / name).is_symlink() for name in folders)
+        for name in names:
+            below = (folder / name).relative_to(path).as_posix()
+            if name.startswith("."):
+                left_out["hidden files"] += 1
+            elif not (folder / name).is_file():
+                left_out["special files or broken links"] += 1
+            elif globs and not any(fnmatch.fnmatchcase(below if "/" in glob else name, glob) for glob in globs):
+                left_out["outside --glob"] += 1
+            else:
+                files.append(folder / name)
+    return sorted(files), +left_out
+
+
+def raise_error(error):
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it or name other folders") from error
+
+
+def is_prepared(folder, names):
+    """Whether a folder with files of these names is one that data.py has filled or is filling."""
+    return data.MARKER in names or any(map(data.split_of, names)) or \
+        "meta.json" in names and bool(data.shard_folders(folder))
+
+
+def count_kinds(counts):
+    return ", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.items()))
+
+
+SNIFFED_BYTES = 2**13  # of the beginning of a file, to see whether it is text
+CONTROL_BYTES = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
+
+
+def kind_of(head):
+    """Kind of a file by its first bytes: `empty`, `binary`, `text` or `not UTF-8`, which is text of another encoding.
+
+    Binary files hold a NUL or 5% of control characters. Text is UTF-8 to 70%, or follows a byte order mark."""
+    if not head:
+        return "empty"
+    if head.startswith(tuple(BOMS)):
+        return "text"
+    if b"\0" in head or len(head.translate(None, CONTROL_BYTES)) < 0.95 * len(head):
+        return "binary"
+    legal = len(head.decode("utf-8", "ignore").encode())
+    return "text" if legal >= 0.7 * len(head) - 3 else "not UTF-8"  # 3: a character cut at the end
+
+
+class AsUtf8(io.RawIOBase):
+    """UTF-8 of a file in another encoding."""
+
+    def __init__(self, file, encoding):
+        self.text, self.pending = io.TextIOWrapper(file, encoding, "surrogatepass", newline=""), b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        piece = self.pending or to_bytes(self.text.read(len(buffer)))
+        size = min(len(piece), len(buffer))
+        buffer[:size], self.pending = piece[:size], piece[size:]
+        return size
+
+
+def as_utf8(file, head):
+    """The file behind its byte order mark, as UTF-8."""
+    bom, encoding = next(((bom, name) for bom, name in BOMS.items() if head.startswith(bom)), (b"", "utf-8"))
+    file.read(len(bom))
+    return file if encoding == "utf-8" else io.BufferedReader(AsUtf8(file, encoding))
 
 
 def read_jsonl(file, where, **fields):
@@ -104,13 +249,13 @@ def read_jsonl(file, where, **fields):
         if line.strip():
             mend = f"{where}, line {number} is not JSON ({{error}}): mend or remove it"
             with as_data_error(mend, ValueError, RecursionError):
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8", "surrogateescape"))
             yield row_document(row, f"{where}, line {number}", **fields)
 
 
 def read_parquet(file, where, **fields):
     import pyarrow.parquet
-    table = pyarrow.parquet.ParquetFile(file)
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # a buffer would hold the file up to the current row
     columns = [name for name in (fields["tokens_field"] or fields["text_field"],) if name in table.schema_arrow.names]
     if not columns:
         row_document(dict.fromkeys(table.schema_arrow.names), where, **fields)  # raises with the names of all fields
@@ -139,7 +284,8 @@ def read_text(file, where, tokens_field=None, **_):
             start = line.end()
         *pieces, text = cut(text[start:], 0 if at_end else 2 * PIECE_BYTES + 4)
         yield from ((body, body) for body in pieces)
-    yield text, text
+    if text:
+        yield text, text
 
 
 def cut(text, rest):
@@ -162,9 +308,18 @@ def open_zst(path):
     return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
-OPENERS = {"": lambda path: open(path, "rb"), ".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
-FILE_NAME = re.compile(r".*?(\.txt|\.md|\.jsonl|\.parquet(?=$))(|\.gz|\.xz|\.zst)", re.DOTALL)
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}  # of other names: read_text
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
+
+
+def open_file(path):
+    return OPENERS.get(path.suffix.lower(), lambda path: open(path, "rb"))(path)
+
+
+def reader_of(path):
+    name = path.stem if path.suffix.lower() in OPENERS else path.name
+    return READERS.get(Path(name).suffix.lower(), read_text)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The Python source of the installed torch
@@ -182,7 +337,14 @@ def read_python_corpus():
         print(f"note: the Python source in {site_packages} {state} torch {version} "
               f"(pinned: {', '.join(TORCH_CORPUS)}): losses are not comparable with published ones", file=sys.stderr)
     facts = {"torch": version, "corpus_sha256": digest, "corpus_is_pinned": digest == pinned}
-    return ((name.encode(), path.read_bytes()) for name, path in files), facts
+
+    def documents():
+        for name, path in files:
+            body = path.read_bytes()
+            count_not_utf8(body, name, facts)
+            yield name.encode(), body
+
+    return documents(), facts
 
 
 def list_python_corpus(site_packages):
@@ -261,15 +423,16 @@ def stream_dataset(encoding, dataset, subset, split_name, text_field="text", tok
     import datasets
     mend = f"data set {dataset} cannot be read ({{error}}): check --dataset, --subset, --split_name and the network, " \
            "or use --source python, which needs none"
+    facts = {}
 
     def documents():
         with as_data_error(mend, Exception):  # hub, network and parser errors share no base class
             stream = datasets.load_dataset(dataset, subset, split=split_name, streaming=True)
             rows = (row_document(row, f"{dataset}, row {number}", encoding, text_field, tokens_field)
                     for number, row in enumerate(stream, 1))
-            yield from filter(has_text, rows)
+            yield from with_text(rows, dataset, facts)
 
-    return documents(), {}
+    return documents(), facts
 
 
 class Part(NamedTuple):
@@ -299,6 +462,7 @@ DOMAIN_TOKENS = 20_000_000  # of each domain, without --max_tokens
 def stream_domain(name, encoding):
     """Documents of the data sets of one of DOMAINS, one after another."""
     import datasets
+    facts = {"datasets": [part.dataset for part in DOMAINS[name]]}
 
     def documents():
         for part in DOMAINS[name]:
@@ -306,14 +470,18 @@ def stream_domain(name, encoding):
                    f"own with --path {name}=FILE"
             with as_data_error(mend, Exception):  # hub, network and parser errors share no base class
                 stream = datasets.load_dataset(part.dataset, part.subset, split="train", streaming=True)
-                for number, row in enumerate(stream, 1):
-                    where = f"{part.dataset}, row {number}"
-                    bodies = [row_document(row, where, encoding, field, None)[1] for field in part.fields]
-                    body = b"\n".join(filter(None, bodies))
-                    if has_text((body, body)):
-                        yield body, body
+                rows = (joined_fields(row, f"{part.dataset}, row {number}", encoding, part.fields)
+                        for number, row in enumerate(stream, 1))
+                yield from with_text(rows, part.dataset, facts)
 
-    return documents(), {"datasets": [part.dataset for part in DOMAINS[name]]}
+    return documents(), facts
+
+
+def joined_fields(row, where, encoding, fields):
+    """Document of several fields of a row, those without text left out."""
+    bodies = [row_document(row, where, encoding, field, None)[1] for field in fields]
+    body = b"\n".join(filter(None, bodies))
+    return body, body
 
 
 def add_tag(source, tag, encoding):
@@ -322,7 +490,8 @@ def add_tag(source, tag, encoding):
     line = f"{tag}\n"
     text, ids = line.encode(), encoding.encode(line)
     join = lambda body: text + body if isinstance(body, bytes) else np.concatenate((ids, body))
-    return ((key, join(body)) for key, body in documents), facts | {"source_tag": line}
+    facts["source_tag"] = line
+    return ((key, join(body)) for key, body in documents), facts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +505,7 @@ def download_fineweb(folder, num_shards):
     import huggingface_hub
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"fineweb_{'train' if number else 'val'}_{number:06d}.bin" for number in range(num_shards + 1)]
-    for path in {*folder.glob("*.bin")} - {folder / name for name in names}:
+    for path in {*folder.glob("fineweb_*.bin")} - {folder / name for name in names}:
         path.unlink()  # of an interrupted run with more shards
     for name in names:
         with contextlib.suppress(UserError):

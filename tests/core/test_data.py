@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -37,8 +38,9 @@ def make_shards(folder, lengths, split="train", vocab=50257, name="fineweb"):
 
 def test_shard_round_trip_and_layout(tmp_path):
     path, tokens = tmp_path / "x_train_000001.bin", np.array([50256, 0, 65535, 7])
-    write_shard(path, tokens)
+    digest = write_shard(path, tokens)
     raw = path.read_bytes()
+    assert digest == hashlib.sha256(raw).hexdigest()
     assert np.frombuffer(raw[:1024], "<i4").tolist() == [20240520, 1, 4] + [0] * 253
     assert np.frombuffer(raw[1024:], "<u2").tolist() == tokens.tolist()
     back = read_shard(path)
@@ -211,20 +213,51 @@ def test_encodings_that_do_not_fit_name_those_that_do(name):
         get_encoding(name)
 
 
-def test_riptoken_is_used_if_it_agrees(gpt2, monkeypatch):
+def test_a_faster_encoder_is_used_only_if_it_agrees(gpt2, monkeypatch):
     """Ids of random text, mostly odd characters, are tiktoken's; an encoder that errs on the probe is not used."""
-    riptoken, tiktoken = pytest.importorskip("riptoken"), pytest.importorskip("tiktoken")
+    tiktoken, encoders = pytest.importorskip("tiktoken"), {}
     bpe, random = tiktoken.get_encoding("gpt2"), np.random.default_rng(0)
-    assert data.riptoken_encoder(bpe) is not None
     for top in (128, 0x600, 0xD7FF, 0x1FFFF):
         text = "".join(chr(i) for i in random.integers(1, top, 4000) if not 0xD800 <= i < 0xE000)
         assert gpt2.encode(text).tolist() == bpe.encode_ordinary(text)
-    monkeypatch.setattr(
-        riptoken,
-        "get_encoding",
-        lambda name: SimpleNamespace(encode_ordinary=lambda text: bpe.encode_ordinary(text)[1:]),
-    )
-    assert data.riptoken_encoder(bpe) is None
+    encoders["good"] = bpe.encode_ordinary
+    encoders["bad"] = lambda text: bpe.encode_ordinary(text)[1:]
+    encoders["bad at long runs"] = lambda text: bpe.encode_ordinary(text.replace("-" * 1002, "-" * 1001))
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: name)
+    for name, encode in encoders.items():
+        fake = SimpleNamespace(get_encoding=lambda name, encode=encode: SimpleNamespace(encode_ordinary=encode))
+        monkeypatch.setitem(sys.modules, "riptoken", fake)
+        assert (data.riptoken_encoder(bpe) is not None) == (name == "good"), name
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\t", " \n", "\n    ", "\u3000", "\xa0 ", "\n\n\t\t\t", "mixed"])
+def test_long_runs_of_blanks_have_the_ids_of_the_whole(gpt2, monkeypatch, run):
+    """tiktoken's regular expression fails at 1,000,000 blanks; cut in parts, such a text has the ids of an uncut one."""
+    bpe = pytest.importorskip("tiktoken").get_encoding("gpt2")
+    monkeypatch.setattr(data, "MAX_BLANKS", 2**13)
+    random = "".join(np.random.default_rng(0).choice(list(" \n\t\r\xa0\u3000"), 30_001))
+    blanks = random if run == "mixed" else (run * 30_001)[:30_001]
+    for text in (f"a{blanks}x", blanks, f"b\n{blanks}\ny {blanks[:-1]}", f"{blanks[:5000]}x{blanks[:9000]}"):
+        parts = []
+        ids = data.encode_in_parts(text, lambda part: parts.append(part) or np.array(bpe.encode_ordinary(part)), gpt2.vocab)
+        assert ids.tolist() == bpe.encode_ordinary(text) and len(parts) > 1
+        assert max(map(len, parts)) < len(text)
+
+
+def test_a_million_blanks_are_encoded(gpt2):
+    text = f"a{' ' * 10**6}b"
+    ids = gpt2.encode(text)
+    assert gpt2.decode(ids) == text and len(ids) == 10**6 + 1  # the last blank belongs to b
+    ordinary = "words  and\n\n    lines\n" * 20_000
+    assert gpt2.encode(ordinary).tolist() == pytest.importorskip("tiktoken").get_encoding("gpt2").encode_ordinary(ordinary)
+
+
+def test_bytes_that_are_not_utf8_are_kept_or_replaced(gpt2):
+    for text in (b"caf\xe9", bytes(range(256)), b"\xff\xfe\0\xed\xa0\x80"):
+        ids = get_encoding("bytes").encode_bytes(text)
+        assert ids.dtype == np.uint16 and bytes(ids.tolist()) == text == get_encoding("bytes").decode_bytes(ids)
+        assert get_encoding("bytes").token_bytes()[ids].sum() == len(text)
+        assert gpt2.encode_bytes(text).tolist() == gpt2.encode(text.decode("utf-8", "replace")).tolist()
 
 
 def test_importing_needs_numpy_alone():
@@ -413,3 +446,20 @@ def test_validation_max_tokens(tmp_path):
         validation_batches(tmp_path, seq_len=8, rows=6, max_tokens=7)
     with pytest.raises(UserError, match="holds token id"):
         list(validation_batches(tmp_path, seq_len=8, rows=6, vocab_size=10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is to read and compare
+
+
+def test_the_sentence_on_a_run_counts_epochs_and_compared_tokens(tmp_path):
+    make_shards(tmp_path / "d", [331, 200])
+    make_shards(tmp_path / "d", [20, 34], "val")
+    loader = Loader(tmp_path / "d", seq_len=8, batch_rows=12, micro_rows=12)
+    batches = functools.partial(validation_batches, tmp_path / "d", seq_len=8, rows=1)
+    line = data.describe_run(loader, batches(), 50)  # 600 rows of 65
+    assert line == "training reads 9.2 epochs of 65 rows of 8 tokens; validation compares 52 tokens: 6.5 rows of 8"
+    line = data.describe_run(loader, batches(max_tokens=16), 5)
+    assert line.startswith("training reads 60 of 65 rows of 8 tokens; validation compares 16 tokens: 2.0 rows of 8, so")
+    assert "noise" in line and "more text" in line
+    loader.close()

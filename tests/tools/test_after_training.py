@@ -448,6 +448,13 @@ def test_bits_per_byte_counts_bytes_without_end_of_text():
         E.bits_per_byte(net, BYTES, [], 32)
 
 
+def test_bits_per_byte_of_text_that_is_not_utf8_divide_by_the_bytes_of_the_file():
+    net, text = random_net(window_size=8), np.random.default_rng(0).bytes(60)
+    nats = -log_probs(net, [256, *text]).sum().item()
+    bits, size, tokens = E.bits_per_byte(net, BYTES, [text], 80)
+    assert size == tokens == 60 and bits == pytest.approx(nats / math.log(2) / 60, rel=1e-5)
+
+
 def test_bits_per_byte_of_the_validation_text_is_close_to_that_of_the_run(run, net):
     """The run's last evaluation has the same text in rows without overlap, so its value is a little larger."""
     shard = data.read_shard(run.parents[1] / "words" / "files_val_000000.bin")[: 2048 + 1]

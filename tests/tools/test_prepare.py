@@ -1,4 +1,4 @@
-"""tools/prepare.py and tools/sources.py: text to shards. CPU, no network: `pytest tests/tools/test_prepare.py`."""
+"""tools/prepare.py, tools/sources.py and tools/shards.py: text to shards. CPU, no network: `pytest tests/tools/test_prepare.py`."""
 
 import functools
 import gzip
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from test_data import make_shards  # noqa: E402
 import data  # noqa: E402
 from cli import UserError  # noqa: E402
 from data import load_meta  # noqa: E402
-from tools import prepare, sources  # noqa: E402
+from tools import prepare, shards, sources  # noqa: E402
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -195,7 +196,7 @@ def test_files_of_every_kind(tmp_path):
     (folder / "deep" / "d.jsonl.xz").write_bytes(lzma.compress(b'{"text": "xz \\u00e9\\ud800"}\n'))
     (folder / "deep" / "e.txt.zst").write_bytes(pa.Codec("zstd").compress(b"zst\n", asbytes=True))
     pyarrow.parquet.write_table(pa.table({"id": [1, 2], "text": ["parquet 0", "parquet 1"]}), folder / "t.parquet")
-    (folder / "ignored.bin").write_bytes(b"no")
+    (folder / "ignored.bin").write_bytes(b"\0no")
     cli("--source", "files", "--encoding", "bytes", "--path", folder, "--out", tmp_path / "out")
     assert texts(tmp_path / "out") == sorted(
         [
@@ -206,7 +207,7 @@ def test_files_of_every_kind(tmp_path):
             b"row 1",
             b"gz\n",
             b"gz again\n",
-            "xz é?".encode(),
+            "xz é".encode() + b"\xed\xa0\x80",  # a surrogate, counted as bytes that are not UTF-8
             b"zst\n",
             b"parquet 0",
             b"parquet 1",
@@ -324,7 +325,6 @@ def test_tokens_field(tmp_path):
         ("a.txt.xz", b"not xz", "a.txt.xz cannot be read"),
         ("a.txt.zst", b"not zst", "a.txt.zst cannot be read"),
         ("a.parquet", b"not parquet", "a.parquet cannot be read"),
-        ("a.csv", b"x", r"a.csv is not a file or folder of .txt"),
     ],
 )
 def test_bad_files_are_named(tmp_path, capsys, name, body, message):
@@ -360,6 +360,196 @@ def test_hf_reads_a_local_folder(tmp_path):
         )
     )
     assert "nobody/nothing cannot be read" in wrong and not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files by content, and text that is not UTF-8
+
+
+def prepare_files(capsys, out: Path, *words, encoding="bytes") -> tuple[dict, str]:
+    """Run data.py in this process: (meta.json, what is printed to stderr)."""
+    common = ["--source", "files", "--encoding", encoding, "--num_proc", "1", "--out", out]
+    prepare.main([*map(str, common), *map(str, words)])
+    return load_meta(out), capsys.readouterr().err
+
+
+def refusal(capsys, out: Path, *words, encoding="bytes") -> str:
+    with pytest.raises(SystemExit) as stop:
+        prepare_files(capsys, out, *words, encoding=encoding)
+    assert stop.value.code == 1 and not out.exists()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.py: error: ")]
+    return line
+
+
+KEPT = {"a.py": b"pass\n", "b.rst": b"Title\n", "deep/c.tex": b"x^2\n", "deep/d": b"word\n", "d.html": b"<p>\n",
+        "E.TXT": b"E\n", "Makefile": b"all:\n"}  # fmt: skip
+
+
+def test_every_file_that_is_text_is_read_and_others_are_counted(tmp_path, capsys):
+    folder = tmp_path / "src"
+    others = {".env": b"secret", ".git/config": b"x", "e.py": b"", "f.png": b"\x89PNG\0", "g": b"\1\2\3 text"}
+    for name, body in (KEPT | others).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+    make_shards(folder / "old", [100])
+    (folder / "loop").symlink_to(folder)
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    out = folder / "out"  # inside of what is read
+    meta, printed = prepare_files(capsys, out, "--path", folder)
+    assert texts(out) == sorted(KEPT.values()) and meta["files"] == len(KEPT)
+    assert meta["left_out"] == {"binary": 2, "empty": 1, "hidden files": 1, "hidden folders": 1, "folders of shards": 1,
+                                "links to folders": 1, "special files or broken links": 1}  # fmt: skip
+    assert "files read: 7; left out: binary 2, empty 1, folders of shards 1, hidden files 1" in printed
+    prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(folder), "--out", str(out)])
+    assert "is ready" in capsys.readouterr().out
+
+    meta, _ = prepare_files(capsys, tmp_path / "some", "--path", folder, "--glob", "*.py", "deep/*", "*.rst")
+    assert texts(tmp_path / "some") == sorted(KEPT[name] for name in ("a.py", "b.rst", "deep/c.tex", "deep/d"))
+    assert meta["left_out"]["outside --glob"] == 5 and meta["left_out"]["empty"] == 1
+    line = refusal(capsys, tmp_path / "no", "--path", folder, "--glob", "*.txt")
+    assert "holds no file to read" in line and "outside --glob 10" in line
+
+    out = prepare_domains(tmp_path, "--path", f"code={folder}", f"page={folder}", "--glob", "*.*", out="mixture")
+    assert texts(out / "code") == texts(out / "page") == sorted(KEPT[name] for name in KEPT if "." in name)
+
+
+UNICODE = "na\u00efve \u4e2d\u6587 \U0001f600\r\nline\n" * 9000
+
+
+@pytest.mark.parametrize("name", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_byte_order_mark_is_honoured_and_dropped(tmp_path, capsys, name):
+    encode = lambda text: (text if name in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff" + text).encode(name)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(encode(UNICODE))
+    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(encode("compressed\n")))
+    rows = [{"text": f"row {i} \u2028 \u00e9"} for i in range(9)]
+    (tmp_path / "in" / "c.jsonl").write_bytes(encode("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)))
+    meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "in")
+    found = [text.decode() for text in texts(tmp_path / "out")]
+    assert {"compressed\n", *(row["text"] for row in rows)} < set(found) and "not_utf8" not in meta
+    assert sorted("".join(found)) == sorted(UNICODE + "compressed\n" + "".join(row["text"] for row in rows))
+
+
+def test_bytes_that_are_not_utf8_are_counted_and_named(tmp_path, capsys, gpt2):
+    (tmp_path / "a.txt").write_text("plain caf\u00e9\n" * 20)
+    (tmp_path / "b.txt").write_bytes("caf\u00e9 d\u00e9j\u00e0\n".encode("latin-1") * 20)
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "caf\xe9 in a row"}\n{"text": "\\ud83d alone"}\n{"text": null}\n{"text": " "}')
+    paths = ["--path", *(tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl"))]
+    found = {"bytes": 60 + 1 + 3, "documents": 3, "first": str(tmp_path / "b.txt")}
+    whole = b"".join((tmp_path / name).read_bytes() for name in ("a.txt", "b.txt"))
+
+    meta, printed = prepare_files(capsys, tmp_path / "bytes", *paths)
+    assert meta["not_utf8"] == found | {"replaced": False} and meta["empty_documents"] == 2
+    assert "warning: 64 bytes that are not UTF-8 are kept" in printed and f"the first in {tmp_path / 'b.txt'}" in printed
+    assert "null or blank documents left out: 2" in printed
+    kept = texts(tmp_path / "bytes")
+    assert {b"caf\xe9 in a row", b"\xed\xa0\xbd alone"} < set(kept)
+    assert sum(map(len, kept)) == len(whole) + 13 + 9 == sum(split["bytes"] for split in meta["splits"].values())
+
+    meta, printed = prepare_files(capsys, tmp_path / "gpt2", *paths, encoding="gpt2")
+    assert meta["not_utf8"] == found | {"replaced": True} and "U+FFFD" in printed and "iconv" in printed
+    ids = [document for split in ("train", "val") for document in documents(tmp_path / "gpt2", split)]
+    assert sum(gpt2.decode(document).count("\ufffd") for document in ids) == 64
+
+
+def test_binary_files_are_kept_as_bytes_and_refused_as_text(tmp_path, capsys, gpt2):
+    contents = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8).tobytes()
+    (tmp_path / "a.txt").write_bytes(contents)
+    meta, _ = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.txt")
+    assert sum(split["bytes"] for split in meta["splits"].values()) == 20_000
+    pieces = texts(tmp_path / "out")
+    assert contents in {b"".join(pieces), b"".join(pieces[::-1])}
+    line = refusal(capsys, tmp_path / "no", "--path", tmp_path / "a.txt", encoding="gpt2")
+    assert "a.txt is not UTF-8 text" in line and "iconv" in line and "--encoding bytes" in line
+    russian = "\u0442\u0435\u043a\u0441\u0442 ".encode("koi8-r") * 99
+    for name, body in {"koi8.txt": russian, "a.txt": b"one\n", "b.txt": b"two\n", "c.txt": contents}.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(body)
+    meta, _ = prepare_files(capsys, tmp_path / "kept", "--path", tmp_path / "in")
+    assert sorted(b"".join(texts(tmp_path / "kept"))) == sorted(russian + b"one\ntwo\n")
+    assert meta["left_out"] == {"binary": 1} and meta["not_utf8"]["replaced"] is False
+    meta, _ = prepare_files(capsys, tmp_path / "text", "--path", tmp_path / "in", encoding="gpt2")
+    assert meta["left_out"] == {"binary": 1, "not UTF-8": 1} and meta["files"] == 2
+    (tmp_path / "a.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le") * 9)
+    assert "a.txt is not UTF-8 text" in refusal(capsys, tmp_path / "no", "--path", tmp_path / "a.txt", encoding="gpt2")
+
+
+def test_parquet_columns_with_nulls_and_bytes(tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    bodies = [b"plain", None, b"\xef\xbb\xbfmarked", "wide \u00e9".encode("utf-16"), b"caf\xe9", b""]
+    pyarrow.parquet.write_table(pa.table({"text": pa.array(bodies, pa.binary())}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pa.table({"text": ["text", None, "more"]}), tmp_path / "b.parquet")
+    meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert texts(tmp_path / "out") == sorted([b"plain", b"marked", "wide \u00e9".encode(), b"caf\xe9", b"text", b"more"])
+    assert meta["empty_documents"] == 3 and "left out: 3" in printed
+    assert meta["not_utf8"] == {"bytes": 1, "documents": 1, "first": str(tmp_path / "a.parquet"), "replaced": False}
+    pyarrow.parquet.write_table(pa.table({"ids": pa.array([[1, 2], None, [3]])}), tmp_path / "c.parquet")
+    meta, _ = prepare_files(capsys, tmp_path / "ids", "--path", tmp_path / "c.parquet", "--tokens_field", "ids")
+    assert texts(tmp_path / "ids") == [b"\1\2", b"\3"] and meta["empty_documents"] == 1
+
+
+def test_reading_parquet_holds_one_group_of_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    text = np.random.default_rng(0).integers(97, 123, (640, 2**15)).astype(np.uint8)
+    table = pa.table({"text": [row.tobytes().decode() for row in text]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=32)
+    del table
+    documents, _ = sources.read_files([tmp_path / "a.parquet"], data.get_encoding("bytes"))
+    arrow_before, arrow_peak, count = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()  # of the blocks that are read from a file of Python
+    for _ in documents:
+        arrow_peak, count = max(arrow_peak, pa.total_allocated_bytes() - arrow_before), count + 1
+    peak = arrow_peak + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 640 and peak < text.size / 2, peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation of little text
+
+
+def test_a_file_loses_little_to_validation(tmp_path, capsys):
+    """One file of 665 kB is three documents; a part of one is enough."""
+    lines = "".join(f"line {i} of the file\n" for i in range(29_500))
+    (tmp_path / "a.txt").write_text(lines)
+    meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.txt")
+    train, val = ([bytes(ids) for ids in documents(tmp_path / "out", split)] for split in ("train", "val"))
+    assert 0.01 < sum(map(len, val)) / len(lines) < 0.03 and "warning" not in printed
+    assert sorted(b"".join(train + val).splitlines()) == sorted(lines.encode().splitlines())  # cut at ends of lines
+    assert meta["splits"]["val"]["bytes"] == meta["compressed_bytes"] == sum(map(len, val))
+    text = b"".join(val)
+    assert meta["gzip_bpb"] == 8 * len(gzip.compress(text, 9)) / len(text)
+    limited, _ = prepare_files(capsys, tmp_path / "some", "--path", tmp_path / "a.txt", "--max_tokens", 200_000)
+    assert sum(split["tokens"] for split in limited["splits"].values()) == 200_000
+
+
+def test_a_large_document_of_validation_is_cut(tmp_path, capsys):
+    numbers = range(1000)
+    chosen = next(text for i in numbers if sources.split_hash(text := b"%d\n" % i * 60_000) % 50 == 0)
+    other = next(text for i in numbers if sources.split_hash(text := b"%d\n" % i * 20_000) % 50)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in (chosen, other)))
+    meta, _ = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.jsonl")
+    share = meta["splits"]["val"]["bytes"] / (len(chosen) + len(other))
+    assert 0.01 < share < 0.06 and chosen.startswith(texts_of(tmp_path / "out", "val")[0].encode())
+    assert sum(split["bytes"] for split in meta["splits"].values()) == len(chosen) + len(other)
+    assert len(meta["shards"]) == len(list((tmp_path / "out").glob("*.bin"))) == 2
+
+
+def test_a_small_validation_set_is_said_with_its_number(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(f"document {i}" for i in range(40)))
+    meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.txt")
+    compared = meta["splits"]["val"]["tokens"] - 1
+    assert f"warning: validation compares {compared} tokens: 0.0 rows of 2,048" in printed and 5 < compared < 60
+
+
+def test_rows_of_the_warning_are_those_of_preset_cpu():
+    import train_muon
+
+    assert shards.ROW_TOKENS == train_muon.PRESETS["cpu"].seq_len
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +650,7 @@ def test_processes_do_not_change_the_shards(tmp_path, gpt2):
     assert (
         one["shards"] == two["shards"]
         and len(one["shards"]) == 2
-        and one["splits"]["train"]["bytes"] > 2 * prepare.CHUNK
+        and one["splits"]["train"]["bytes"] > 2 * shards.CHUNK
     )
     first = next(json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:])
     assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
@@ -473,10 +663,10 @@ def test_reading_never_runs_far_ahead_of_writing(gpt2):
         nonlocal read
         for i in range(400):
             read += 1
-            body = b"%d " % i * (prepare.CHUNK // 40)
+            body = b"%d " % i * (shards.CHUNK // 40)
             yield body, body
 
-    encoded, furthest = prepare.encode_documents(source(), gpt2, 2, 0), 0
+    encoded, furthest = shards.encode_documents(source(), gpt2, 2, 0), 0
     for written, (_, ids) in enumerate(encoded):
         assert gpt2.decode(ids[:40]).startswith(f"{written} {written} ")
         furthest = max(furthest, read - written)
@@ -486,6 +676,87 @@ def test_reading_never_runs_far_ahead_of_writing(gpt2):
     assert 20 < furthest < 120 and read < 300  # 4 chunks of about 14 documents, of 400
 
 
+def test_two_processes_do_not_fill_one_folder(tmp_path):
+    """The second is refused, the first goes on; a killed one leaves no lock."""
+    os.mkfifo(tmp_path / "a.txt")
+    command = [sys.executable, ROOT / "data.py", "--source", "files", "--encoding", "bytes", "--out", tmp_path / "out", "--path"]
+    first = subprocess.Popen([*map(str, command), tmp_path / "a.txt"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.write(b"text of the first\n" * 1000)
+        (tmp_path / "b.txt").write_text("one\n<|endoftext|>\ntwo\n")
+        said = sentence(cli(*command[2:], tmp_path / "b.txt", expect=1))
+        assert f"out.partial is being filled by process {first.pid} on " in said and "another --out" in said
+        assert (tmp_path / "out.partial").exists() and first.poll() is None
+        first.kill()
+        first.wait(timeout=30)
+    cli(*command[2:], tmp_path / "b.txt")
+    assert texts(tmp_path / "out") == [b"one\n", b"two\n"]
+    assert not {".preparing"} & {path.name for path in (tmp_path / "out").iterdir()} and not (tmp_path / "out.partial").exists()
+
+
+def test_the_second_of_two_processes_finds_the_folder_ready(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    words = ["--source", "files", "--encoding", "bytes", "--path", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]
+    prepare.main(words)
+    first_look, found = prepare.ready_line, []
+
+    def late(*arguments):
+        found.append(first_look(*arguments))
+        return found[-1] if len(found) > 1 else None  # at the first look, the other process has not finished
+
+    monkeypatch.setattr(prepare, "ready_line", late)
+    prepare.main(words)
+    assert "is ready" in capsys.readouterr().out and len(found) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_meta_json_describes_what_was_written(tmp_path, monkeypatch):
+    """What happens to a shard afterwards is found by training, as its sha256 differs."""
+    write, written = shards.write_shard, {}
+
+    def write_and_damage(path, tokens):
+        digest = write(path, tokens)
+        written[path.name] = {"file": path.name, "tokens": len(tokens), "sha256": digest}
+        write(path, tokens[::-1])
+        return digest
+
+    monkeypatch.setattr(shards, "write_shard", write_and_damage)
+    prepare.main("--source arithmetic --encoding bytes --max_tokens 9000 --out".split() + [str(tmp_path / "out")])
+    meta = load_meta(tmp_path / "out")
+    assert {shard["file"]: shard for shard in meta["shards"]} == written and len(written) == 2
+    with pytest.raises(UserError, match="does not match the sha256"):
+        data.verify(tmp_path / "out")
+
+
+def test_files_that_data_py_did_not_make_are_not_removed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    words = ("--path", tmp_path / "a.txt")
+    line = refusal(capsys, tmp_path / "out", *words)
+    assert "out.partial was not made by data.py" in line and "move it" in line
+    (tmp_path / "out.partial" / prepare.MARKER).touch()  # begun by data.py; a file was added since
+    data.write_shard(tmp_path / "out.partial" / "files_train_000001.bin", [1, 2])
+    assert "out.partial holds files that data.py did not make" in refusal(capsys, tmp_path / "out", *words)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years of work"
+
+
+def test_failed_preparations_remove_what_they_made(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 2000 + "broken")
+    words = ("--path", tmp_path / "a.jsonl", "--shard_tokens", 1000)
+    assert "line 2001 is not JSON" in refusal(capsys, tmp_path / "new" / "deep" / "out", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+    with pytest.raises(SystemExit):
+        prepare_domains(tmp_path, "--path", f"birds={write_text(tmp_path, 'birds')}", f"stars={tmp_path / 'a.jsonl'}")
+    assert "what is complete stays in" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [prepare.MARKER, "birds"]
+    with pytest.raises(SystemExit):
+        prepare_domains(tmp_path, "--path", f"stars={tmp_path / 'a.jsonl'}", out="other")
+    assert not list(tmp_path.glob("other*"))
+
+
 class Bomb:
     def __reduce__(self):
         return os._exit, (1,)
@@ -493,13 +764,13 @@ class Bomb:
 
 def test_worker_errors_reach_the_user(gpt2):
     with pytest.raises(ValueError, match="word"):
-        list(prepare.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
+        list(shards.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
     with pytest.raises(UserError, match="smaller --num_proc"):
-        list(prepare.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
+        list(shards.encode_documents([(Bomb(), b"text")], gpt2, 2, 0))
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, kill):
+def test_an_interrupted_run_leaves_at_most_partial_and_starts_over(tmp_path, gpt2, kill):
     fifo = tmp_path / "a.txt"
     os.mkfifo(fifo)  # a corpus that never ends
     command = [
@@ -526,7 +797,8 @@ def test_an_interrupted_run_leaves_only_partial_and_starts_over(tmp_path, gpt2, 
         )  # a terminal's Ctrl-C reaches the workers too
         _, errors = process.communicate(timeout=30)
     assert "Traceback" not in errors and process.returncode == (130 if kill == signal.SIGINT else -kill)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out.partial"]
+    left = ["a.txt"] if kill == signal.SIGINT else ["a.txt", "out.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     for _ in range(600):  # no process of its session outlives it for long
         try:
             os.killpg(process.pid, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import model
 from cli import UserError, file_sha256
+from data import TOKENIZER, in_folder
 from distributed import World, slab_view
 from guards import OTHER_RATES, Ended, gather_objects
 from logger import Run
@@ -92,7 +93,7 @@ def verified_manifest(folder: Path, rank: int = 0, world_size: int = 1) -> dict:
 def read_slabs(folder: Path, manifest: dict) -> dict[str, dict[str, Tensor]]:
     """Slab name -> its value and optimizer state, memory-mapped: unused slabs are not read."""
     slabs = {}
-    for name in manifest["files"]:
+    for name in (name for name in manifest["files"] if name.endswith(".pt")):
         slabs |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
     return slabs
 
@@ -132,13 +133,14 @@ def current_fields(fields: dict) -> dict:
 
 def load_model_from_run(folder: Path, device: str = "cpu") -> tuple[GPT, dict]:
     """The trained model of a run's checkpoint folder, in evaluation mode, and its manifest. Raises UserError."""
-    manifest, slabs = read_checkpoint(latest_checkpoint(Path(folder)))
+    path = latest_checkpoint(Path(folder))
+    manifest, slabs = read_checkpoint(path)
     net = model.build(config_of(manifest))
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     with torch.no_grad():
         for name, slab in with_current_names(slabs, tensors).items():
             slab_view(tensors, name).copy_(slab["value"])
-    net.encoding = manifest["encoding"]
+    net.encoding = in_folder(manifest, path)["encoding"]
     return net.to(device).eval(), manifest
 
 
@@ -152,8 +154,9 @@ class Saver:
     An error of the thread (a full disk, values that are not finite) is raised by the next save() or wait().
     Collectives belong to the training thread, so the threads of all ranks exchange reports through the store."""
 
-    def __init__(self, folder: Path, exchange, world: World):
+    def __init__(self, folder: Path, exchange, world: World, encoding: str = "bytes"):
         self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
+        self.tokenizer = Path(encoding).read_bytes() if Path(encoding).suffix == ".json" else None  # lies beside ranks'
         self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
 
     def save(self, step: int, facts: dict, log: Run):
@@ -241,6 +244,8 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
         sync_log()
         partial.mkdir(parents=True, exist_ok=True)
         report = {"files": write_file(partial / f"rank{world.rank}.pt", lambda file: torch.save(slabs, file))}
+        if world.rank == 0 and saver.tokenizer:
+            report["files"] |= write_file(partial / TOKENIZER, lambda file: file.write(saver.tokenizer))
         bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
         if bad:
             report = {"failure": f"{bad[0]} is not finite"}

@@ -104,13 +104,17 @@ def read_shard(path):
 # Encodings
 
 ENCODINGS = ("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
+TOKENIZER = "tokenizer.json"  # beside shards, in checkpoints and in shared folders: an encoding of its own
 
 
 def get_encoding(name):
-    """Encoding by name: `bytes` (256 byte values, then end-of-text) or one of tiktoken's.
+    """Encoding by name: `bytes` (256 byte values, then end-of-text), tiktoken's names, or the path of a tokenizer.json.
 
     tiktoken downloads its merge ranks once, into TIKTOKEN_CACHE_DIR. Raises UserError for an unknown name, for ids that
     do not fit uint16, and if the ranks are not there."""
+    if Path(name).suffix == ".json":
+        import tokenizer
+        return tokenizer.json_encoding(name)
     if name == "bytes":
         vocab = [bytes([i]) for i in range(256)] + [b""]
         return Encoding("bytes", vocab, 256, lambda text: np.frombuffer(text, np.uint8))
@@ -118,10 +122,12 @@ def get_encoding(name):
 
 
 class Encoding:
-    """Text to ids and back. `vocab[i]` is the bytes of id i, b"" for special tokens. Made by `get_encoding`."""
+    """Text to ids and back. `vocab[i]` is the bytes of id i, b"" for special tokens. Made by `get_encoding`.
 
-    def __init__(self, name, vocab, eot_token, encode):  # encode: UTF-8 bytes to an array of ids
-        self.name, self.vocab, self.eot_token, self._encode = name, vocab, eot_token, encode
+    name: as get_encoding takes it. json: text of the tokenizer.json, if it has one."""
+
+    def __init__(self, name, vocab, eot_token, encode, json=None):  # encode: UTF-8 bytes to an array of ids
+        self.name, self.vocab, self.eot_token, self._encode, self.json = name, vocab, eot_token, encode, json
         self.vocab_size = len(vocab)
 
     def encode(self, text):
@@ -145,7 +151,7 @@ class Encoding:
 
 
 def tiktoken_encoding(name):
-    legal = f"choose one of {', '.join(ENCODINGS)}"
+    legal = f"choose one of {', '.join(ENCODINGS)}, bpe, or the path of a {TOKENIZER}"
     missing = f"encoding {name} needs tiktoken: `pip install tiktoken`, or choose --encoding bytes"
     with as_data_error(missing, ImportError):
         import tiktoken
@@ -233,7 +239,12 @@ def load_meta(folder):
             raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
                             f"`python train_zoo.py --data {folder}`, or pass one of its sub-folders as --data")
         raise UserError(f"{folder} holds no token shards: run {prepare_commands(folder)}")
-    return UNKNOWN_META | (read_meta_json(folder) or GPT2_META)
+    return in_folder(UNKNOWN_META | (read_meta_json(folder) or GPT2_META), folder)
+
+
+def in_folder(facts, folder):
+    """The entries of a file in `folder`, with the path of the tokenizer.json there as `encoding` if that is named."""
+    return facts | ({"encoding": str(Path(folder) / TOKENIZER)} if facts["encoding"] == TOKENIZER else {})
 
 
 def read_meta_json(folder):
@@ -280,6 +291,8 @@ def verify(folder, rank=0, world_size=1):
     """Compare every world_size-th shard with its sha256 in meta.json, if any. Raises UserError if they differ."""
     mend = f"remove {folder} and run {prepare_commands(folder)}"
     listed = [(path, digest) for path, digest in listed_sha256(folder).items() if digest]
+    if digest := load_meta(folder).get("tokenizer_sha256"):
+        listed.append((Path(folder) / TOKENIZER, digest))
     for path, digest in listed[rank::world_size]:
         with as_data_error(f"{path} cannot be read ({{error}}): {mend}", OSError):
             if file_sha256(path) != digest:

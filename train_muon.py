@@ -664,7 +664,8 @@ def train(config: Config, hp: TrainConfig, recipe: Recipe, experiment_name: str,
     signals = guards.StopSignals(world)
     session = Session(recipe, hp, net, exchange, timer, folder, loader.micro_rows, token_bytes, signals)
 
-    watchdog, saver = guards.Watchdog(world, timer, hp.stuck_after), Saver(folder / "checkpoint", exchange, world)
+    watchdog = guards.Watchdog(world, timer, hp.stuck_after)
+    saver = Saver(folder / "checkpoint", exchange, world, meta["encoding"])
     with signals, watchdog, saver, contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         say("compiling in the first step: minutes, or seconds from a cache", compile_note == "compiled" and is_first)

@@ -15,6 +15,7 @@ The result is a folder of shards and a meta.json. With --source domains it is a 
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -25,11 +26,11 @@ import time
 from pathlib import Path
 
 import data
-from cli import Parser, UserError, write_atomically
+from cli import Parser, UserError, file_sha256, write_atomically
 from data import MARKER, as_data_error, get_encoding, load_meta
 from terminal import say
 from tools import sources
-from tools.shards import describe, encoding_meta, tokenise
+from tools.shards import describe, encoding_meta, open_encoding, tokenise
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -122,7 +123,9 @@ def parse(argv):
     add("--source", choices=list(SOURCES), default="fineweb", metavar="NAME", help="origin of the text")
     add("--path", nargs="+", metavar="P", help="files: files and folders; domains: name=FILE, instead of the hub")
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
-    add("--encoding", metavar="NAME", help=f"{', '.join(data.ENCODINGS)} (default gpt2)")
+    names = ", ".join(data.ENCODINGS)
+    add("--encoding", metavar="NAME", help=f"{names}; bpe: trained here; or a path of tokenizer.json (default gpt2)")
+    add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 4096)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
     add("--glob", nargs="+", metavar="G", help="files and domains: names to read in folders, such as '*.py'")
     add = parser.add_argument_group("domains").add_argument
@@ -151,6 +154,8 @@ def parse(argv):
     for flag in {"path", "dataset"} & set(uses):
         if not getattr(args, flag) and args.source != "domains":
             parser.error(f"--source {args.source} needs --{flag}")
+    if args.vocab_size and args.encoding != "bpe":
+        parser.error("--vocab_size applies to --encoding bpe only")
     for flag, value in DEFAULTS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -160,7 +165,11 @@ def parse(argv):
 def requested(args, flags):
     """What decides the shards: {flag: value} of these and --source."""
     without = {"num_proc"} | ({"glob"} if args.glob is None else set())
-    return {flag: getattr(args, flag) for flag in ("source", *flags) if flag not in without}
+    without |= set() if args.encoding == "bpe" else {"vocab_size"}
+    request = {flag: getattr(args, flag) for flag in ("source", *flags) if flag not in without}
+    if Path(args.encoding).suffix == ".json" and Path(args.encoding).exists():
+        request["tokenizer_sha256"] = file_sha256(args.encoding)
+    return request
 
 
 def file_stamps(paths, globs=None):
@@ -272,7 +281,8 @@ def remove_made(folder, keep=None):
     return left <= {keep}
 
 
-MADE = re.compile(r".+_(train|val)_\d+\.bin|\..+\.bin\.\d+|meta\.json|\.meta\.json\.partial\.json|" + re.escape(MARKER))
+MADE = re.compile(r".+_(train|val)_\d+\.bin|\..+\.bin\.\d+|meta\.json|tokenizer\.json|\.meta\.json\.partial\.json|"
+                  + re.escape(MARKER))
 
 
 def remove_earlier(folder, keep=None):
@@ -298,29 +308,31 @@ def prepare_fineweb(args, folder):
     return describe(folder, encoding)
 
 
+def fill(open_source, args, folder):
+    """Tokenise a source, which open_source(encoding) returns."""
+    encoding = open_encoding(args, folder, [open_source])
+    return tokenise(open_source(encoding), encoding, args, folder)
+
+
 def prepare_hf(args, folder):
-    encoding = get_encoding(args.encoding)
-    source = sources.stream_dataset(encoding, args.dataset, args.subset, args.split_name, args.text_field,
-                                    args.tokens_field)
-    return tokenise(source, encoding, args, folder)
+    words = args.dataset, args.subset, args.split_name, args.text_field, args.tokens_field
+    return fill(lambda encoding: sources.stream_dataset(encoding, *words), args, folder)
 
 
 def prepare_files(args, folder):
-    encoding = get_encoding(args.encoding)
-    source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field, args.glob)
-    return tokenise(source, encoding, args, folder)
+    fields = args.text_field, args.tokens_field
+    return fill(lambda encoding: sources.read_files(args.path, encoding, *fields, args.glob), args, folder)
 
 
 def prepare_python(args, folder):
-    encoding = get_encoding(args.encoding)
-    return tokenise(sources.read_python_corpus(), encoding, args, folder)
+    return fill(lambda encoding: sources.read_python_corpus(), args, folder)
 
 
 def prepare_arithmetic(args, folder):
     if args.max_tokens is None:
         raise UserError("--source arithmetic has no end: say how much of it with --max_tokens, for instance "
                         "--max_tokens 4_000_000")
-    return tokenise(sources.generate_arithmetic(args.split_seed), get_encoding(args.encoding), args, folder)
+    return fill(lambda encoding: sources.generate_arithmetic(args.split_seed), args, folder)
 
 
 def prepare_domains(args, folder):
@@ -339,11 +351,12 @@ def prepare_domains(args, folder):
             mend = f"choose among {', '.join(legal)}" + ("" if paths else ", or name its file with --path")
             raise UserError(f"--domains {name}: {mend}")
 
-    encoding, metas = get_encoding(args.encoding), {}
+    max_tokens, metas = args.max_tokens or (None if paths else sources.DOMAIN_TOKENS), {}
+    own = {name: argparse.Namespace(**vars(args) | {"source": name, "path": paths.get(name), "max_tokens": max_tokens})
+           for name in names}
+    encoding = open_encoding(args, folder, [functools.partial(open_domain, own[name]) for name in names])
     for name in names:
-        max_tokens = args.max_tokens or (None if paths else sources.DOMAIN_TOKENS)
-        own = argparse.Namespace(**vars(args) | {"source": name, "path": paths.get(name), "max_tokens": max_tokens})
-        prepare_domain(own, encoding, folder / name)
+        prepare_domain(own[name], encoding, folder / name)
         metas[name] = data.read_meta_json(folder / name)
     for stale in (path for path in folder.glob("*/") if path.name not in names):
         remove_earlier(stale)
@@ -365,22 +378,25 @@ def prepare_domain(args, encoding, folder):
     partial = folder.with_name(f"{folder.name}.partial")
     for old in (folder, partial):
         remove_earlier(old)
-    if args.path:
-        source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field, args.glob)
-    else:
-        source = sources.stream_domain(args.source, encoding)
-    if args.source_tag:
-        source = sources.add_tag(source, args.source, encoding)
     meta = {"source": args.source, "split_seed": args.split_seed, "request": request}
     try:
-        write_meta(partial, meta | tokenise(source, encoding, args, partial))
+        write_meta(partial, meta | tokenise(open_domain(args, encoding), encoding, args, partial))
         os.replace(partial, folder)
     finally:
         if partial.exists():
             remove_made(partial)
 
 
-TOKENISED = ("encoding", "max_tokens", "shard_tokens", "num_proc", "split_seed")
+def open_domain(args, encoding):
+    """(documents, facts) of one domain, args.source."""
+    if args.path:
+        source = sources.read_files(args.path, encoding, args.text_field, args.tokens_field, args.glob)
+    else:
+        source = sources.stream_domain(args.source, encoding)
+    return sources.add_tag(source, args.source, encoding) if args.source_tag else source
+
+
+TOKENISED = ("encoding", "vocab_size", "max_tokens", "shard_tokens", "num_proc", "split_seed")
 SOURCES = {  # name: (function of the flags and a folder, the flags it takes)
     "fineweb": (prepare_fineweb, ("encoding", "shards")),
     "hf": (prepare_hf, TOKENISED + ("dataset", "subset", "split_name", "text_field", "tokens_field")),
@@ -390,5 +406,5 @@ SOURCES = {  # name: (function of the flags and a folder, the flags it takes)
     "domains": (prepare_domains, TOKENISED + ("domains", "path", "glob", "text_field", "tokens_field", "source_tag")),
 }
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-DEFAULTS = {"encoding": "gpt2", "shards": 9, "shard_tokens": 100_000_000, "num_proc": NUM_CORES, "split_seed": 0,
-            "split_name": "train", "text_field": "text"}
+DEFAULTS = {"encoding": "gpt2", "vocab_size": 4096, "shards": 9, "shard_tokens": 100_000_000, "num_proc": NUM_CORES,
+            "split_seed": 0, "split_name": "train", "text_field": "text"}

@@ -2,6 +2,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import hashlib
 import heapq
 import lzma
 import multiprocessing
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 import data
+import tokenizer
 from cli import UserError, file_sha256
-from data import COMPRESSED_BYTES, as_data_error, get_encoding, read_shard, write_shard
+from data import COMPRESSED_BYTES, TOKENIZER, as_data_error, get_encoding, read_shard, write_shard
 from terminal import say
 from tools import sources
 
@@ -29,6 +31,8 @@ def tokenise(source, encoding, args, folder):
     from tqdm import tqdm
     documents, facts = source
     folder.mkdir(parents=True, exist_ok=True)
+    if encoding.json:
+        (folder / TOKENIZER).write_text(encoding.json, encoding="utf-8")
     stem, size = folder / args.source, args.shard_tokens
     new_writers = lambda: [ShardWriter(f"{stem}_{split}", i, size, encoding) for split, i in (("train", 1), ("val", 0))]
     (train, val), compressors, num_tokens = new_writers(), Compressors(), 0
@@ -116,7 +120,46 @@ def meta_entries(encoding, count_SV, shards, compressors):
 
 
 def encoding_meta(encoding):
-    return {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    """Entries of meta.json; a tokenizer.json lies beside it."""
+    known = {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    if encoding.json:
+        known |= {"encoding": TOKENIZER, "tokenizer_sha256": hashlib.sha256(encoding.json.encode()).hexdigest()}
+    return known
+
+
+def open_encoding(args, folder, open_sources):
+    """The encoding that args.encoding names; the tokenizer.json of the user, or of a trained BPE, is put into `folder`.
+
+    open_sources: functions of an encoding that return (documents, facts). A BPE is trained on training documents of
+    all, at most TRAINED_BYTES. Raises UserError."""
+    if args.encoding == "bpe":
+        if getattr(args, "tokens_field", None):
+            raise UserError("--encoding bpe is trained on text, and --tokens_field has none: leave one of the two out")
+        say(f"training a BPE of {args.vocab_size:,} ids")
+        max_bytes = min(TRAINED_BYTES, 4 * args.max_tokens if args.max_tokens else TRAINED_BYTES) // len(open_sources)
+        parts = (open_source(get_encoding("bytes"))[0] for open_source in open_sources)
+        texts = (text for part in parts for text in training_texts(part, args.split_seed, max_bytes))
+        text = tokenizer.train_bpe(texts, args.vocab_size)
+    elif Path(args.encoding).suffix == ".json":
+        text = get_encoding(args.encoding).json
+    else:
+        return get_encoding(args.encoding)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKENIZER).write_text(text, encoding="utf-8")
+    return get_encoding(folder / TOKENIZER)
+
+
+TRAINED_BYTES = 2**26
+
+
+def training_texts(documents, split_seed, max_bytes):
+    """Text of the documents that are not validation by their hash, until max_bytes are reached."""
+    for key, body in documents:
+        if sources.split_hash(key, split_seed) % 50:
+            yield body.decode("utf-8", "replace")
+            max_bytes -= len(body)
+            if max_bytes <= 0:
+                return
 
 
 def count_ids(tokens, vocab_size):

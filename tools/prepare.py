@@ -124,7 +124,8 @@ def parse(argv):
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
     add("--encoding", metavar="NAME", help=f"{', '.join(data.ENCODINGS)} (default gpt2)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
-    add("--glob", nargs="+", metavar="G", help="files and domains: names to read in folders, such as '*.py'")
+    add = parser.add_argument_group("files and domains").add_argument
+    add("--glob", nargs="+", metavar="G", help="names of files to read in folders, such as '*.py' (default all text)")
     add = parser.add_argument_group("domains").add_argument
     add("--domains", nargs="+", metavar="NAME",
         help=f"some of them (default {' '.join(sources.DOMAINS)}, or those of --path)")

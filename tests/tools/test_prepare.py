@@ -487,8 +487,12 @@ def test_parquet_columns_with_nulls_and_bytes(tmp_path, capsys):
     assert meta["empty_documents"] == 3 and "left out: 3" in printed
     assert meta["not_utf8"] == {"bytes": 1, "documents": 1, "first": str(tmp_path / "a.parquet"), "replaced": False}
     pyarrow.parquet.write_table(pa.table({"ids": pa.array([[1, 2], None, [3]])}), tmp_path / "c.parquet")
-    meta, _ = prepare_files(capsys, tmp_path / "ids", "--path", tmp_path / "c.parquet", "--tokens_field", "ids")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "c.parquet").rename(tmp_path / "tokens" / "c.parquet")
+    (tmp_path / "tokens" / "README.md").write_text("about the ids")
+    meta, _ = prepare_files(capsys, tmp_path / "ids", "--path", tmp_path / "tokens", "--tokens_field", "ids")
     assert texts(tmp_path / "ids") == [b"\1\2", b"\3"] and meta["empty_documents"] == 1
+    assert meta["left_out"] == {"without fields": 1} and meta["files"] == 1
 
 
 def test_reading_parquet_holds_one_group_of_rows(tmp_path):

@@ -27,7 +27,7 @@ from pathlib import Path
 import data
 from cli import Parser, UserError, write_atomically
 from data import MARKER, as_data_error, get_encoding, load_meta
-from terminal import say
+from terminal import LastingStream, say
 from tools import sources
 from tools.shards import describe, encoding_meta, tokenise
 
@@ -37,6 +37,8 @@ from tools.shards import describe, encoding_meta, tokenise
 
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a closed terminal ends no preparation
     try:
         print(prepare(args))
     except (UserError, OSError) as error:

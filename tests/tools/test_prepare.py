@@ -840,6 +840,14 @@ def test_bad_flags_exit_2(capsys, words, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("closing", ["2>&1 | head -c 1", ">&- 2>&-"])
+def test_a_closed_terminal_ends_no_preparation(tmp_path, closing):
+    command = f"{sys.executable} {ROOT}/data.py --source arithmetic --encoding bytes --max_tokens 300000 --out out"
+    done = subprocess.run(["bash", "-c", f"{command} {closing}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, timeout=120)
+    assert done.returncode == 0
+    data.verify(tmp_path / "out")
+
+
 def test_max_tokens_holds_without_a_progress_bar(tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     cli("--source", "arithmetic", "--encoding", "bytes", "--max_tokens", 4000, "--out", tmp_path / "out")

@@ -530,14 +530,13 @@ def describe_run(loader, batches, num_steps):
     return f"training reads {train} of {seq_len:,} tokens; " + describe_validation(compared, seq_len)
 
 
-MIN_VAL_ROWS = 4  # with fewer, the validation loss is mostly noise
+FEW_TOKENS = 8192  # with fewer, a validation loss is mostly noise
 
 
 def describe_validation(num_tokens, seq_len):
-    """The number of tokens that an evaluation compares; a warning if these are few."""
-    few = num_tokens < MIN_VAL_ROWS * seq_len
+    """The number of tokens that an evaluation compares, and a warning if these are few."""
     line = f"validation compares {num_tokens:,} tokens: {num_tokens / seq_len:,.1f} rows of {seq_len:,}"
-    return line + (", so its loss is mostly noise: prepare more text" if few else "")
+    return line + (", so its loss is mostly noise: prepare more text" if num_tokens < FEW_TOKENS else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

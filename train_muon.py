@@ -830,7 +830,9 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
     say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading
     loader = recipe.open_loader(config, hp, world, micro_rows)
-    recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)  # may raise
+    batches = recipe.data.validation_batches(hp.data, seq_len=hp.seq_len, rows=1, max_tokens=hp.val_tokens or None)
+    if world.rank == 0:
+        say(data.describe_run(loader, batches, hp.num_iterations))
     return recipe.data.load_meta(hp.data), loader
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import data
 from cli import Parser, UserError, file_sha256, write_atomically
 from data import MARKER, as_data_error, get_encoding, load_meta
-from terminal import say
+from terminal import LastingStream, say
 from tools import sources
 from tools.shards import describe, encoding_meta, open_encoding, tokenise
 
@@ -38,6 +38,8 @@ from tools.shards import describe, encoding_meta, open_encoding, tokenise
 
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a closed terminal ends no preparation
     try:
         print(prepare(args))
     except (UserError, OSError) as error:
@@ -127,7 +129,8 @@ def parse(argv):
     add("--encoding", metavar="NAME", help=f"{names}; bpe: trained here; or a path of tokenizer.json (default gpt2)")
     add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 4096)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
-    add("--glob", nargs="+", metavar="G", help="files and domains: names to read in folders, such as '*.py'")
+    add = parser.add_argument_group("files and domains").add_argument
+    add("--glob", nargs="+", metavar="G", help="names of files to read in folders, such as '*.py' (default all text)")
     add = parser.add_argument_group("domains").add_argument
     add("--domains", nargs="+", metavar="NAME",
         help=f"some of them (default {' '.join(sources.DOMAINS)}, or those of --path)")

@@ -18,7 +18,7 @@ import numpy as np
 import data
 import tokenizer
 from cli import UserError, file_sha256
-from data import COMPRESSED_BYTES, TOKENIZER, as_data_error, get_encoding, read_shard, write_shard
+from data import COMPRESSED_BYTES, FEW_TOKENS, TOKENIZER, as_data_error, get_encoding, read_shard, write_shard
 from terminal import say
 from tools import sources
 
@@ -56,7 +56,7 @@ def tokenise(source, encoding, args, folder):
                 break
     train.flush()
     val.flush()
-    print_facts(facts, encoding)
+    print_facts(args.source, facts, encoding)
 
     lowest = [(start, stop) for _, start, stop in sorted(lowest, reverse=True)]
     if plan := plan_split(train, val, lowest, encoding, at_limit=num_tokens == args.max_tokens):
@@ -72,22 +72,22 @@ def tokenise(source, encoding, args, folder):
                             "give more text, or separate its documents by lines <|endoftext|>")
     compared = val.num_tokens - len(val.paths)  # the first token of a shard is not predicted
     if compared < FEW_TOKENS:
-        say(f"warning: {data.describe_validation(compared, ROW_TOKENS)}")
+        say(f"warning: {args.source}: {data.describe_validation(compared, ROW_TOKENS)}")
     return meta_entries(encoding, (train.count_V, val.count_V), train.shards + val.shards, compressors) | facts
 
 
-def print_facts(facts, encoding):
+def print_facts(source, facts, encoding):
     """Print what a source has left out or found odd, and add to facts what becomes of bytes that are not UTF-8."""
     if "files" in facts:
         left_out = sources.count_kinds(facts["left_out"])
-        say(f"files read: {facts['files']:,}" + (f"; left out: {left_out}" if left_out else ""))
+        say(f"{source}: files read {facts['files']:,}" + (f"; left out: {left_out}" if left_out else ""))
     if "empty_documents" in facts:
-        say(f"null or blank documents left out: {facts['empty_documents']:,}")
+        say(f"{source}: null or blank documents left out: {facts['empty_documents']:,}")
     if found := facts.get("not_utf8"):
         found["replaced"] = encoding.name != "bytes"
         fate = "become U+FFFD, of which bits per byte count 3 bytes each; `iconv -t UTF-8 -f` and their encoding " \
                "converts them, --encoding bytes keeps them" if found["replaced"] else "are kept"
-        say(f"warning: {found['bytes']:,} bytes that are not UTF-8 {fate}; documents with such bytes: "
+        say(f"warning: {source}: {found['bytes']:,} bytes that are not UTF-8 {fate}; documents with such bytes: "
             f"{found['documents']:,}, the first in {found['first']}")
 
 
@@ -219,7 +219,6 @@ def slices(shards, start, stop):
 # Validation of text that has too few documents to be split by hash alone
 
 ROW_TOKENS = 2048  # seq_len of preset cpu
-FEW_TOKENS = data.MIN_VAL_ROWS * ROW_TOKENS
 MIN_CUT = 256  # tokens; no shorter document is cut in two
 MAX_MOVED = 1000  # documents at most
 
@@ -255,7 +254,7 @@ def plan_split(train, val, lowest, encoding, at_limit):
             moved.append((start, stop))
             missing -= stop - start
         edges = [0, *(edge for span in sorted(moved) for edge in span), train.num_tokens]
-        train_spans = [(old_train, *span) for span in zip(edges[::2], edges[1::2]) if span[0] < span[1]]
+        train_spans = [(old_train, *span) for span in zip(edges[::2], edges[1::2])]
         val_spans = [(old_val, 0, val.num_tokens), *((old_train, *span) for span in moved)]
     elif num_text > max(total // 10, 2 * goal, MIN_CUT):
         end = cut(old_val, 0, goal)
@@ -264,8 +263,8 @@ def plan_split(train, val, lowest, encoding, at_limit):
     else:
         return ()
 
-    firsts = [next(slices(*span))[0] for span in train_spans]
-    if at_limit and any(first != encoding.eot_token for first in firsts):
+    train_spans = [(shards, start, stop) for shards, start, stop in train_spans if start < stop]
+    if at_limit and any(next(slices(*span))[0] != encoding.eot_token for span in train_spans):
         shards, start, stop = train_spans[-1]
         train_spans[-1] = shards, start, stop - 1
     return train_spans, val_spans

@@ -131,31 +131,28 @@ def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None
             seen = f" (left out: {count_kinds(others)})" if others else ""
             raise UserError(f"--path {path} holds no file to read{seen}: name other files or folders")
         files, left_out = files + found, left_out + others
-    named = {Path(path) for path in paths}
     facts = {"files": 0, "left_out": left_out}
+    named, as_bytes = {Path(path) for path in paths}, encoding.name == "bytes"
     fields = dict(encoding=encoding, text_field=text_field, tokens_field=tokens_field)
     unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError)
 
     def documents():
         for path in files:
+            read, is_named = reader_of(path), path in named
             mend = f"{path} cannot be read ({{error}}): mend it or leave it out of --path"
             with as_data_error(mend, *unreadable), open_file(path) as file:
-                read = reader_of(path)
-                if read is not read_parquet:
-                    head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
-                    kind, is_named = kind_of(head), path in named
-                    kept = ["text"]
-                    if encoding.name == "bytes":
-                        kept += ["not UTF-8", "binary"] if is_named else ["not UTF-8"]
-                    if kind not in kept and is_named and head:
-                        raise UserError(f"{path} is not UTF-8 text: leave it out, convert it (`iconv -t UTF-8 -f` and "
-                                        "its encoding), or keep its bytes as they are with --encoding bytes")
-                    if kind not in kept:
-                        left_out[kind] += 1
-                        continue
-                    file = as_utf8(file, head)
-                facts["files"] += 1
-                yield from with_text(read(file, path, **fields), path, facts)
+                kind = "text" if read is read_parquet else kind_of(file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES])
+                if read is read_text and tokens_field and not is_named:
+                    kind = "without fields"
+                if kind == "text" or as_bytes and (kind == "not UTF-8" or kind == "binary" and is_named):
+                    facts["files"] += 1
+                    utf8 = file if read is read_parquet else as_utf8(file)
+                    yield from with_text(read(utf8, path, **fields), path, facts)
+                elif is_named and kind != "empty":
+                    raise UserError(f"{path} is not UTF-8 text: leave it out, convert it (`iconv -t UTF-8 -f` and its "
+                                    "encoding), or keep its bytes as they are with --encoding bytes")
+                else:
+                    left_out[kind] += 1
 
     return documents(), facts
 
@@ -237,8 +234,9 @@ class AsUtf8(io.RawIOBase):
         return size
 
 
-def as_utf8(file, head):
+def as_utf8(file):
     """The file behind its byte order mark, as UTF-8."""
+    head = file.peek(4)
     bom, encoding = next(((bom, name) for bom, name in BOMS.items() if head.startswith(bom)), (b"", "utf-8"))
     file.read(len(bom))
     return file if encoding == "utf-8" else io.BufferedReader(AsUtf8(file, encoding))

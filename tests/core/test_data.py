@@ -452,7 +452,8 @@ def test_validation_max_tokens(tmp_path):
 # What a run is to read and compare
 
 
-def test_the_sentence_on_a_run_counts_epochs_and_compared_tokens(tmp_path):
+def test_the_sentence_on_a_run_counts_epochs_and_compared_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FEW_TOKENS", 50)
     make_shards(tmp_path / "d", [331, 200])
     make_shards(tmp_path / "d", [20, 34], "val")
     loader = Loader(tmp_path / "d", seq_len=8, batch_rows=12, micro_rows=12)

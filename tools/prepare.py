@@ -26,9 +26,11 @@ import time
 from pathlib import Path
 
 import data
+import tokenizer
 from cli import Parser, UserError, file_sha256, write_atomically
-from data import MARKER, as_data_error, get_encoding, load_meta
+from data import MARKER, as_data_error, load_meta
 from terminal import LastingStream, say
+from tokenizer import get_encoding
 from tools import sources
 from tools.shards import describe, encoding_meta, open_encoding, tokenise
 
@@ -125,7 +127,7 @@ def parse(argv):
     add("--source", choices=list(SOURCES), default="fineweb", metavar="NAME", help="origin of the text")
     add("--path", nargs="+", metavar="P", help="files: files and folders; domains: name=FILE, instead of the hub")
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
-    names = ", ".join(data.ENCODINGS)
+    names = ", ".join(tokenizer.ENCODINGS)
     add("--encoding", metavar="NAME", help=f"{names}; bpe: trained here; or a path of tokenizer.json (default gpt2)")
     add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 4096)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")

@@ -18,8 +18,9 @@ import numpy as np
 import data
 import tokenizer
 from cli import UserError, file_sha256
-from data import COMPRESSED_BYTES, FEW_TOKENS, TOKENIZER, as_data_error, get_encoding, read_shard, write_shard
+from data import COMPRESSED_BYTES, FEW_TOKENS, TOKENIZER, as_data_error, read_shard, write_shard
 from terminal import say
+from tokenizer import get_encoding
 from tools import sources
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import data
 import settings
+import tokenizer
 import train_muon
 from cli import UserError, require
 from distributed import World
@@ -83,7 +84,7 @@ def routes_batches(config: Config, hp: MixtureConfig, device):
                               max_tokens=hp.routes_tokens, vocab_size=config.vocab_size)  # fmt: skip
 
 
-def validation_text(session: Session, encoding: data.Encoding) -> bytes:
+def validation_text(session: Session, encoding: tokenizer.Encoding) -> bytes:
     """The beginning of the text that evaluate() predicts, equal parts of all domains, at most COMPRESSED_BYTES."""
     hp, names, ids = session.hp, domains(session.hp.data), {}
     max_tokens = min(hp.val_tokens or data.COMPRESSED_BYTES, data.COMPRESSED_BYTES)

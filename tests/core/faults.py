@@ -43,6 +43,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import facts  # noqa: E402
 import model  # noqa: E402
+import tokenizer  # noqa: E402
 import train_muon  # noqa: E402
 from cli import UserError  # noqa: E402
 from tools import prepare  # noqa: E402
@@ -170,7 +171,7 @@ def check(fine, otherwise: str):
 
 def write_data(folder: Path, words: list[str]) -> Path:
     """Shards of documents in which four words follow each other at random."""
-    encoding, source = data.get_encoding("bytes"), np.random.default_rng(0)
+    encoding, source = tokenizer.get_encoding("bytes"), np.random.default_rng(0)
     document = lambda: np.concatenate(([256], encoding.encode("".join(source.choice(words, 40))))).astype(np.uint16)
     folder.mkdir()
     data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(30)]))

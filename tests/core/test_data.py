@@ -17,8 +17,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import tokenizer  # noqa: E402
 from cli import UserError, file_sha256  # noqa: E402
-from data import Loader, get_encoding, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
+from data import Loader, load_meta, read_shard, validation_batches, write_shard  # noqa: E402
+from tokenizer import get_encoding  # noqa: E402
 
 BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 
@@ -223,23 +225,23 @@ def test_a_faster_encoder_is_used_only_if_it_agrees(gpt2, monkeypatch):
     encoders["good"] = bpe.encode_ordinary
     encoders["bad"] = lambda text: bpe.encode_ordinary(text)[1:]
     encoders["bad at long runs"] = lambda text: bpe.encode_ordinary(text.replace("-" * 1002, "-" * 1001))
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: name)
     for name, encode in encoders.items():
         fake = SimpleNamespace(get_encoding=lambda name, encode=encode: SimpleNamespace(encode_ordinary=encode))
         monkeypatch.setitem(sys.modules, "riptoken", fake)
-        assert (data.riptoken_encoder(bpe) is not None) == (name == "good"), name
+        assert (tokenizer.riptoken_encoder(bpe) is not None) == (name == "good"), name
 
 
 @pytest.mark.parametrize("run", [" ", "\n", "\t", " \n", "\n    ", "\u3000", "\xa0 ", "\n\n\t\t\t", "mixed"])
 def test_long_runs_of_blanks_have_the_ids_of_the_whole(gpt2, monkeypatch, run):
     """tiktoken's regular expression fails at 1,000,000 blanks; cut in parts, such a text has the ids of an uncut one."""
     bpe = pytest.importorskip("tiktoken").get_encoding("gpt2")
-    monkeypatch.setattr(data, "MAX_BLANKS", 2**13)
+    monkeypatch.setattr(tokenizer, "MAX_BLANKS", 2**13)
     random = "".join(np.random.default_rng(0).choice(list(" \n\t\r\xa0\u3000"), 30_001))
     blanks = random if run == "mixed" else (run * 30_001)[:30_001]
     for text in (f"a{blanks}x", blanks, f"b\n{blanks}\ny {blanks[:-1]}", f"{blanks[:5000]}x{blanks[:9000]}"):
         parts = []
-        ids = data.encode_in_parts(text, lambda part: parts.append(part) or np.array(bpe.encode_ordinary(part)), gpt2.vocab)
+        ids = tokenizer.encode_in_parts(text, lambda part: parts.append(part) or np.array(bpe.encode_ordinary(part)), gpt2.vocab)
         assert ids.tolist() == bpe.encode_ordinary(text) and len(parts) > 1
         assert max(map(len, parts)) < len(text)
 

@@ -62,7 +62,7 @@ def saved(made, folder: Path) -> Path:
 
 @pytest.mark.parametrize("make", (byte_level, llama, unigram))
 def test_ids_stand_for_exactly_the_bytes_of_a_text(make, tmp_path):
-    encoding = data.get_encoding(saved(make(), tmp_path))
+    encoding = tokenizer.get_encoding(saved(make(), tmp_path))
     for text in (ODD, *TEXTS, "", " ", "\u2581", "a CamelCase b"):
         ids = encoding.encode(text)
         assert encoding.decode_bytes(ids) == text.encode()
@@ -73,7 +73,7 @@ def test_ids_stand_for_exactly_the_bytes_of_a_text(make, tmp_path):
 def test_ids_are_those_of_tokenizers(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.train_bpe(TEXTS, 300))
-    encoding, reference = data.get_encoding(path), tokenizers.Tokenizer.from_file(str(path))
+    encoding, reference = tokenizer.get_encoding(path), tokenizers.Tokenizer.from_file(str(path))
     for text in (*TEXTS, "unseen 987 words_here"):
         assert encoding.encode(text).tolist() == reference.encode(text).ids
     assert json.loads(encoding.json) == json.loads(path.read_text()), "nothing of our own is to be taken out"
@@ -93,18 +93,18 @@ def test_training_gives_the_same_file_on_any_number_of_threads(monkeypatch):
 def test_source_code_is_split_well(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.train_bpe(TEXTS * 20, 400))
-    encoding = data.get_encoding(path)
+    encoding = tokenizer.get_encoding(path)
     pieces = [encoding.vocab[i] for i in encoding.encode("        return self.down(12)\n")]
     assert b"1" in pieces and b"2" in pieces and b"return" in b"".join(pieces)
     assert not any(len(piece.split()) > 1 for piece in encoding.vocab), "no id spans two words"
 
 
 def test_end_of_text_is_the_file_s_own_or_added(tmp_path):
-    assert data.get_encoding(saved(llama(), tmp_path)).eot_token == 2
+    assert tokenizer.get_encoding(saved(llama(), tmp_path)).eot_token == 2
     made = tokenizers.Tokenizer.from_str(tokenizer.train_bpe(TEXTS, 280))
     state = json.loads(made.to_str()) | {"added_tokens": []}
     (tmp_path / "bare.json").write_text(json.dumps(state))
-    encoding = data.get_encoding(tmp_path / "bare.json")
+    encoding = tokenizer.get_encoding(tmp_path / "bare.json")
     assert (encoding.eot_token, encoding.vocab_size) == (280, 281)
     assert json.loads(encoding.json)["added_tokens"][-1]["content"] == "<|endoftext|>"
 
@@ -124,7 +124,7 @@ def drops_blanks():
 @pytest.mark.parametrize("make", (word_piece, drops_blanks))
 def test_a_tokenizer_that_loses_text_is_refused(make, tmp_path):
     with pytest.raises(UserError, match="does not keep every byte of a text.*--encoding bpe"):
-        data.get_encoding(saved(make(), tmp_path))
+        tokenizer.get_encoding(saved(make(), tmp_path))
 
 
 def test_more_ids_than_uint16_holds_are_refused(tmp_path):
@@ -132,14 +132,14 @@ def test_more_ids_than_uint16_holds_are_refused(tmp_path):
     state["model"]["vocab"] |= {f"word{i}": 280 + i for i in range(2**16)}
     (tmp_path / "large.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="has 65,816 ids, and shards hold at most 65,536"):
-        data.get_encoding(tmp_path / "large.json")
+        tokenizer.get_encoding(tmp_path / "large.json")
 
 
 @pytest.mark.parametrize("text", ("", "{", "[1]", "{}", '{"model": 3}', json.dumps({"model": {"type": "BPE"}})))
 def test_a_damaged_file_is_one_sentence(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="is no tokenizer.json of Hugging Face .*choose another --encoding"):
-        data.get_encoding(tmp_path / "tokenizer.json")
+        tokenizer.get_encoding(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("size", (0, 256, 2**16 + 1))
@@ -149,5 +149,5 @@ def test_an_illegal_vocabulary_is_refused(size):
 
 
 def test_ids_fit_shards(tmp_path):
-    encoding = data.get_encoding(saved(byte_level(), tmp_path))
+    encoding = tokenizer.get_encoding(saved(byte_level(), tmp_path))
     assert encoding.encode(ODD).dtype == np.uint16

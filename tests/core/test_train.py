@@ -36,6 +36,7 @@ import logger  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
 import settings  # noqa: E402
+import tokenizer  # noqa: E402
 import train_muon  # noqa: E402
 from distributed import World, cut_slabs, make_buckets, slab_view  # noqa: E402
 from model import DTYPES, GPT, Config  # noqa: E402
@@ -95,7 +96,7 @@ WORDS = {"greek": ["alpha ", "beta ", "gamma ", "delta "], "birds": ["wren ", "o
 
 def write_data(folder: Path, words: list[str]) -> str:
     """Shards of documents in which four words follow each other at random: quickly learnt, but not to loss 0."""
-    encoding, random = data.get_encoding("bytes"), np.random.default_rng(0)
+    encoding, random = tokenizer.get_encoding("bytes"), np.random.default_rng(0)
     document = lambda: np.concatenate(([256], encoding.encode("".join(random.choice(words, 40))))).astype(np.uint16)
     folder.mkdir(parents=True)
     data.write_shard(folder / "words_train_000001.bin", np.concatenate([document() for _ in range(100)]))
@@ -1171,7 +1172,7 @@ def test_other_data_of_the_same_size_is_refused(shards, tmp_path):
     shutil.copytree(shards, other)
     tokens = np.array(data.read_shard(other / "words_train_000001.bin"))
     data.write_shard(other / "words_train_000001.bin", np.roll(tokens, 1))
-    (other / "meta.json").write_text(json.dumps(prepare.describe(other, data.get_encoding("bytes"))))
+    (other / "meta.json").write_text(json.dumps(prepare.describe(other, tokenizer.get_encoding("bytes"))))
     interrupt(tmp_path, data=shards)
     said = refused(tmp_path, data=other, resume=True, **RESUMED_RUN)
     assert "is of other data: words_train_000001.bin was " in said and str(other) in said
@@ -1803,14 +1804,14 @@ def test_the_sample_continues_the_validation_text(finished, shards):
     end, text = rows_of(finished(MUON))[-1], (finished(MUON) / "run.log").read_text()
     prompt, _, rest = end["sample/text"].partition("|>")
     start = data.read_shard(Path(shards) / "words_val_000000.bin")[:32]
-    assert prompt == data.get_encoding("bytes").decode(start) and rest
+    assert prompt == tokenizer.get_encoding("bytes").decode(start) and rest
     assert re.search(rf"the validation text begins-+\n{re.escape(prompt)}\n-+the model continues it-+\n{re.escape(rest)}\n", text)
 
 
 def test_the_prompt_of_the_sample_has_no_padding(tmp_path):
     """A validation text of seven characters, in rows of 32."""
     folder = Path(write_data(tmp_path / "short", WORDS["greek"]))
-    encoding = data.get_encoding("bytes")
+    encoding = tokenizer.get_encoding("bytes")
     data.write_shard(folder / "words_val_000000.bin", np.array([256, *b"sigma"], np.uint16))
     (folder / "meta.json").write_text(json.dumps(prepare.describe(folder, encoding)))
     run = train(tmp_path, data=folder, num_iterations=1, sample_tokens=3)
@@ -2052,6 +2053,7 @@ LOCAL = {
     "model",
     "ops",
     "settings",
+    "tokenizer",
     "cli",
     "checkpoint",
     "distributed",
@@ -2076,6 +2078,7 @@ PAGE_FAULTS = """
 import resource, sys
 import torch
 import train_muon
+import tokenizer
 {before}
 faults = []
 for _ in range(8):

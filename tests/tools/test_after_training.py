@@ -28,6 +28,7 @@ import torch
 import data
 import logger
 import model
+import tokenizer
 import zoo
 from benchmarks import evaluate as E
 from cli import UserError
@@ -35,7 +36,7 @@ from tools import generate, hub
 
 ROOT = Path(__file__).parents[2]
 WORDS = "alpha beta gamma delta epsilon".split()
-BYTES = data.get_encoding("bytes")
+BYTES = tokenizer.get_encoding("bytes")
 IN_CORE = ({}, dict(tie_embeddings=True), dict(pattern="D"), dict(head="fp8"))  # changes that model.Config has too
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2,
             value_embeds=1, window="L", window_size=64, ngrams="2", ngram_rows=64, dtype="fp32")  # fmt: skip

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from test_data import make_shards  # noqa: E402
 
 import data  # noqa: E402
+import tokenizer  # noqa: E402
 from cli import UserError  # noqa: E402
 from data import load_meta  # noqa: E402
 from tools import prepare, shards, sources  # noqa: E402
@@ -503,7 +504,7 @@ def test_reading_parquet_holds_one_group_of_rows(tmp_path):
     table = pa.table({"text": [row.tobytes().decode() for row in text]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=32)
     del table
-    documents, _ = sources.read_files([tmp_path / "a.parquet"], data.get_encoding("bytes"))
+    documents, _ = sources.read_files([tmp_path / "a.parquet"], tokenizer.get_encoding("bytes"))
     arrow_before, arrow_peak, count = pa.total_allocated_bytes(), 0, 0
     tracemalloc.start()  # of the blocks that are read from a file of Python
     for _ in documents:

@@ -20,6 +20,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import ops  # noqa: E402
+import tokenizer  # noqa: E402
 import zoo  # noqa: E402
 from checkpoint import load_model_from_run  # noqa: E402
 from cli import UserError  # noqa: E402
@@ -449,7 +450,7 @@ def test_what_compressors_need_is_measured_on_all_domains_alike(tmp_path, monkey
     seen = []
     monkeypatch.setattr(data, "compressed_bpb", lambda text: seen.append(text))
     hp = hyper(ZOO_MUON, data=str(tmp_path / "mixed"), seq_len=32, val_tokens=0)
-    data.compressed_bpb(domains.validation_text(SimpleNamespace(hp=hp), data.get_encoding("bytes")))
+    data.compressed_bpb(domains.validation_text(SimpleNamespace(hp=hp), tokenizer.get_encoding("bytes")))
     halves = seen[0][:32].decode(), seen[0][32:].decode()
     assert len(seen[0]) == 64 and all(
         any(word in half for word in words) for half, words in zip(halves, (WORDS["birds"], WORDS["greek"]))

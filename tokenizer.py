@@ -3,15 +3,16 @@
     encoding = get_encoding("bytes")                             # or "gpt2", or "data/python/tokenizer.json"
     ids = encoding.encode("def f(x):")
 
-Everything is compared in bits per byte, so ids must keep every byte of a text. tiktoken and tokenizers are imported
-where they are used.
+Everything is compared in bits per byte, so ids must keep every byte of a text. tiktoken, tokenizers and gigatoken are
+imported where they are used.
 """
 
+import base64
 import contextlib
-import importlib.util
 import json
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +32,19 @@ def get_encoding(name):
         return json_encoding(name)
     if name == "bytes":
         vocab = [bytes([i]) for i in range(256)] + [b""]
-        return Encoding("bytes", vocab, 256, lambda text: np.frombuffer(text, np.uint8))
+        return Encoding("bytes", vocab, 256, lambda text: np.frombuffer(text, np.uint8), is_fast=True)
     return tiktoken_encoding(name)
 
 
 class Encoding:
     """Text to ids and back. `vocab[i]` is the bytes of id i, b"" for special tokens. Made by `get_encoding`.
 
-    name: as get_encoding takes it. json: text of the tokenizer.json, if it has one."""
+    name: as get_encoding takes it. json: text of the tokenizer.json, if it has one. is_fast: a text is encoded in less
+    time than it takes to send it to another process."""
 
-    def __init__(self, name, vocab, eot_token, encode, json=None):  # encode: UTF-8 bytes to an array of ids
+    def __init__(self, name, vocab, eot_token, encode, json=None, is_fast=False):  # encode: UTF-8 bytes to ids
         self.name, self.vocab, self.eot_token, self._encode, self.json = name, vocab, eot_token, encode, json
-        self.vocab_size = len(vocab)
+        self.vocab_size, self.is_fast = len(vocab), is_fast
 
     def encode(self, text):
         """Ids of a text, uint16 (n,). Special tokens in it are encoded as ordinary text, lone surrogates as `?`."""
@@ -87,11 +89,7 @@ def tiktoken_encoding(name):
         with contextlib.suppress(KeyError):  # p50k does not use all ids
             vocab[i] = bpe.decode_single_token_bytes(i)
 
-    riptoken_encode = riptoken_encoder(bpe)
-
     def encode(text):
-        if riptoken_encode:
-            return np.array(riptoken_encode(text), np.uint16)
         if hasattr(bpe, "encode_to_numpy"):  # 1.4 times as fast as encode_ordinary, which returns a list
             return bpe.encode_to_numpy(text, disallowed_special=())
         return np.array(bpe.encode_ordinary(text), np.int64)
@@ -99,7 +97,8 @@ def tiktoken_encoding(name):
     def encode_document(document):
         return encode_in_parts(document.decode("utf-8", "replace"), encode, vocab)
 
-    return Encoding(name, vocab, bpe.eot_token, encode_document)
+    fast = faster(encode_document, rank_loader(vocab), bpe.special_tokens_set)
+    return Encoding(name, vocab, bpe.eot_token, fast or encode_document, is_fast=bool(fast))
 
 
 MAX_BLANKS = 2**18  # tiktoken's regular expression fails between 500,000 and 1,000,000 blanks in a row
@@ -120,18 +119,60 @@ def encode_in_parts(text, encode, vocab):
     return np.concatenate([*parts, encode(text)])
 
 
+# -----------------------------------------------------------------------------
+# The fast path: gigatoken, where it is installed and gives the same ids
+
 PROBE = "\n\n  \tIt's 1,234.56 \u20ac (na\u00efve)?!  don't\r\nDEF_x\u4e2d\u6587\u0e01\u0e33 \U0001f600\u200d "
 PROBE += "<|endoftext|> ".join(map(chr, range(32, 0x2500, 7)))
-PROBE += "".join(f" {part * 501} {part * 1002}" for part in ("\n", " ", "-", "a", "1", "ha"))  # riptoken 0.2.4 differs
+PROBE += "".join(f" {part * 501} {part * 1002}" for part in ("\n", " ", "-", "a", "1", "ha"))
+
+# Letters and digits that Unicode 17 added. gigatoken 0.10 knows them; tiktoken 0.14 and tokenizers 0.23 do not.
+NEW_CHARACTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7"
+    "\U00011db0-\U00011de9\U00016ea0-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018d09-\U00018d1e"
+    "\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead\U000323b0-\U00033479]")
+ASCII = bytes(range(128))
+RENEWED_BYTES = 2**25  # of text that one Tokenizer of gigatoken encodes: its cache of words grows without end
 
 
-def riptoken_encoder(bpe):
-    """riptoken's encode_ordinary if it is installed and agrees with tiktoken on a text of corner cases, else None."""
-    if importlib.util.find_spec("riptoken") is None:
+def faster(encode: Callable, load: Callable, special: Iterable[str] = ()) -> Callable | None:
+    """gigatoken's encoder of UTF-8 bytes, or None unless it is installed and has the ids of `encode` on corner cases.
+
+    load: function of the module gigatoken that returns a Tokenizer. special: texts of special tokens."""
+    probe = " ".join([PROBE, *special]).encode()
+    try:
+        import gigatoken
+        tokenizer, num_bytes = load(gigatoken), 0
+    except (ImportError, RuntimeError, ValueError):  # it refuses models and pre-tokenizers that it does not know
         return None
-    import riptoken
-    encode = riptoken.get_encoding(bpe.name).encode_ordinary
-    return encode if list(encode(PROBE)) == bpe.encode_ordinary(PROBE) else None
+
+    def encode_fast(text: bytes) -> np.ndarray:
+        nonlocal tokenizer, num_bytes
+        if not text.isascii():
+            text = text.decode("utf-8", "replace").encode()
+            if NEW_CHARACTERS.search(text.translate(None, ASCII).decode()):
+                return encode(text)
+        num_bytes += len(text)
+        if num_bytes > RENEWED_BYTES:
+            tokenizer, num_bytes = load(gigatoken), len(text)
+        return tokenizer.encode(text)
+
+    return encode_fast if np.array_equal(encode_fast(probe), encode(probe)) else None
+
+
+def rank_loader(vocab: list[bytes]) -> Callable:
+    """Function of the module gigatoken: Tokenizer of a vocabulary of tiktoken with the pre-tokenizer of GPT-2."""
+    last = max(i for i, text in enumerate(vocab) if text)
+    filled = (text or b"\xff\xff" for text in vocab[: last + 1])  # no id may be left out; \xff\xff is in no UTF-8
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(text), i) for i, text in enumerate(filled))
+
+    def load(gigatoken):
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(ranks)
+            file.flush()
+            return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")
+
+    return load
 
 
 # -----------------------------------------------------------------------------
@@ -197,23 +238,27 @@ def json_encoding(path: str | Path) -> Encoding:
     if any(bytes([byte]) not in id_of for byte in range(256)):
         raise loses_text
     tokenizer.encode_special_tokens = True  # in a text they are ordinary text
-    to_ids = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(text: bytes) -> np.ndarray:
-        return np.array(to_ids(text.decode("utf-8", "replace")), np.int64)
+        return np.array(tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, np.int64)
 
-    literal_blank = [id_of[bytes([byte])] for byte in BLANK.encode()]
+    not_special = [token for token in state["added_tokens"] if not token["special"]]
+    ordinary, added = json.dumps(state | {"added_tokens": not_special}), [t["content"] for t in state["added_tokens"]]
+    fast = faster(encode, lambda gigatoken: gigatoken.Tokenizer.from_json(ordinary), added)
+    to_ids = fast or encode
     special = [token["content"] for token in state["added_tokens"] if token["special"]]
     inside_special = "|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in special if text[1:])
+    literal_blank = [id_of[bytes([byte])] for byte in BLANK.encode()]
 
     def encode_literally(text: bytes) -> np.ndarray:
         """SentencePiece's vocabulary holds its stand-in for a blank and its special tokens as ordinary strings."""
-        parts = text.decode("utf-8", "replace").split(BLANK)
-        ids = [[i for piece in re.split(inside_special, part) for i in to_ids(piece)] for part in parts]
-        return np.array(ids[0] + [i for part in ids[1:] for i in literal_blank + part], np.int64)
+        parts = [re.split(inside_special, part) for part in text.decode("utf-8", "replace").split(BLANK)]
+        first, *others = ([to_ids(piece.encode()) for piece in part] for part in parts)
+        return np.concatenate([*first, *(ids for part in others for ids in (literal_blank, *part))])
 
-    encode = encode if is_byte_level(state) else encode_literally
-    encoding = Encoding(str(path), vocab, eot_token, encode, json.dumps(state, ensure_ascii=False, indent=1))
+    encode_all = to_ids if is_byte_level(state) else encode_literally
+    text = json.dumps(state, ensure_ascii=False, indent=1)
+    encoding = Encoding(str(path), vocab, eot_token, encode_all, text, is_fast=bool(fast))
     if encoding.decode_bytes(encoding.encode(PROBE)) != PROBE.encode():
         raise loses_text
     return encoding

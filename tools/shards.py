@@ -328,7 +328,7 @@ def encode_documents(documents, encoding, num_proc, split_seed):
         if chunk:
             yield chunk
 
-    if num_proc == 1 or encoding.name == "bytes":  # bytes are encoded faster than they are sent
+    if num_proc == 1 or encoding.is_fast:
         for chunk in chunks():
             yield from encode_chunk(chunk, encoding, split_seed)
         return

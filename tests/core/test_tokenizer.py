@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,3 +154,122 @@ def test_an_illegal_vocabulary_is_refused(size):
 def test_ids_fit_shards(tmp_path):
     encoding = tokenizer.get_encoding(saved(byte_level(), tmp_path))
     assert encoding.encode(ODD).dtype == np.uint16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gigatoken, the fast path
+
+
+def gpt2_without_gigatoken(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gigatoken", None)  # importing it fails
+        return tokenizer.get_encoding("gpt2")
+
+
+def test_gigatoken_is_used_only_if_it_agrees(gpt2, monkeypatch):
+    reference = gpt2_without_gigatoken(monkeypatch)
+    assert not reference.is_fast
+    good = reference.encode_bytes
+
+    def raises(path, **_):
+        raise RuntimeError("Unknown pre_tokenizer")
+
+    encoders = {
+        "good": good,
+        "bad": lambda text: good(text)[1:],
+        "bad at long runs": lambda text: good(text.replace(b"-" * 1002, b"-" * 1001)),
+        "bad at special tokens": lambda text: good(text.replace(b"<|endoftext|>", b"")),
+    }
+    for name, encode in encoders.items():
+        load = lambda path, encode=encode, **_: SimpleNamespace(encode=encode)
+        fake = SimpleNamespace(Tokenizer=SimpleNamespace(from_tiktoken=load))
+        monkeypatch.setitem(sys.modules, "gigatoken", fake)
+        assert tokenizer.get_encoding("gpt2").is_fast == (name == "good"), name
+    fake.Tokenizer.from_tiktoken = raises
+    assert tokenizer.get_encoding("gpt2").encode("a b").tolist() == good(b"a b").tolist()
+
+
+def corner_cases() -> list[bytes]:
+    """Random characters, long runs, odd blanks and line ends, special tokens, bytes that are not UTF-8, source code."""
+    random, found = np.random.default_rng(0), []
+    for top in (0x80, 0x250, 0x600, 0x3000, 0xD7FF, 0x1FFFF, 0x40000, 0x10FFFF):
+        for count in (1, 5, 50, 500, 4000):
+            codes = (random.integers(0, top, count) for _ in range(1 + 200 // count))
+            found += ["".join(chr(i) for i in row if not 0xD800 <= i < 0xE000) for row in codes]
+    pieces = [" ", "\n", "\r", "\t", "a", "1", "'s", "'LL", "\xe9", "e\u0301", "\u4e2d", "\xa0", "\u3000", "\u200d", "\u017f",
+              "\xb2", "\u2167", ".", "_", "A", "<|endoftext|>", "</s>", "\u2581", "\U000323b0", "\r\n", "\0", "\ufffd"]  # fmt: skip
+    found += ["".join(random.choice(pieces, 40)) for _ in range(400)]
+    runs = ("a", "1", " ", "\n", "-", "=", "ha", "\r\n", "\xe9", "\u4e2d", "\U0001f600", "\xa0", "'s", "\0", " \n")
+    found += [f"x{run * count}z" for run in runs for count in (15, 16, 17, 255, 257, 500, 512, 513, 1000, 1025, 2000)]
+    found += [" " * 300_000, "a" + "\n" * 300_000 + "b", "\t \n" * 1000]
+    text = [case.encode() for case in found]
+    not_utf8 = [random.integers(0, 256, 50).astype(np.uint8).tobytes() for _ in range(50)]
+    surrogates = ["a\ud800b\udfffc".encode("utf-8", error) for error in ("replace", "surrogatepass")]
+    source = [path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py"))[::6]]
+    return [*text, *not_utf8, *surrogates, *source, b""]
+
+
+@pytest.mark.parametrize("make", ["gpt2", byte_level, llama, "bpe"])
+def test_gigatoken_s_ids_are_those_of_the_reference(make, gpt2, monkeypatch, tmp_path):
+    pytest.importorskip("gigatoken")
+    path = "gpt2" if make == "gpt2" else tmp_path / "made.json"
+    if make == "bpe":
+        path.write_text(tokenizer.train_bpe([Path(data.__file__).read_text(), ODD], 1000))
+    elif make != "gpt2":
+        saved(make(), tmp_path)
+    encoding = tokenizer.get_encoding(path)
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    reference = tokenizer.get_encoding(path)
+    assert encoding.is_fast and not reference.is_fast
+    for case in corner_cases():
+        if make == llama and len(case) > 10_000:  # a merge of a long word takes quadratic time in tokenizers
+            continue
+        assert np.array_equal(encoding.encode_bytes(case), reference.encode_bytes(case)), (case[:200], len(case))
+
+
+def test_characters_that_the_reference_does_not_know_yet(tmp_path, monkeypatch):
+    """Each character beside a letter, a digit and a sign, which a merge joins with it if they are in one piece."""
+    gigatoken = pytest.importorskip("gigatoken")
+    state = json.loads(tokenizer.train_bpe([], 257))
+    stand_in = {byte: text for text, byte in tokenizer.STAND_INS.items()}
+    state["model"]["merges"] = [[stand_in[byte], sign] for byte in range(128, 192) for sign in "a1."]
+    state["model"]["vocab"] |= {left + right: 257 + i for i, (left, right) in enumerate(state["model"]["merges"])}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    encoding = tokenizer.get_encoding(tmp_path / "tokenizer.json")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gigatoken", None)
+        reference = tokenizer.get_encoding(tmp_path / "tokenizer.json")
+    bare = gigatoken.Tokenizer.from_json(json.dumps(state | {"added_tokens": []}))
+    new, old = [], []  # characters that Python does not know either, or knows since a short time
+    for character in map(chr, [*range(0xD800), *range(0xE000, 0x34000)]):
+        if unicodedata.category(character) == "Cn":
+            (new if tokenizer.NEW_CHARACTERS.match(character) else old).append(character)
+    beside = lambda characters: "".join(f"{c}a{c}1{c}. {c}\n" for c in characters)
+    assert bare.encode(beside(old)).tolist() == reference.encode(beside(old)).tolist()
+    assert bare.encode(beside(new)).tolist() != reference.encode(beside(new)).tolist(), "the rule is not needed any more"
+    for text in (beside(new), f"plain {new[0]} words", *map(beside, new[::200])):
+        assert encoding.encode(text).tolist() == reference.encode(text).tolist()
+
+
+def test_ranks_with_a_gap_are_loaded(gpt2):
+    """p50k_base has runs of blanks above GPT-2's ids, and no rank at end-of-text."""
+    gigatoken, tiktoken = pytest.importorskip("gigatoken"), pytest.importorskip("tiktoken")
+    vocab = gpt2.vocab + [b" " * count for count in range(2, 26)]
+    ranks = {text: i for i, text in enumerate(vocab) if text}
+    pattern = tiktoken.get_encoding("gpt2")._pat_str
+    p50k = tiktoken.Encoding("p50k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    loaded = tokenizer.rank_loader(vocab + [b""])(gigatoken)
+    for text in (tokenizer.PROBE, Path(data.__file__).read_text(), "\n".join(" " * i + "x" for i in range(60))):
+        assert loaded.encode(text).tolist() == p50k.encode_ordinary(text)
+    assert p50k.encode_ordinary("    x")[0] > 50256
+
+
+def test_the_cache_of_gigatoken_is_emptied(gpt2, monkeypatch):
+    gigatoken, loaded, text = pytest.importorskip("gigatoken"), [], "some words " * 4000
+    load, ids = gigatoken.Tokenizer.from_tiktoken, gpt2.encode(text).tolist()
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_tiktoken", lambda *args, **kw: loaded.append(1) or load(*args, **kw))
+    monkeypatch.setattr(tokenizer, "RENEWED_BYTES", 2**18)
+    encoding = tokenizer.get_encoding("gpt2")
+    assert len(loaded) == 1
+    assert all(encoding.encode(text).tolist() == ids for _ in range(20))
+    assert len(loaded) == 4  # 44,000 bytes each: 5 texts, of the first one also the probe

@@ -247,6 +247,7 @@ def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypat
         "\n",
         "\n",
         "a<|endoftext|>b",
+        "<|endoftext|><|endoftext|>\n",
         "\n<|endoftext|>\n",
         "\n \t<|endoftext|> \r\n",
         "word ",
@@ -642,27 +643,24 @@ def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
 # Processes, interruption, flags
 
 
-def test_processes_do_not_change_the_shards(tmp_path, gpt2):
+@pytest.mark.parametrize("encoding", ["gpt2", "bpe"])
+def test_neither_processes_nor_gigatoken_change_the_shards(tmp_path, gpt2, encoding):
+    """Every file is equal, byte by byte, meta.json too."""
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"def f{i}(x): return {i} * x\n" * (i % 90)}) + "\n" for i in range(1200))
     )
-    for processes in (1, 2):
-        cli(
-            "--source",
-            "files",
-            "--path",
-            tmp_path / "a.jsonl",
-            "--num_proc",
-            processes,
-            "--out",
-            tmp_path / str(processes),
-        )
-    one, two = (load_meta(tmp_path / name) for name in "12")
-    assert (
-        one["shards"] == two["shards"]
-        and len(one["shards"]) == 2
-        and one["splits"]["train"]["bytes"] > 2 * shards.CHUNK
-    )
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "gigatoken.py").write_text("raise ImportError")
+    words = ["--source", "files", "--path", tmp_path / "a.jsonl", "--encoding", encoding]
+    cli(*words, "--num_proc", 1, "--out", tmp_path / "1", PYTHONPATH=str(tmp_path / "without"))
+    cli(*words, "--num_proc", 2, "--out", tmp_path / "2", PYTHONPATH=str(tmp_path / "without"))
+    cli(*words, "--out", tmp_path / "3")
+    made = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "123"]
+    assert made[0] == made[1] == made[2]
+    one = load_meta(tmp_path / "1")
+    assert len(one["shards"]) == 2 and one["splits"]["train"]["bytes"] > 2 * shards.CHUNK
+    if encoding == "bpe":
+        return
     first = next(json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:])
     assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
 
@@ -677,6 +675,7 @@ def test_reading_never_runs_far_ahead_of_writing(gpt2):
             body = b"%d " % i * (shards.CHUNK // 40)
             yield body, body
 
+    gpt2.is_fast = False  # as without gigatoken
     encoded, furthest = shards.encode_documents(source(), gpt2, 2, 0), 0
     for written, (_, ids) in enumerate(encoded):
         assert gpt2.decode(ids[:40]).startswith(f"{written} {written} ")
@@ -774,6 +773,7 @@ class Bomb:
 
 
 def test_worker_errors_reach_the_user(gpt2):
+    gpt2.is_fast = False  # as without gigatoken
     with pytest.raises(ValueError, match="word"):
         list(shards.encode_documents([(b"key", np.array(["word"]))], gpt2, 2, 0))
     with pytest.raises(UserError, match="smaller --num_proc"):

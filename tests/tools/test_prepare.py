@@ -247,7 +247,6 @@ def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypat
         "\n",
         "\n",
         "a<|endoftext|>b",
-        "<|endoftext|><|endoftext|>\n",
         "\n<|endoftext|>\n",
         "\n \t<|endoftext|> \r\n",
         "word ",
@@ -259,6 +258,15 @@ def test_documents_read_in_blocks_are_those_read_by_lines(piece, read, monkeypat
         text = "".join(random.choice(parts, random.integers(0, 40))).encode()
         found = [body for _, body in sources.read_text(io.BytesIO(text), "here")]
         assert [body for body in found if body] == [body for body in slow_text_documents(text, piece) if body], text
+
+
+def test_separator_lines_are_those_of_the_regular_expression():
+    random, parts = np.random.default_rng(0), ["<|endoftext|>", "\n", " ", "\t", "x", "\r", "\r\n"]
+    for _ in range(3000):
+        text = "".join(random.choice(parts, random.integers(0, 14))).encode()
+        for end in (len(text), text.rfind(b"\n") + 1):
+            found = [line.span() for line in sources.separator_lines(text, end)]
+            assert found == [line.span() for line in sources.SEPARATOR_LINE.finditer(text, 0, end)], text
 
 
 def test_small_corpus_still_gets_a_validation_document(tmp_path):

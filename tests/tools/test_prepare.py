@@ -673,6 +673,20 @@ def test_neither_processes_nor_gigatoken_change_the_shards(tmp_path, gpt2, encod
     assert gpt2.decode(documents(tmp_path / "1", "train")[0]) == first
 
 
+def test_a_bpe_is_trained_on_a_sample_of_training_documents_from_everywhere():
+    bodies = [b"%05d" % i for i in range(2000)]
+    train = [body for body in bodies if sources.split_hash(body, 7) % 50]
+    chosen = lambda max_bytes, max_read=10**9: list(
+        shards.training_texts(((body, body) for body in bodies), 7, max_bytes, max_read)
+    )
+    assert sorted(chosen(10**9)) == [body.decode() for body in train]
+    assert sorted(chosen(10**9, 500)) == [body.decode() for body in train[:100]], "reading ends after 500 bytes"
+    found = [int(text) for text in chosen(1000)]
+    assert len(found) == 200 and found == [int(text) for text in chosen(1000)]
+    assert all(25 <= sum(i // 500 == quarter for i in found) <= 75 for quarter in range(4)), "50 of each quarter expected"
+    assert chosen(3) and len(chosen(3)) == 1, "a document larger than the sample is better than none"
+
+
 def test_reading_never_runs_far_ahead_of_writing(gpt2):
     read = 0
 

@@ -12,6 +12,7 @@ starts with the end-of-text token. `meta.json` names the encoding and lists the 
 """
 import concurrent.futures
 import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -148,7 +149,7 @@ def tiktoken_encoding(name):
         raise UserError(too_large)
     no_ranks = f"the ranks of encoding {name} cannot be downloaded ({{error}}): connect to the internet once, point " \
                "TIKTOKEN_CACHE_DIR at a filled cache, or choose --encoding bytes"
-    with as_data_error(no_ranks, Exception):  # requests' errors, OSError and a wrong hash share no base class
+    with as_data_error(no_ranks, Exception), request_timeout():  # their errors share no base class
         bpe = tiktoken.get_encoding(name)
     if bpe.max_token_value > 65535:
         raise UserError(too_large)
@@ -170,6 +171,17 @@ def tiktoken_encoding(name):
         return np.array(bpe.encode_ordinary(text), np.int64)
 
     return Encoding(name, vocab, bpe.eot_token, encode)
+
+
+@contextlib.contextmanager
+def request_timeout(seconds=3):
+    """Gives requests.get, with which tiktoken downloads, a limit on each wait for the network; it has none."""
+    import requests  # tiktoken depends on it
+    get, requests.get = requests.get, functools.partial(requests.get, timeout=seconds)
+    try:
+        yield
+    finally:
+        requests.get = get
 
 
 PROBE = "\n\n  \tIt's 1,234.56 \u20ac (na\u00efve)?!  don't\r\nDEF_x\u4e2d\u6587\u0e01\u0e33 \U0001f600\u200d "
@@ -199,12 +211,26 @@ def load_meta(folder):
     Raises UserError if the folder is missing, holds no shards or is a mixture, or if meta.json is damaged."""
     folder = Path(folder)
     if not has_shards(folder):
-        if domains := shard_folders(folder):
-            names = ", ".join(path.name for path in domains)
-            raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
-                            f"`python train_zoo.py --data {folder}`, or pass one of its sub-folders as --data")
-        raise UserError(f"{folder} holds no token shards: run {prepare_commands(folder)}")
+        if parts := shard_folders(folder):
+            names, mend = ", ".join(path.name for path in parts), f"pass one of them as --data, such as {parts[0]}"
+            if read_meta_json(folder).get("domains"):
+                raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
+                                f"`python train_zoo.py --data {folder}`, or {mend}")
+            raise UserError(f"{folder} is a folder of data folders ({names}): {mend}, or train on all of them together "
+                            f"as a mixture of domains with `python train_zoo.py --data {folder}`")
+        raise UserError(describe_missing(folder))
     return UNKNOWN_META | (read_meta_json(folder) or GPT2_META)
+
+
+def describe_missing(folder):
+    """Sentence on a folder without shards: the folders beside it and in data/ that hold some, or how to fill it."""
+    places = (Path(folder).parent, Path("data"))
+    is_mixture = lambda path: (path / "meta.json").exists() and shard_folders(path)
+    found = {path for place in places for path in place.glob("*/") if has_shards(path) or is_mixture(path)}
+    named_by_preset = Path(folder).name in ("python", "fineweb")  # other names may be mistyped
+    mend = f"run {prepare_commands(folder)}" if named_by_preset or not found else "prepare it with `python data.py`"
+    there = f"pass --data {' or '.join(sorted(map(str, found)))}, or " if found else ""
+    return f"{folder} holds no token shards: {there}{mend}"
 
 
 def read_meta_json(folder):

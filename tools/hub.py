@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import model
 from cli import UserError
+from tools.network import hub_answers
 
 HUB = "hf://"  # prefix of a repository's name, where a folder could stand as well
 CARD = """---
@@ -53,15 +54,14 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
     name = str(where)
     if not name.startswith(HUB) and not (Path(where) / "model.safetensors").exists():
         return checkpoint.load_model_from_run(Path(where), device)[0]
+    remote, mend = name.startswith(HUB), "write it again"
+    if remote:
+        hub_answers()
+        mend = "check its name, your connection, and `hf auth login` if it is private"
     hub, safetensors = import_hub()
-    mend = (
-        "check its name, your connection, and `hf auth login` if it is private"
-        if name.startswith(HUB)
-        else "write it again"
-    )
     try:
         path = lambda file: Path(where) / file
-        if name.startswith(HUB):
+        if remote:
             path = lambda file: hub.hf_hub_download(name.removeprefix(HUB), file, **kwargs)
         settings = json.loads(Path(path("config.json")).read_text())
         net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
@@ -117,6 +117,9 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
     Raises UserError."""
     import tempfile
 
+    mend = "log in with `hf auth login`, or write a folder with --save_pretrained"
+    if not hub_answers():
+        raise UserError(f"{repo_id} cannot be uploaded (the Hub does not answer); check your connection, or {mend}")
     hub, _ = import_hub()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +127,6 @@ def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, 
             hub.create_repo(repo_id, exist_ok=True)
             return hub.upload_folder(repo_id=repo_id, folder_path=folder).commit_url
     except Exception as error:  # of the network or the Hub
-        mend = "log in with `hf auth login`, or write a folder with --save_pretrained"
         raise UserError(f"{repo_id} cannot be uploaded ({first_line(error)}); {mend}") from error
 
 

@@ -7,6 +7,9 @@ import pytest
 
 import cli
 import model
+import train_muon
+from train_adamw import ADAMW
+from train_muon import MUON
 
 
 @dataclass
@@ -51,6 +54,42 @@ def test_abbreviations_are_refused_in_one_sentence(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--rat", "2"])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def complaint(argv: list[str], recipe, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        train_muon.parse(recipe, argv)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe, theirs, ours", [
+    (MUON, "--lr", "muon_lr"), (ADAMW, "--lr", "matrix_lr"), (ADAMW, "--learning-rate=1", "matrix_lr"),
+    (MUON, "--batch_size", "batch_tokens"), (MUON, "--num_iters", "num_iterations"), (MUON, "--block_size", "seq_len"),
+    (MUON, "--num-iteration", "num_iterations"), (MUON, "--val_loss_every", "val_every"), (MUON, "--dim", "n_embd"),
+])  # fmt: skip
+def test_an_unknown_flag_names_the_one_that_was_meant(recipe, theirs, ours, capsys):
+    given = theirs.partition("=")[0]
+    assert f"; did you mean --{ours} for {given}? (see --help)" in complaint([theirs, "1"], recipe, capsys)
+
+
+def test_a_flag_of_another_script_names_that_script(capsys):
+    assert "--muon_lr is a flag of train_muon.py (see" in complaint(["--muon_lr", "1"], ADAMW, capsys)
+    assert "--lr_warmup is a flag of train_adamw.py (see" in complaint(["--lr-warmup=1"], MUON, capsys)
+    assert "--halt is a flag of train_zoo.py (see" in complaint(["--halt", "act"], MUON, capsys)
+    assert "--prompt is a flag of model.py (see" in complaint(["--prompt", "act"], MUON, capsys)
+    said = complaint(["--lr", "1", "stray", "-5", "--batch_size=2"], MUON, capsys)
+    assert said.endswith("did you mean --muon_lr for --lr, --batch_tokens for --batch_size? (see --help)\n")
+    assert "mean" not in complaint(["--qwertyuiop", "1"], MUON, capsys)
+
+
+def test_every_common_name_leads_to_a_flag_and_names_none_of_ours():
+    parsers = [train_muon.flag_parser(recipe, cli.Parser(prog="x.py", add_help=False), "cpu") for recipe in (MUON, ADAMW)]
+    trained = {name for parser in parsers for name in cli.known_flags(parser)}
+    elsewhere = "prompt path checkpoint max_new_tokens tokens out num_proc encoding".split()
+    for theirs, ours in cli.COMMON_NAMES.items():
+        assert set(ours.split()) & {*trained, *elsewhere}, theirs
+        assert not set(theirs.split()) & trained, theirs
 
 
 def test_every_comment_behind_a_field_is_one_line():

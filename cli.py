@@ -131,7 +131,7 @@ COMMON_NAMES = {  # of a flag in nanoGPT, modded-nanogpt, nanochat, Hugging Face
     "layers num_layers n_layers num_hidden_layers": "n_layer",
     "heads num_heads n_heads num_attention_heads": "n_head",
     "dim d_model model_dim hidden_size embed_dim": "n_embd",
-    "experts n_experts num_local_experts": "num_experts",
+    "n_experts num_local_experts": "num_experts",
     "topk k num_experts_per_tok experts_per_token": "top_k",
     "ckpt model model_path checkpoint_path": "checkpoint",
     "start input text": "prompt path",

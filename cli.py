@@ -28,22 +28,25 @@ def require(config, field: str, condition: bool, legal: str):
 
 
 @contextlib.contextmanager
-def command_line(script: str):
-    """The body of a script. A mistake ends it with one sentence, Ctrl-C with status 130, a closed pipe quietly."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # of characters that the terminal's encoding lacks
+def command_line(script: str = "", *mistakes: type[Exception]):
+    """The body of a script. A mistake ends it with one sentence, Ctrl-C with status 130, a closed pipe with 141.
+
+    mistakes: kinds of exceptions besides UserError and OSError that are one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # of characters that the terminal's encoding lacks
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a closed pipe can be caught
+            sys.stdout.flush()  # here, where a closed pipe can be caught
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
         sys.exit(128 + signal.SIGPIPE)
-    except (UserError, OSError) as error:
-        sys.exit(f"{script}: error: {error}")
+    except (UserError, OSError, *mistakes) as error:
+        sys.exit(f"{script}: error: {error}" if script else f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -15,7 +15,7 @@ A run is one folder, logs/<experiment_name>/, which records the code, the machin
     config.json     resolved configuration
 
 Sections: Run, sinks, PhaseTimer, reading, table, files and JSON, command line. The command line draws through tools/
-(plots, report, routes, records). Importing this file imports only the standard library.
+(show, plots, report, routes, records). Importing this file imports only the standard library.
 """
 
 import importlib
@@ -27,6 +27,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
-from cli import Parser, UserError, write_atomically
-from terminal import clear_line, say
+from cli import Parser, UserError, command_line, write_atomically
+from terminal import clear_line
 
 SEPARATOR = "=" * 100  # in run.log, around the environment
 
@@ -69,9 +70,7 @@ class Run:
         if not active:
             return
 
-        if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
-            raise UserError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
-                           " choose a plain name such as muon ('plots' is where logger.py draws)")
+        run_name(experiment_name)
         modules = {name: sink_module(name) for name in sinks}
         if resume_step is None:
             refuse_existing(self.path)
@@ -171,6 +170,22 @@ class Run:
         for sink in self._sinks:
             for row in rows:
                 sink.write(row)
+
+
+def run_name(name: str) -> str:
+    """The name of an experiment. Raises UserError unless a folder can have it and it shows as one line."""
+    if not re.fullmatch(r"[^./\\-][^/\\]*", name) or not name.isprintable() or len(name) > 80 or name == "plots":
+        raise UserError(f"--experiment_name {name[:40]!r} cannot name a run's folder; choose a plain name such as muon,"
+                       " at most 80 characters, no line breaks, no slashes, no dot or dash in front, and not 'plots',"
+                       " where logger.py draws")
+    return name
+
+
+def check_writable(folder):
+    """Raises UserError unless files can be created in the folder, or in the nearest one above it that exists."""
+    with explain_os_errors(folder):
+        above = next(path for path in (folder, *Path(folder).absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=above).close()
 
 
 def refuse_existing(folder):
@@ -551,72 +566,17 @@ def _append(path, text: str):
 # -----------------------------------------------------------------------------
 # Command line
 
+@command_line()
 def main():
     args = parse()
-    try:
-        if args.records:
-            from tools.records import write_histories
+    if args.records:
+        from tools.records import write_histories
 
-            write_histories(args.records, args.track)
-        else:
-            show_runs(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def show_runs(args):
-    """Prints or draws the runs that the flags name. Raises UserError if there are none, or if a name is unknown."""
-    folders, plots_folder = find_runs(args), args.out_dir / "plots"
-    page = plots_folder / "report.html"
-    if args.routes:
-        from tools.routes import list_routes_files, write_analysis
-
-        if not args.experiment_name:
-            folders = list(filter(list_routes_files, folders)) or folders
-        for folder in folders:
-            write_analysis(folder, plots_folder)
-        return
-    if args.follow and args.html:
-        from tools.report import follow_report
-
-        print(f"{page}: open it once; it is rewritten until the runs end (Ctrl-C to stop)", flush=True)
-        follow_report(lambda: find_runs(args), args.out_dir, page)
-        return
-    if args.follow:
-        from tools.report import follow
-
-        if len(folders) > 1:
-            names = ", ".join(folder.name for folder in folders)
-            raise UserError(f"--follow shows one run; name it with --experiment_name: {names}")
-        follow(folders[0])
-        return
-
-    say(f"reading {len(folders)} run{'s' * (len(folders) > 1)} below {args.out_dir}")
-    runs = list(map(read_run, folders))
-    print(format_table(runs), end="\n\n")
-    if args.html:
-        from tools.report import write_report
-
-        say("drawing the page")
-        write_report(runs, args.out_dir, page)
-        print(page)
+        write_histories(args.records, args.track)
     else:
-        from tools.plots import write_plots
+        from tools.show import show_runs
 
-        write_plots(runs, plots_folder)
-
-
-def find_runs(args) -> list[Path]:
-    """The folders of the runs that the flags name, or of all."""
-    found = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
-    if not found:
-        raise UserError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
-    for name in args.experiment_name:
-        if name not in found:
-            raise UserError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
-    return [args.out_dir / name for name in dict.fromkeys(args.experiment_name or found)]
+        show_runs(args)
 
 
 def parse(argv=None):

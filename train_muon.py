@@ -806,6 +806,7 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
+    logger.check_writable(folder)
     if resume and not folder.exists():
         raise UserError(f"there is no {folder} to resume; start the run without --resume, "
                        "or correct --experiment_name or --out_dir")  # fmt: skip
@@ -887,7 +888,8 @@ def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
     about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
     parser = Parser(prog=script, description=about, parents=[parent], examples=calls, first=first)
-    parser.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
+    parser.add_argument("--experiment_name", "--experiment-name", type=logger.run_name, default=recipe.name,
+                        help="folder below out_dir")
     parser.add_switch("resume", "go on from the last checkpoint of this experiment")
     for sink in logger.SINKS:
         parser.add_switch(sink, f"feed the same numbers to {sink} besides")
@@ -914,7 +916,7 @@ def resolve_config(config: Config, hp: TrainConfig, recipe: Recipe, args: argpar
 
 def main(recipe: Recipe, argv: list[str] | None = None):
     sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
-    world, prefix = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
+    world = World(0, 1, torch.device("cpu"))
     try:
         config, hp, args = parse(recipe, argv)
         if args.plan:
@@ -928,14 +930,8 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         restarted = world.restarted and (Path(hp.out_dir) / args.experiment_name).exists()
         resume = args.resume or any(gather_objects(restarted, world))
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
-    except Ended as error:
-        if world.rank == 0:
-            print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        if world.size > 1:
-            dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
-        sys.exit(1)
-    except UserError as error:  # of this rank alone: torchrun ends the others
-        sys.exit(f"{prefix}{error}" if world.size == 1 else f"{prefix}rank {world.rank}: {error}")
+    except UserError as error:
+        distributed.end_rank(recipe.script, error, world, known_to_all=isinstance(error, Ended))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -27,7 +27,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import routes, sources  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
@@ -250,10 +250,8 @@ def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser,
 def act(name: str, args):
     """Run the action, from the repository's root; a mistake is one sentence."""
     os.chdir(ROOT)
-    try:
+    with command_line(f"{name}.py"):
         args.function(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"{name}.py: error: {error}")
 
 
 def main():

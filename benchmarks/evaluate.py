@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
-from cli import UserError, positive  # noqa: E402
+from cli import UserError, command_line, positive  # noqa: E402
 from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
@@ -276,16 +276,14 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+@command_line("evaluate.py")
 def main():
     args = parse()
-    try:
-        model = hub.load(args.checkpoint, hub.device())
-        objective = getattr(model.config, "objective", "next")
-        if objective != "next":
-            raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
-        args.measure(hub.for_inference(model), data.get_encoding(model.encoding), args)
-    except UserError as error:
-        sys.exit(f"evaluate.py: error: {error}")
+    model = hub.load(args.checkpoint, hub.device())
+    objective = getattr(model.config, "objective", "next")
+    if objective != "next":
+        raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
+    args.measure(hub.for_inference(model), data.get_encoding(model.encoding), args)
 
 
 if __name__ == "__main__":

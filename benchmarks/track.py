@@ -46,7 +46,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from distributed import World  # noqa: E402
 from terminal import say  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
@@ -708,12 +708,10 @@ def parse(argv: list[str]):
     return args
 
 
+@command_line("track.py")
 def main():
     args = parse(sys.argv[1:])
-    try:
-        args.function(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"track.py: error: {error}")
+    args.function(args)
 
 
 if __name__ == "__main__":

@@ -10,26 +10,22 @@ from pathlib import Path
 import torch
 
 import data
-from cli import Parser, UserError, add_flags, positive
+from cli import Parser, UserError, add_flags, command_line, positive
 from model import PRESETS, Config
 from tools import cost, hub, routes
 
 
+@command_line("model.py")
 def main(argv: list[str] | None = None):
-    try:
-        args = parse(argv)
-        if not args["checkpoint"]:
-            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
-        elif args["save_pretrained"] or args["push_to_hub"]:
-            hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
-        elif args["routes"]:
-            print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
-        else:
-            sample(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"model.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args = parse(argv)
+    if not args["checkpoint"]:
+        print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+    elif args["save_pretrained"] or args["push_to_hub"]:
+        hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
+    elif args["routes"]:
+        print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
+    else:
+        sample(args)
 
 
 def parse(argv: list[str] | None = None) -> dict:

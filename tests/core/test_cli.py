@@ -1,7 +1,12 @@
 """cli.py: flags made from the fields of a dataclass. CPU, no network: `pytest tests/core/test_cli.py`."""
 
 import inspect
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,8 @@ import model
 import train_muon
 from train_adamw import ADAMW
 from train_muon import MUON
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -109,3 +116,62 @@ def test_a_switch_has_both_spellings_and_no_value():
     switches.add_switch("dry_run", "print only")
     assert switches.parse_args(["--dry-run"]).dry_run and switches.parse_args(["--dry_run"]).dry_run
     assert not switches.parse_args([]).dry_run and "  --dry_run                 print only\n" in switches.format_help()
+
+
+# -----------------------------------------------------------------------------
+# The end of a script
+
+
+@pytest.mark.parametrize("error, said", [
+    (cli.UserError("no such thing"), "x.py: error: no such thing"), (KeyboardInterrupt(), 130),
+    (FileNotFoundError(2, "No such file", "a.txt"), "x.py: error: [Errno 2] No such file: 'a.txt'"),
+    (ValueError("odd"), "x.py: error: odd"),
+])  # fmt: skip
+def test_a_script_ends_with_a_sentence_or_a_status(error, said):
+    with pytest.raises(SystemExit) as end, cli.command_line("x.py", ValueError):
+        raise error
+    assert end.value.code == said
+
+
+def test_a_mistake_in_the_code_stays_a_traceback():
+    with pytest.raises(RuntimeError), cli.command_line("x.py"):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("words", (["--help"], ["--out_dir", "RUNS"]), ids=" ".join)
+def test_a_closed_pipe_is_quiet_and_has_the_status_of_other_tools(words, tmp_path):
+    (tmp_path / "muon").mkdir()
+    (tmp_path / "muon/metrics.jsonl").write_text('{"step": 1, "val/loss": 1.0}\n')
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "logger.py", *(str(tmp_path) if word == "RUNS" else word for word in words)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_closed_streams_of_a_shell_are_no_error(tmp_path):
+    done = subprocess.run([f"'{sys.executable}' logger.py --out_dir '{tmp_path}' >&- 2>&-"], shell=True, cwd=ROOT)
+    assert done.returncode == 1
+
+
+def profile_sh(tmp_path, **env) -> subprocess.CompletedProcess:
+    """profile.sh with stand-ins for python and torchrun that print their arguments."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | env
+    return subprocess.run(["bash", "profile.sh", "--pattern", "D"], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_profile_sh_takes_every_number_of_processes_that_torchrun_takes(tmp_path):
+    rest = "train_muon.py --enable_profiling --pattern D\n"
+    assert profile_sh(tmp_path).stdout == profile_sh(tmp_path, NPROC="1").stdout == f"python {rest}"
+    for count in ("2", "16", "auto", "gpu"):
+        assert profile_sh(tmp_path, NPROC=count).stdout == f"torchrun --standalone --nproc_per_node={count} {rest}"
+    for count in ("0", "two", "-3", "1.5"):
+        done = profile_sh(tmp_path, NPROC=count)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr == (f"profile.sh: error: NPROC is '{count}'; it must be a number of processes, auto, gpu or "
+                               "cpu\n")  # fmt: skip

@@ -189,7 +189,7 @@ def flag_name(action: argparse.Action) -> str:
     if not action.option_strings:
         return action.metavar or action.dest.upper()
     name = "--" + action.option_strings[-1].lstrip("-").replace("-", "_")
-    kinds = {"int": "N", "positive": "N", "float": "X", "true or false": "BOOL", "Path": "PATH"}
+    kinds = {"int": "N", "positive": "N", "seed_number": "N", "float": "X", "true or false": "BOOL", "Path": "PATH"}
     value = action.metavar or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
     if action.nargs == "?":
         return f"{name} [{value}]" if action.metavar else name
@@ -251,6 +251,11 @@ def field_groups(fields_of: type) -> dict[str, tuple[str, str]]:
     return groups
 
 
+def given_flags(argv: list[str]) -> set[str]:
+    """Names of the flags on a command line, with underscores."""
+    return {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+
+
 def flag_type(annotation):
     """Parser of a field's type: numbers and text as they are, true/false for bool, `none` for an optional field."""
     options = typing.get_args(annotation) or (annotation,)
@@ -272,9 +277,21 @@ def flag_type(annotation):
 
 def positive(text: str) -> int:
     """A flag's type: an integer of at least 1."""
+    return whole_number(text, 1)
+
+
+def seed_number(text: str) -> int:
+    """A flag's type: an integer that a random generator takes."""
+    return whole_number(text, 0)
+
+
+def whole_number(text: str, least: int) -> int:
+    """An integer from `least` on that fits 63 bits."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not below 2^63")
     return number
 
 

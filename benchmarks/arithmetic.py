@@ -27,7 +27,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, command_line, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive, seed_number  # noqa: E402
 from tools import routes, sources  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
@@ -240,7 +240,7 @@ def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser,
         own.add_argument("--results", type=Path, default=ROOT / "records" / name / "results.jsonl")
         own.set_defaults(function=function)
         if function is not actions[-1]:
-            own.add_argument("--seeds", type=int, nargs="+", required=True)
+            own.add_argument("--seeds", type=seed_number, nargs="+", required=True)
             own.add_argument("--data", default=f"data/{name}")
             own.add_argument("--out_dir", default=f"logs/{name}")
     add[actions[0]].add_argument("--threads", type=positive, default=1)

@@ -19,7 +19,6 @@ full and ablate continue where they were cut off. After -- comes any script that
 flags. Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the
 repository."""
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -46,7 +45,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, command_line, positive  # noqa: E402
+from cli import Parser, UserError, command_line, given_flags, positive, seed_number, whole_number  # noqa: E402
 from distributed import World  # noqa: E402
 from terminal import say  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
@@ -100,8 +99,7 @@ class Row:
 
     def __init__(self, track: dict, command: list[str], folder: Path | None = None, is_record: bool = True):
         (script, *flags), folder = command, folder or Path(track["data"])
-        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")}
-        for flag in sorted(given & set(OURS)):
+        for flag in sorted(given_flags(flags) & set(OURS)):
             raise UserError(f"--{flag} is set by the track; after -- leave it out")
         self.track, self.script, self.flags = track, script, [f"--preset={track['preset']}", f"--data={folder}", *flags]
         self.recipe, self.config, self.hp = find_recipe(script, self.flags)
@@ -661,10 +659,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
 
 def at_least_two(text: str) -> int:
     """Rounds: one alone has no spread."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 2")
-    return number
+    return whole_number(text, 2)
 
 
 def parse(argv: list[str]):
@@ -681,7 +676,7 @@ def parse(argv: list[str]):
         flag("--record", action="store_true", help="the track's own tuning.jsonl instead, which a record is judged by")
     for function in (short, full, ablate):
         flag = add[function].add_argument
-        flag("--seeds", type=int, nargs="+", required=True, help="each is a run")
+        flag("--seeds", type=seed_number, nargs="+", required=True, help="each is a run")
         flag("--data", type=Path, help="the folder of shards (default: that of track.json); your own text in short")
     flag = add[short].add_argument
     flag("--name", required=True, help="of the line of results, for compare and curve")

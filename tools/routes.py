@@ -259,22 +259,16 @@ def plot_saturation(figure, routes, found):
 # Collecting
 
 
-def save_validation_routes(checkpoint_folder, data_folder, num_tokens: int, path: Path) -> str:
-    """Write the routes of a checkpoint on a folder's first validation tokens; returns a line about the file.
+def save_validation_routes(where, data_folder, num_tokens: int, path: Path) -> str:
+    """Write the routes of a model on a folder's first validation tokens; returns a line about the file.
 
-    Raises UserError."""
-    import checkpoint
+    where: as hub.load() takes it. Raises UserError."""
+    from tools import hub
 
-    net, manifest = checkpoint.load_model_from_run(checkpoint_folder, "cuda" if torch_has_cuda() else "cpu")
-    arrays = collect_validation_routes(net, manifest["encoding"], data_folder, num_tokens)
+    net = hub.load(where, hub.device())
+    arrays = collect_validation_routes(net, net.encoding, data_folder, num_tokens)
     write_routes(path, arrays)
     return f"{path}: {len(arrays['token_N']):,} tokens; draw them with `python logger.py --routes`"
-
-
-def torch_has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) -> dict:

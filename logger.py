@@ -400,6 +400,9 @@ class _EventSeconds:
 # -----------------------------------------------------------------------------
 # Reading
 
+NUMBER = (int, float, type(None))
+NUMERIC_KEYS = ("step", "train_time", "train/loss", "train/flops", "val/loss", "val/bpb")  # if they are in a row
+
 def read_run(folder) -> dict:
     """{"name": str, "config": dict, "rows": list of dicts} of a run's folder.
 
@@ -409,12 +412,19 @@ def read_run(folder) -> dict:
     folder = Path(folder)
     if not is_run(folder):
         raise UserError(f"{folder} holds no run; check --out_dir and --experiment_name")
-    config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    return {
-        "name": folder.name,
-        "config": read_json(config) if config.exists() else {},
-        "rows": read_rows(metrics) if metrics.exists() else [],
-    }
+    metrics = folder / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    return {"name": folder.name, "config": read_config(folder), "rows": rows}
+
+
+def read_config(folder) -> dict:
+    """config.json of a run's folder, {} before it is written. Raises UserError if it is damaged."""
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    for part in ("parameters", "hyperparameters", "model"):
+        if not isinstance(config.get(part, {}), dict):
+            raise UserError(f"{path} has no JSON object in {part!r}; restore it or delete it")
+    return config
 
 
 def is_run(folder) -> bool:
@@ -438,17 +448,49 @@ def read_rows(path) -> list[dict]:
     """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines."""
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    return parse_rows(path, lines, is_end=True)
+
+
+def parse_rows(path, lines, first_number: int = 1, is_end: bool = False) -> list[dict]:
+    """The JSON objects of some lines of a metrics.jsonl. Raises UserError, which names the line, for a damaged one.
+
+    is_end: the last line may be cut off, and is left out then."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first_number):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and all(isinstance(row.get(key), NUMBER) for key in NUMERIC_KEYS):
             rows.append(row)
-        elif number < len(lines):
-            raise UserError(f"{path} line {number} is not a JSON object: {line[:40]!r}; delete that line")
+        elif not is_end or line is not lines[-1]:
+            what = "a row of metrics" if isinstance(row, dict) else "a JSON object"
+            raise UserError(f"{path} line {number} is not {what}: {line[:40]!r}; delete that line")
     return rows
+
+
+class RunReader:
+    """Reads a run again and again while another process writes it, and parses only the lines that are new."""
+
+    def __init__(self, folder):
+        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+        self.rows, self.file_id, self.position = [], None, 0
+
+    def read(self) -> dict:
+        """The run as read_run() returns it, but without a last line that is still being written."""
+        if not self.path.exists():
+            return read_run(self.folder)
+        with explain_os_errors(self.path, "read"), open(self.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.position:  # a resumed run has replaced the file
+                self.rows, self.file_id, self.position = [], status.st_ino, 0
+            file.seek(self.position)
+            whole = file.read().rpartition(b"\n")[0]
+        if whole:
+            lines = whole.decode("utf-8", "replace").split("\n")
+            self.rows += parse_rows(self.path, lines, first_number=len(self.rows) + 1)
+            self.position += len(whole) + 1
+        return {"name": self.folder.name, "config": read_config(self.folder), "rows": self.rows}
 
 
 def get_columns(run, *keys) -> list[list]:

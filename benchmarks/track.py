@@ -440,7 +440,7 @@ def curve(args):
         ax = figure.subplots()
         for (name, runs), colour in zip(ends.items(), plots.COLOURS):
             values = [list(runs[seconds].values()) for seconds in both]
-            ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
+            ax.plot(both, list(map(statistics.mean, values)), color=colour, label=plots.plain(name))
             for seconds, points in zip(both, values):
                 ax.plot([seconds] * len(points), points, "o", color=colour)
         labels = [f"{seconds:g}" for seconds in both]

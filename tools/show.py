@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from cli import UserError
-from logger import format_table, is_run, read_run
+from logger import format_table, is_run
 from terminal import say
 from tools.plots import write_plots
-from tools.report import follow, follow_report, write_report
+from tools.report import follow, follow_report, keep_going, read_runs, write_report
 from tools.routes import list_routes_files, write_analysis
 
 
@@ -17,8 +17,7 @@ def show_runs(args):
     if args.routes:
         if not args.experiment_name:
             folders = list(filter(list_routes_files, folders)) or folders
-        for folder in folders:
-            write_analysis(folder, plots_folder)
+        keep_going(folders, lambda folder: write_analysis(folder, plots_folder))
         return
     if args.follow and args.html:
         print(f"{page}: open it once; it is rewritten until the runs end (Ctrl-C to stop)", flush=True)
@@ -32,7 +31,7 @@ def show_runs(args):
         return
 
     say(f"reading {len(folders)} run{'s' * (len(folders) > 1)} below {args.out_dir}")
-    runs = list(map(read_run, folders))
+    runs = read_runs(folders)
     print(format_table(runs), end="\n\n")
     if args.html:
         say("drawing the page")

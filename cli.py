@@ -189,7 +189,8 @@ def flag_name(action: argparse.Action) -> str:
     if not action.option_strings:
         return action.metavar or action.dest.upper()
     name = "--" + action.option_strings[-1].lstrip("-").replace("-", "_")
-    kinds = {"int": "N", "positive": "N", "seed_number": "N", "float": "X", "true or false": "BOOL", "Path": "PATH"}
+    kinds = dict.fromkeys(("int", "positive", "seed_number", "rank_count"), "N")
+    kinds |= {"float": "X", "true or false": "BOOL", "Path": "PATH"}
     value = action.metavar or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
     if action.nargs == "?":
         return f"{name} [{value}]" if action.metavar else name
@@ -269,7 +270,10 @@ def flag_type(annotation):
             return text.lower() in ("true", "1")
         if float in options and str in options:
             return float(text) if re.fullmatch(r"[-+.\de]+", text) else text
-        return options[0](text)
+        value = options[0](text)
+        if options[0] is int and abs(value) >= 2**63:
+            raise ValueError(text)
+        return value
 
     parse.__name__ = "true or false" if bool in options else options[0].__name__
     return parse
@@ -285,13 +289,18 @@ def seed_number(text: str) -> int:
     return whole_number(text, 0)
 
 
-def whole_number(text: str, least: int) -> int:
-    """An integer from `least` on that fits 63 bits."""
+def rank_count(text: str) -> int:
+    """A flag's type: a number of ranks, whose parts are listed one by one."""
+    return whole_number(text, 1, 2**14)
+
+
+def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
+    """An integer in these bounds."""
     number = int(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
-    if number >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:20]} is not below 2^63")
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not at most {most:,}")
     return number
 
 

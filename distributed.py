@@ -156,6 +156,13 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     return run_id
 
 
+def memory_bytes(device_type: str) -> int:
+    """All memory of this machine, or of the current GPU."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

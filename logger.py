@@ -444,14 +444,17 @@ def has_evaluation(folder, step: int) -> bool:
     return path.exists() and any(row.get("step") == step and "val/loss" in row for row in read_rows(path))
 
 
-def read_rows(path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines."""
+def read_rows(path, numeric=NUMERIC_KEYS) -> list[dict]:
+    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines.
+
+    numeric: keys whose values must be numbers.
+    """
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    return parse_rows(path, lines, is_end=True)
+    return parse_rows(path, lines, numeric, is_end=True)
 
 
-def parse_rows(path, lines, first_number: int = 1, is_end: bool = False) -> list[dict]:
+def parse_rows(path, lines, numeric=NUMERIC_KEYS, first_number: int = 1, is_end: bool = False) -> list[dict]:
     """The JSON objects of some lines of a metrics.jsonl. Raises UserError, which names the line, for a damaged one.
 
     is_end: the last line may be cut off, and is left out then."""
@@ -461,7 +464,7 @@ def parse_rows(path, lines, first_number: int = 1, is_end: bool = False) -> list
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and all(isinstance(row.get(key), NUMBER) for key in NUMERIC_KEYS):
+        if isinstance(row, dict) and all(isinstance(row.get(key), NUMBER) for key in numeric):
             rows.append(row)
         elif not is_end or line is not lines[-1]:
             what = "a row of metrics" if isinstance(row, dict) else "a JSON object"

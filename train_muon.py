@@ -43,7 +43,7 @@ import guards
 import logger
 import model
 from checkpoint import Saver, class_name, latest_valid_checkpoint, load_checkpoint
-from cli import Parser, UserError, add_flags, positive, require, with_flags
+from cli import Parser, UserError, add_flags, rank_count, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import cpu_has_bf16, synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
@@ -106,6 +106,7 @@ class TrainConfig:
             require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
         require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+        require(self, "sample_tokens", self.sample_tokens <= 10**5, "at most 100,000")
         require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
         devices = (None, "cpu", "cuda") if torch.cuda.is_available() else (None, "cpu")
         require(self, "device", self.device in devices, "one that this machine has: cpu, cuda or none")
@@ -828,6 +829,9 @@ def check(config: Config, hp: TrainConfig, world_size: int, device_type: str):
     if world_size % parts or config.num_experts % parts:
         legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
         raise UserError(f"expert_parallel is {parts}; it must {legal}")
+    needed, there = 4 * model.count_parameters(config)["total"] / parts, distributed.memory_bytes(device_type)
+    if needed > there:
+        raise UserError(f"the model's parameters take {needed / 2**30:,.0f} GiB of the {there / 2**30:,.0f} here")
     if device_type == "cuda":
         check_for_cuda(config, hp, hp.seq_len)
 
@@ -895,7 +899,7 @@ def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
         parser.add_switch(sink, f"feed the same numbers to {sink} besides")
     parser.add_switch("enable_profiling", "profile a few steps into profile/ and stop")
     parser.add_switch("plan", "print the model card and what --world_size ranks send, hold and compute")
-    parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
+    parser.add_argument("--world_size", "--world-size", type=rank_count, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.train_config, recipe.presets[preset])
     add_flags(parser, recipe.model_config, recipe.model_presets[preset])
     return parser

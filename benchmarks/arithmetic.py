@@ -101,7 +101,7 @@ def run(args):
         for name in args.models:
             if any(
                 (line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps)
-                for line in track.read_tuning(args.results)
+                for line in track.read_tuning(args.results, "seed", "model")
             ):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
@@ -227,7 +227,15 @@ def tables(lines: list[dict]) -> str:
 
 
 def table(args):
-    print(tables(track.read_tuning(args.results)))
+    print(tables(read_results(args.results, "model")))
+
+
+def read_results(path: Path, key: str) -> list[dict]:
+    """The lines of a file of results, each with a seed and this key. Raises UserError if there are none."""
+    lines = track.read_tuning(path, "seed", key)
+    if not lines:
+        raise UserError(f"{path} holds no results; make some with `run`, or name another file with --results")
+    return lines
 
 
 def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser, dict]:

@@ -126,7 +126,7 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
 def read_questions(path: Path) -> list[dict]:
     """Raises UserError where a line is not a question."""
     questions = []
-    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
+    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file in UTF-8", OSError, UnicodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         mend = f"{path}, line {number} is no question ({{error}}): mend or remove it"

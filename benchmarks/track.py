@@ -193,6 +193,8 @@ def shards_sha256(meta: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of results
 
+KEYS = ("name", "seeds", "steps", "script", "flags")  # of every line
+
 
 def results_file(args) -> Path:
     """The file of short's lines: the track's own with --record, else --results, else one in logs/."""
@@ -203,7 +205,7 @@ def results_file(args) -> Path:
 
 def read_results(args) -> list[dict]:
     """The lines that compare and curve read: the file of results, then the track's own where a name is not in it."""
-    mine, listed = read_tuning(results_file(args)), read_tuning(ROOT / args.track / "tuning.jsonl")
+    mine, listed = (read_tuning(file, *KEYS) for file in (results_file(args), ROOT / args.track / "tuning.jsonl"))
     names = {line["name"] for line in mine}
     return mine if args.record or args.results else mine + [line for line in listed if line["name"] not in names]
 
@@ -213,8 +215,13 @@ def shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def read_tuning(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def read_tuning(log: Path, *keys: str) -> list[dict]:
+    """The lines of a file of results, [] if there is none. Raises UserError for a line that lacks one of the keys."""
+    lines = logger.read_rows(log, numeric=()) if log.exists() else []
+    for number, line in enumerate(lines, 1):
+        if missing := [key for key in keys if key not in line]:
+            raise UserError(f"{log} line {number} is no result, as it lacks {missing[0]!r}; remove it")
+    return lines
 
 
 def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict],
@@ -279,7 +286,7 @@ def short(args):
     track["threads"] = args.threads or track.get("threads")
     if args.row and not args.record:
         raise UserError("--row names a row of the record's budget; it needs --record")
-    row, lines = Row(track, args.command, args.data, args.record), read_tuning(log)
+    row, lines = Row(track, args.command, args.data, args.record), read_tuning(log, *KEYS)
     check_budget(args, track, lines)
     earlier = [line for line in lines if line["name"] == args.name]
     step_ms, steps = None, args.steps or next((line["steps"] for line in earlier), None)
@@ -510,7 +517,7 @@ def ablate(args):
     track["threads"] = args.threads or track["threads"]
     for seed in args.seeds:
         for name, row in rows.items():
-            lines = [line for line in read_tuning(log) if line["name"] == name]
+            lines = [line for line in read_tuning(log, *KEYS) if line["name"] == name]
             steps = ablation_steps(track, timing, name)
             if any((line["flags"], line["steps"]) != (row.facts["flags"], steps) for line in lines):
                 where = f"{name!r} is in {log} with other flags or steps than the plan's"
@@ -522,7 +529,7 @@ def ablate(args):
             with tempfile.TemporaryDirectory() as folder:
                 print(name, flush=True)
                 append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, None)
-    print(ablation_table(plan, track, timing, read_tuning(log)))
+    print(ablation_table(plan, track, timing, read_tuning(log, *KEYS)))
 
 
 def ablation_commands(plan: dict) -> dict[str, list[str]]:

@@ -3,7 +3,6 @@ routes."""
 
 import codecs
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 import data
 from cli import Parser, UserError, add_flags, command_line, given_flags, positive, seed_number
+from distributed import memory_bytes
 from model import DTYPES, PRESETS, Config
 from tools import cost, hub, routes
 
@@ -125,13 +125,9 @@ def sample(args: dict):
 
 def check_memory(net, rows: int, tokens: int):
     """Raises UserError if the keys and values of so many tokens exceed the memory of the device."""
-    config, device = net.config, net.head.device
+    config = net.config
     per_token = 16 + 2 * config.n_layer * config.n_head * config.head_dim * DTYPES[config.dtype].itemsize
-    needed = rows * tokens * per_token
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = rows * tokens * per_token, memory_bytes(net.head.device.type)
     if needed > there:
         raise UserError(f"the keys and values of {rows:,} x {tokens:,} tokens take {needed / 2**30:,.0f} GiB, and "
                         f"this device has {there / 2**30:,.0f}; lower --max_new_tokens or --num_samples")  # fmt: skip

@@ -225,7 +225,7 @@ def load_meta(folder):
 def describe_missing(folder):
     """Sentence on a folder without shards: the folders beside it and in data/ that hold some, or how to fill it."""
     places = (Path(folder).parent, Path("data"))
-    is_mixture = lambda path: (path / "meta.json").exists() and shard_folders(path)
+    is_mixture = lambda path: os.path.exists(path / "meta.json") and shard_folders(path)
     found = {path for place in places for path in place.glob("*/") if has_shards(path) or is_mixture(path)}
     named_by_preset = Path(folder).name in ("python", "fineweb")  # other names may be mistyped
     mend = f"run {prepare_commands(folder)}" if named_by_preset or not found else "prepare it with `python data.py`"
@@ -302,7 +302,9 @@ def listed_sha256(folder):
 
 
 def has_shards(folder):
-    return any(split_of(path.name) for path in folder.glob("*.bin"))
+    """Whether a folder holds shards of its own. Raises UserError if its name is one that no folder can have."""
+    with as_data_error(f"{folder} cannot be read ({{error}}): choose another folder", OSError):
+        return any(split_of(path.name) for path in folder.glob("*.bin"))
 
 
 def shard_folders(folder):

@@ -12,7 +12,6 @@ benchmarks/requirements-harness.txt`, and the internet for its data sets.
 Every text starts after an end-of-text token, as in training, and none sees another.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
-from cli import UserError, command_line, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
@@ -254,12 +253,10 @@ MEASURES = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="evaluate.py", description=__doc__)
     which = parser.add_subparsers(required=True, metavar="bpb|choices|harness")
     for name, (what, measure) in MEASURES.items():
-        part = which.add_parser(name, help=what, allow_abbrev=False)
+        part = which.add_parser(name, help=what, description=what)
         part.set_defaults(measure=measure)
         part.add_argument("--checkpoint", required=True, metavar="WHERE")
         if measure is not measure_harness:

@@ -1312,7 +1312,7 @@ def test_variables_of_ranks_that_do_not_fit_are_one_sentence(variables, shards, 
 
 def test_under_torchrun_the_sentence_is_the_first_and_the_last_thing_said(tmp_path):
     """Between them is torchrun's own traceback, which it always prints, and no entry for another rank."""
-    done = torchrun(3, ROOT / "train_muon.py", "--preset", "cpu", "--data", tmp_path / "nothing")
+    done = torchrun(2, ROOT / "train_muon.py", "--preset", "cpu", "--data", tmp_path / "nothing")
     assert done.returncode == 1
     head, _, summary = done.stderr.partition("Traceback (most recent call last)")
     assert head.count(f"train_muon.py: error: rank 0: {tmp_path}/nothing holds no token shards") == 1

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seq_len", "--seq-len", type=positive,
                         help="tokens per row on the card (default: the window)")
     parser.add_argument("--checkpoint", metavar="WHERE",
-                        help="a run's folder or its checkpoint folder, a folder of --save_pretrained, or hf://user/name")
+                        help="a run's folder, a folder of --save_pretrained, or hf://user/name")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256,
                         help="length of the sample")

@@ -103,14 +103,14 @@ class Config:
             require(self, name, getattr(self, name) in table, "one of " + ", ".join(table))
         for name, letters in self.letters().items():
             value = getattr(self, name)
-            legal = "a string of the letters " + " ".join(letters)
-            require(self, name, value != "" and set(value) <= set(letters), legal)
+            require(self, name, value and set(value) <= set(letters), f"a string of the letters {' '.join(letters)}")
         require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
+        require(self, "n_layer", self.n_layer <= 10_000, "at most 10,000")
         half = self.n_layer // 2
         require(self, "value_embeds", 0 <= self.value_embeds <= half, f"from 0 to n_layer // 2 = {half}")
         require(self, "head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
-        require(self, "n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        require(self, "n_embd", self.n_embd % 8 == 0 and self.n_embd < 2**20, "a multiple of 8 below 2^20")  # 16 bytes
         require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         require(self, "top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         width = self.mlp_ratio * self.n_embd / self.equal_experts

@@ -8,6 +8,7 @@ where they are used.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import re
@@ -76,7 +77,7 @@ def tiktoken_encoding(name):
         raise UserError(too_large)
     no_ranks = f"the ranks of encoding {name} cannot be downloaded ({{error}}): connect to the internet once, point " \
                "TIKTOKEN_CACHE_DIR at a filled cache, or choose --encoding bytes"
-    with as_data_error(no_ranks, Exception):  # requests' errors, OSError and a wrong hash share no base class
+    with as_data_error(no_ranks, Exception), request_timeout():  # their errors share no base class
         bpe = tiktoken.get_encoding(name)
     if bpe.max_token_value > 65535:
         raise UserError(too_large)
@@ -100,6 +101,17 @@ def tiktoken_encoding(name):
         return encode_in_parts(document.decode("utf-8", "replace"), encode, vocab)
 
     return Encoding(name, vocab, bpe.eot_token, encode_document)
+
+
+@contextlib.contextmanager
+def request_timeout(seconds=3):
+    """Gives requests.get, with which tiktoken downloads, a limit on each wait for the network; it has none."""
+    import requests  # tiktoken depends on it
+    get, requests.get = requests.get, functools.partial(requests.get, timeout=seconds)
+    try:
+        yield
+    finally:
+        requests.get = get
 
 
 MAX_BLANKS = 2**18  # tiktoken's regular expression fails between 500,000 and 1,000,000 blanks in a row

@@ -12,7 +12,6 @@ benchmarks/requirements-harness.txt`, and the internet for its data sets.
 Every text starts after an end-of-text token, as in training, and none sees another.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import tokenizer  # noqa: E402
-from cli import UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
@@ -127,7 +126,7 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
 def read_questions(path: Path) -> list[dict]:
     """Raises UserError where a line is not a question."""
     questions = []
-    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
+    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file in UTF-8", OSError, UnicodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         mend = f"{path}, line {number} is no question ({{error}}): mend or remove it"
@@ -255,12 +254,10 @@ MEASURES = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="evaluate.py", description=__doc__)
     which = parser.add_subparsers(required=True, metavar="bpb|choices|harness")
     for name, (what, measure) in MEASURES.items():
-        part = which.add_parser(name, help=what, allow_abbrev=False)
+        part = which.add_parser(name, help=what, description=what)
         part.set_defaults(measure=measure)
         part.add_argument("--checkpoint", required=True, metavar="WHERE")
         if measure is not measure_harness:
@@ -277,16 +274,14 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+@command_line("evaluate.py")
 def main():
     args = parse()
-    try:
-        model = hub.load(args.checkpoint, hub.device())
-        objective = getattr(model.config, "objective", "next")
-        if objective != "next":
-            raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
-        args.measure(hub.for_inference(model), tokenizer.get_encoding(model.encoding), args)
-    except UserError as error:
-        sys.exit(f"evaluate.py: error: {error}")
+    model = hub.load(args.checkpoint, hub.device())
+    objective = getattr(model.config, "objective", "next")
+    if objective != "next":
+        raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
+    args.measure(hub.for_inference(model), tokenizer.get_encoding(model.encoding), args)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import tokenizer  # noqa: E402
-from cli import (  # noqa: E402
-    Parser,
-    UserError,  # noqa: E402
-    positive,
-)
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import sources  # noqa: E402
 
 
@@ -90,6 +86,7 @@ def plain(paths: list[str], encoding: str) -> tuple[float, int, dict[str, str]]:
     return seconds, tokens, {split: digest.hexdigest() for split, digest in digests.items()}
 
 
+@command_line("tokenise.py")
 def main():
     parser = Parser(prog="tokenise.py", description="data.py beside plain tiktoken in one thread.")
     parser.add_argument("--path", nargs="+", required=True, help="text files or folders")
@@ -98,21 +95,18 @@ def main():
     parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args()
     paths = [str(Path(path).resolve()) for path in args.path]
-    try:
-        for i in range(args.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                seconds, peak, ids = ours(paths, args.encoding, args.num_proc, Path(folder) / "out")
-            plain_seconds, tokens, plain_ids = plain(paths, args.encoding)
-            if ids != plain_ids:
-                raise UserError("the ids differ from tiktoken's: this is a bug of data.py")
-            print(
-                f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
-                f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
-                f"ratio {plain_seconds / seconds:.2f}",
-                flush=True,
-            )
-    except (UserError, OSError) as error:
-        sys.exit(f"tokenise.py: error: {error}")
+    for i in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, peak, ids = ours(paths, args.encoding, args.num_proc, Path(folder) / "out")
+        plain_seconds, tokens, plain_ids = plain(paths, args.encoding)
+        if ids != plain_ids:
+            raise UserError("the ids differ from tiktoken's: this is a bug of data.py")
+        print(
+            f"round {i}: {tokens:,} tokens, equal ids; data.py {tokens / seconds:,.0f} tokens/s in all ({seconds:.1f} s, "
+            f"{peak / 2**20:,.0f} MiB); tiktoken in one thread {tokens / plain_seconds:,.0f} tokens/s; "
+            f"ratio {plain_seconds / seconds:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

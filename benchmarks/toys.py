@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import zoo  # noqa: E402
-from cli import Parser  # noqa: E402
+from cli import Parser, command_line, positive  # noqa: E402
 from ops import norm  # noqa: E402
 from tools import sources  # noqa: E402
 from zoo import GPT, Config  # noqa: E402
@@ -371,12 +371,13 @@ def recover(args):
             )
 
 
+@command_line("toys.py")
 def main():
     parser = Parser(prog="toys.py", description="Toys whose right answer is known.")
     actions = parser.add_subparsers(dest="action", required=True)
     add = actions.add_parser("count")
     add.add_argument("--halt", nargs="+", choices=[name for name in HALTS if name != "none"], default=list(COEFS))
-    add.add_argument("--steps", type=int, default=1500)
+    add.add_argument("--steps", type=positive, default=1500)
     add.set_defaults(function=count)
     add = actions.add_parser("route")
     add.add_argument(
@@ -385,12 +386,12 @@ def main():
     add.add_argument(
         "--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal", "straight_through"]
     )
-    add.add_argument("--steps", type=int, default=1500)
+    add.add_argument("--steps", type=positive, default=1500)
     add.set_defaults(function=route)
     add = actions.add_parser("recover")
     add.add_argument("--controller", nargs="+", choices=list(CONTROLLERS), default=["learned", "linear", "mlp", "lstm"])
     add.add_argument("--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal"])
-    add.add_argument("--steps", type=int, default=400)
+    add.add_argument("--steps", type=positive, default=400)
     add.set_defaults(function=recover)
     args = parser.parse_args()
     args.function(args)

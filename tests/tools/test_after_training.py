@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -275,6 +276,111 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     check_same_model(net, hub.load(tmp_path / "again"))
     model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "again")  # over an earlier folder
     assert "## The run" in (tmp_path / "again/README.md").read_text()
+
+
+def test_saving_replaces_only_its_own_files(run, tmp_path):
+    shared = tmp_path / "shared"
+    (shared / ".git").mkdir(parents=True)  # a repository that is still empty
+    (shared / ".git/HEAD").write_text("ref: refs/heads/main")
+    model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", shared)
+    ours = {path.name: path.read_bytes() for path in shared.iterdir() if path.is_file()}
+    assert "## The run" in ours["README.md"].decode() and len(ours) == 4
+    (shared / "notes.txt").write_text("years of work")
+    (shared / "onnx").mkdir()
+    (shared / "model.safetensors").write_bytes(b"half a file")
+    done = model_cli("--checkpoint", run, "--save_pretrained", shared)  # the run's folder serves as well
+    assert {path.name: path.read_bytes() for path in shared.iterdir() if path.name in ours} == ours
+    assert (shared / "notes.txt").read_text() == "years of work" and (shared / "onnx").is_dir()
+    assert (shared / ".git/HEAD").read_text() == "ref: refs/heads/main" and "notes.txt" not in done.stdout
+    assert len(list(shared.iterdir())) == len(ours) + 3, "a temporary file is left"
+
+
+def test_a_folder_of_another_program_is_not_taken(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    refused = model_cli("--checkpoint", run, "--save_pretrained", tmp_path, expect=1)
+    assert "already holds other files" in sentence(refused)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+    (tmp_path / "file").write_text("mine")
+    assert "file" in sentence(model_cli("--checkpoint", run, "--save_pretrained", tmp_path / "file", expect=1))
+
+
+def test_a_shared_model_keeps_the_section_of_its_run(run, tmp_path):
+    for source, target in ((run, "one"), (tmp_path / "one", "two"), (tmp_path / "two", "two")):
+        model_cli("--checkpoint", source, "--save_pretrained", tmp_path / target)
+    one, two = ((tmp_path / name / "README.md").read_text().partition("## The run") for name in ("one", "two"))
+    assert one[2] == two[2] and "| bits/byte |" in two[2] and f"{tmp_path}/two" in two[0] and f"{tmp_path}/one" not in two[0]
+    assert (tmp_path / "one/val_loss.png").read_bytes() == (tmp_path / "two/val_loss.png").read_bytes()
+    (tmp_path / "one/README.md").unlink()
+    done = model_cli("--checkpoint", tmp_path / "one", "--save_pretrained", tmp_path / "three")
+    assert "the card of" in sentence(done) and "## The run" not in (tmp_path / "three/README.md").read_text()
+
+
+def test_routes_of_a_shared_folder_are_those_of_its_run(run, tmp_path):
+    model_cli("--checkpoint", run, "--save_pretrained", tmp_path / "shared")
+    shards = run.parents[1] / "words"
+    for where, file in ((run / "checkpoint", "a.npz"), (tmp_path / "shared", "b.npz")):
+        model_cli("--checkpoint", where, "--routes", tmp_path / file, "--data", shards, "--tokens", 200)
+    a, b = (np.load(tmp_path / file) for file in ("a.npz", "b.npz"))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--prompt hi", "--prompt needs --checkpoint"), ("--max_new_tokens=9", "--max_new_tokens needs --checkpoint"),
+    ("--seed 1", "--seed needs --checkpoint"), ("--checkpoint RUN --preset cpu", "--preset names a model, and a checkp"),
+    ("--checkpoint RUN --seq-len 8", "seq_len is a field of a preset's card"),
+    ("--checkpoint RUN --n_embd 64", "leave --n_embd or --checkpoint out"),
+    ("--checkpoint RUN --push_to_hub a/b --prompt hi", "--prompt samples a text, and --push_to_hub does not"),
+    ("--checkpoint RUN --data x", "--data goes with --routes"),
+    ("--checkpoint RUN/../typo", "typo holds no checkpoint; runs beside it that do: muon"),
+    ("--checkpoint RUN --max_new_tokens 100000000000", "100,000,000,0"), ("--checkpoint RUN --num_samples=10000000000", "lower"),
+])  # fmt: skip
+def test_flags_that_do_not_go_together_are_one_sentence(words, said, run):
+    assert said in sentence(model_cli(*words.replace("RUN", str(run)).split(), expect=1))
+
+
+@pytest.mark.parametrize("seed", (2**64, 10**30, -1))
+def test_a_seed_that_no_generator_takes_is_one_sentence(seed, run):
+    assert "argument --seed: " in sentence(model_cli("--checkpoint", run, "--seed", seed, expect=2))
+
+
+def test_a_hub_that_does_not_answer_is_tried_once(tmp_path):
+    """By a connection alone; no request is sent, and the libraries of the Hub make none."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # not listening: connections are refused
+        nowhere = dict(HF_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="")
+        code = ("import socket; tried, connect = [], socket.socket.connect\n"
+                "def count(self, address): tried.append(address); return connect(self, address)\n"
+                "socket.socket.connect = count\n"
+                "from tools import generate, prepare\n"
+                "commands = [(generate, '--checkpoint hf://me/tiny'), (prepare, '--out OUT'),\n"
+                "            (prepare, '--source hf --dataset a/b --encoding bytes --out OUT'),\n"
+                "            (prepare, '--source domains --encoding bytes --out OUT')]\n"
+                "for module, words in commands:\n"
+                "    try: module.main(words.replace('OUT', OUT).split())\n"
+                "    except SystemExit as end: print(end.code if isinstance(end.code, str) else '')\n"
+                "print(len(tried))").replace("OUT)", f"{str(tmp_path / 'out')!r})")  # fmt: skip
+        done = python("-c", code, **nowhere)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+    assert done.stdout.split()[-1] == "1" and len(said) == 4, done
+    assert all("network" in line or "connection" in line for line in said)
+
+
+def test_ranks_that_cannot_be_downloaded_are_waited_for_briefly(tmp_path, monkeypatch):
+    import requests
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    waits = []
+
+    def note(self, request, **options):
+        waits.append(options["timeout"])
+        raise requests.exceptions.ReadTimeout("the server does not answer")
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", note)
+    with pytest.raises(UserError, match="cannot be downloaded .the server does not answer.: connect to the internet"):
+        tokenizer.get_encoding("p50k_edit")  # that no other test has loaded
+    assert waits == [3]
+    assert not isinstance(requests.get, functools.partial), "the limit is taken back"
 
 
 @pytest.mark.parametrize("changes", (dict(tie_embeddings=True), dict(pattern="D"), dict(depth="loop", loops=2),

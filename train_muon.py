@@ -856,32 +856,36 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError.
 
     Flags change the preset's settings; with --resume and no --preset, those of the run in its folder."""
-    first = Parser(prog=recipe.script, add_help=False)  # flags that set the defaults of others
-    first.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model")
-    first.add_argument("--experiment_name", "--experiment-name", type=logger.run_name, default=recipe.name,
-                       help="folder below out_dir")  # fmt: skip
-    first.add_switch("resume", "go on from the last checkpoint of this experiment, with its flags")
-    place = Parser(prog=recipe.script, add_help=False, parents=[first])
-    place.add_argument("--out_dir", "--out-dir", default=recipe.train_config.out_dir)
-
-    args = place.parse_known_args(argv)[0]
+    early = Parser(prog=recipe.script, add_help=False, parents=[deciding_flags(recipe)])
+    early.add_argument("--out_dir", "--out-dir", default=recipe.train_config.out_dir)
+    args = early.parse_known_args(argv)[0]
     preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
     resumed = args.resume and not args.preset
     saved = settings.saved_fields(Path(args.out_dir) / args.experiment_name, recipe) if resumed else {}
-    parser = flag_parser(recipe, first, preset)
+    parser = flag_parser(recipe, preset)
     parser.set_defaults(preset=preset, **saved)
     args = parser.parse_args(argv)
     return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 
-def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
+def deciding_flags(recipe: Recipe) -> Parser:
+    """Flags on which the defaults of the others depend."""
+    parser = Parser(prog=recipe.script, add_help=False)
+    parser.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model")
+    parser.add_argument("--experiment_name", "--experiment-name", type=logger.run_name, default=recipe.name,
+                        help="folder below out_dir")  # fmt: skip
+    parser.add_switch("resume", "go on from the last checkpoint of this experiment, with its flags")
+    return parser
+
+
+def flag_parser(recipe: Recipe, preset: str) -> Parser:
     """Every flag of a training script; its help shows the values of the preset."""
     script, experiment = recipe.script, f"--experiment_name {recipe.name}"
     calls = (f"python {script} {experiment}", f"python {script} {experiment} --resume",
              f"torchrun --standalone --nproc_per_node=8 {script} {experiment}", f"python {script} --plan")  # fmt: skip
     about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
-    parser = Parser(prog=script, description=about, parents=[parent], examples=calls, first=first)
+    parser = Parser(prog=script, description=about, parents=[deciding_flags(recipe)], examples=calls, first=first)
     for sink in logger.SINKS:
         parser.add_switch(sink, f"feed the same numbers to {sink} besides")
     parser.add_switch("enable_profiling", "profile a few steps into profile/ and stop")

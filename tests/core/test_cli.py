@@ -16,6 +16,7 @@ import pytest
 import cli
 import logger
 import model
+import settings
 import train_muon
 import train_zoo
 from benchmarks import (
@@ -112,7 +113,7 @@ def test_a_flag_of_another_script_names_that_script(capsys):
 
 
 def test_every_common_name_leads_to_a_flag_and_names_none_of_ours():
-    parsers = [train_muon.flag_parser(recipe, cli.Parser(prog="x.py", add_help=False), "cpu") for recipe in (MUON, ADAMW)]
+    parsers = [train_muon.flag_parser(recipe, "cpu") for recipe in (MUON, ADAMW)]
     trained = {name for parser in parsers for name in cli.known_flags(parser)}
     elsewhere = "prompt path checkpoint max_new_tokens tokens out num_proc encoding".split()
     for theirs, ours in cli.COMMON_NAMES.items():
@@ -124,7 +125,7 @@ def test_every_comment_behind_a_field_is_one_line():
     """The help of a flag is read from the line of its field, so no formatter may wrap that line."""
     source = inspect.getsource(model.Config).partition("def __post_init__")[0]
     assert not [line for line in source.splitlines() if line.rstrip().endswith("= (")]
-    assert "normalised" in cli.field_notes(model.Config)["norm_topk_prob"]
+    assert "top-1" in cli.field_notes(model.Config)["norm_topk_prob"]
 
 
 def test_flags_that_were_given_replace_fields():
@@ -343,4 +344,4 @@ def test_more_experts_or_layers_than_fit_are_one_sentence(tmp_path, monkeypatch)
         train_zoo.main()
     config, hp, _ = train_muon.parse(MUON, ["--preset=cpu", "--vocab_size=9000000000"])
     with pytest.raises(cli.UserError, match=r"parameters take 21,458 GiB of the \d+ here"):
-        train_muon.check(config, hp, 1, "cpu")
+        settings.check(config, hp, 1, "cpu")

@@ -128,7 +128,7 @@ def packed_context(ctx, letter: str, packed: PackedTokens, inputs: MaskInputs, h
         previous_logits_TE=None if previous_TE is None else packed.gather(previous_TE.view(B, T, -1)).flatten(0, 1),
         valid_BT=packed.valid_BQ if ctx.valid_BT is None else packed.valid_BQ & packed.gather(ctx.valid_BT),
         target_expert_BT=gather_if(ctx.target_expert_BT),
-        log_visible_BT=None if ctx.log_visible_BT is None else mask.mask[:, 0].sum(-1).log(),
+        log_visible_BT=None if ctx.log_visible_BT is None else mask.visible_keys().log(),
     )
 
 

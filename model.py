@@ -685,9 +685,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
         """Update the load window and selection bias; call after each optimizer step with the global batch's counts."""
-        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
-        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
-        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
+        total_L1, E = counts_LE.sum(-1, keepdim=True), counts_LE.size(-1)
+        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], (counts_LE / total_L1.clamp(min=1))[None].float()]))
+        self.bias_LE += self.config.bias_update_factor * (total_L1 - E * counts_LE).sign()  # counts: even load gives 0
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model import PARAMETER_RULES, ParameterRule, constant
 from ops import linear_fp32, norm
 from zoo.config import TABLES, Config
+from zoo.stats import mean_over
 
 
 class HaltState(NamedTuple):
@@ -50,7 +51,8 @@ class NoHalt(nn.Module):
         """Hidden states to go on with, each with its tokens' weights in the loss."""
         return [(x_BTD, None)]
 
-    def cost(self, state: HaltState) -> Tensor | float:
+    def cost(self, state: HaltState, valid_BT: Tensor | None) -> Tensor | float:
+        """Mean cost of the tokens that are not padding."""
         return 0.0
 
 
@@ -74,8 +76,8 @@ class Halt(NoHalt):
         changes |= dict(all_active=all_active, none_active=count == 0)
         return state._replace(active_BT=active_BT, loops_BT=loops_BT, **changes)
 
-    def cost(self, state: HaltState) -> Tensor:
-        return state.cost_BT.mean()
+    def cost(self, state: HaltState, valid_BT: Tensor | None) -> Tensor:
+        return mean_over(state.cost_BT.flatten(), None if valid_BT is None else valid_BT.flatten())
 
 
 class ACT(Halt):

@@ -1241,6 +1241,16 @@ def test_bias_moves_against_the_load_and_stays_centred():
     assert net.bias_LE.mean(1).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("E", (3, 6, 7, 11))
+def test_an_even_load_moves_no_bias(E):
+    """Shares such as 1/6 do not sum to exactly 1, and the sign of what rounding leaves is a whole step."""
+    net = core(num_experts=E, top_k=1, mlp_ratio=1.0, bias_update_factor=0.1)
+    net.bias_LE.zero_()
+    for count in (100, 333, 1000):
+        net.balance(torch.full((4, E), count))
+        assert (net.bias_LE == 0).all(), count
+
+
 def test_bias_evens_out_the_load_of_a_skewed_router():
     """The wrong sign would starve experts; the right one brings every load near the mean."""
     net, x = core(3, bias_update_factor=0.005, n_layer=1, value_embeds=0).eval(), text(8, 32, 4)

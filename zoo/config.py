@@ -165,8 +165,8 @@ class Config(model.Config):
 
     def rope_spec(self, layer: int) -> tuple[str, float]:
         """A layer's letter of ROTARIES, and the factor on its frequencies."""
-        letter = self.per_layer("rotary")[layer]
-        return letter, LETTERS["rotary"][letter].speed(self.per_layer("window")[layer])
+        letter, windows = self.per_layer("rotary")[layer], self.per_layer("window")
+        return letter, LETTERS["rotary"][letter].speed(windows[layer], windows)
 
 
 def as_zoo(config: model.Config) -> Config:

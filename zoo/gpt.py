@@ -264,17 +264,18 @@ class GPT(model.GPT):
         """As model.GPT. Every iteration of a loop counts, though tokens may halt early; a pool counts at even use."""
         config = self.config
         runs, weights, keys = config.layer_runs, 0.0, 0.0
+        row_tokens = (seq_len + config.num_meta_tokens) / seq_len  # the others share the cost of meta-tokens
         for name, parameter in self.named_parameters():
             if self.is_in_matmul(name):
-                weights += parameter.numel() * self.active_share(name) * self.runs_of(name)
+                tokens = 1 if parameter is self.head else row_tokens  # meta-tokens have no logits
+                weights += tokens * parameter.numel() * self.active_share(name) * self.runs_of(name)
         router_head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, over a layer's width
         letters = zip(config.per_layer("attention"), config.per_layer("window"), config.per_layer("pattern"), runs)
         for attention, window, pattern, times in letters:
             heads = (attention != "-") + router_head * (pattern == "M" and config.router == "attention")
             layer_keys = self.objective.mean_keys(model.mean_keys(config, window, seq_len)) + config.num_meta_tokens
-            keys += times * heads * layer_keys
-        row_tokens = seq_len + config.num_meta_tokens  # the cost of meta-tokens is shared by the others
-        return (6 * weights + 12 * keys * config.n_head * config.head_dim) * row_tokens / seq_len
+            keys += row_tokens * times * heads * layer_keys
+        return 6 * weights + 12 * keys * config.n_head * config.head_dim
 
     def runs_of(self, name: str) -> float:
         """Uses of a parameter in one token's forward pass."""

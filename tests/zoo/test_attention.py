@@ -171,6 +171,13 @@ def test_wavelet_layers_rotate_by_the_same_angle_within_their_windows():
     assert [dataclasses.replace(config, rotary="H").rope_spec(layer)[1] for layer in range(4)] == [1.0] * 4
 
 
+@pytest.mark.parametrize("window, want", (("L", [1.0] * 4), ("E", [1.0] * 4), ("LS", [0.5, 1.0] * 2),
+                                          ("SSSE", [0.25, 0.25, 0.25, 1.0]), ("LLLLE", [1.0] * 4)))  # fmt: skip
+def test_the_shortest_window_in_use_has_speed_one(window, want):
+    config = zoo.Config(**TINY | dict(rotary="W", window=window, window_size=96))
+    assert [config.rope_spec(layer)[1] for layer in range(4)] == want
+
+
 # -----------------------------------------------------------------------------
 # Keys and values: latent, shared
 
@@ -360,7 +367,11 @@ def test_meta_tokens_are_counted_in_flops_and_memory():
     plain, more = (zoo.Config(**TINY | dict(num_meta_tokens=n)) for n in (0, 10))
     T = 40
     keys = 12 * 4 * 10 * 32  # in 4 layers every token has 10 more keys
-    assert model.flops_per_token(more, T) == pytest.approx((model.flops_per_token(plain, T) + keys) * (T + 10) / T)
+    head = 6 * 64 * 32  # no logits are computed of meta-tokens
+    blocks = model.flops_per_token(plain, T) - head
+    assert model.flops_per_token(more, T) == pytest.approx((blocks + keys) * (T + 10) / T + head)
+    tied = dataclasses.replace(more, tie_embeddings=True)
+    assert model.flops_per_token(tied, T) == pytest.approx(model.flops_per_token(more, T))
     assert cost.saved_bytes(more, 512, 10) > cost.saved_bytes(plain, 512, 0) * 1.01
 
 

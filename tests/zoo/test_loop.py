@@ -5,6 +5,7 @@ CPU, no network: `pytest tests/zoo/test_loop.py`.
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ from cli import UserError
 from ops import norm
 from tools import cost
 from zoo.block import RESIDUALS
-from zoo.halting import HALTS, Ponder
+from zoo.halting import HALTS, HaltState, Ponder
 from zoo.loop import LOOP_KEYS, LoopKeys
 from zoo.stats import neg_entropy
 
@@ -157,6 +158,27 @@ def test_ponder_weights_losses_by_halting_probabilities():
         divergence = sum((p * (p / q).log()).mean() for p, q in zip(halts_at, prior))
         found = net(x, y)
     assert far(found.stats["ce"], want) < 1e-5 and far(found.loss, want + 0.3 * divergence) < 1e-5
+
+
+@pytest.mark.parametrize("prior, loops", ((0.9, 46), (0.999, 60), (1e-6, 3)))
+def test_ponders_cost_is_finite_where_its_prior_underflows(prior, loops):
+    """The divergence from the prior, in float64, of a token that halts with probability 1/2 in each iteration."""
+    rule, new = Ponder(zoo.Config(**TINY | LOOP | dict(halt="ponder", ponder_prior=prior, loops=loops))).train(), None
+    with torch.no_grad():
+        rule.weight.zero_(), rule.bias.zero_()
+    rule.bias.requires_grad_()
+    new = torch.randn(1, 2, 32, generator=rng())
+    state = HaltState.initial(new)
+    for loop in range(loops):
+        _, state = rule(new, new, state, loop + 1 == loops, None)
+    halts = [0.5 ** (n + 1) for n in range(loops - 1)] + [0.5 ** (loops - 1)]
+    log_prior = [math.log(prior) + n * math.log1p(-prior) for n in range(loops - 1)]
+    log_prior += [(loops - 1) * math.log1p(-prior)]
+    want = sum(p * (math.log(max(p, 1e-8)) - q) for p, q in zip(halts, log_prior))
+    cost = rule.cost(state, None)
+    assert cost.item() == pytest.approx(want, rel=1e-4)
+    (slope,) = torch.autograd.grad(cost, [rule.bias])
+    assert slope.isfinite() and slope != 0
 
 
 @pytest.mark.parametrize("halt", RULES)

@@ -212,7 +212,7 @@ class GPT(model.GPT):
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean(z_losses := [s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
-            "router_loss": losses,
+            "router_loss": losses, "depth_loss": zero + trunk.loss,  # the second is part of the first
             "counts_LE": torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long(),
             "domain_loss": sum(s.share * s.domain_loss for s in stats) / max(len(stats), 1) + zero,
         }

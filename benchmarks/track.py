@@ -589,8 +589,8 @@ def full(args):
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"
     begun = logger.read_json(config_file) if config_file.exists() else None
-    same = begun and begun["track"] | {"source_sha256": facts["source_sha256"]} == facts and sources_are_those_of(partial)
-    if begun and not same:
+    same_facts = begun and begun["track"] | {"source_sha256": facts["source_sha256"]} == facts
+    if begun and not (same_facts and sources_are_those_of(partial)):
         raise UserError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
     for seed in args.seeds:
         if (partial / f"seed{seed}.jsonl").exists():

@@ -65,8 +65,7 @@ class GPT(model.GPT):
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """As model.GPT; the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 / eta.
-        Exits have none, and the others' loads are shares of what does not go to exits."""
+        """As model.GPT, without exits; the bias moves after bias_update_threshold tokens, to loads like 1 / eta."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
         mean = lambda x_LE: (self.balanced_E * x_LE).sum(-1, keepdim=True) / self.balanced_E.sum()
@@ -200,26 +199,27 @@ class GPT(model.GPT):
 
     def summary(self, trunk: TrunkOutput, T: int, real_B: Tensor | None = None) -> dict[str, Tensor]:
         """As model.GPT, with the losses of options. The balance loss has weights eta (2410.07348 eq. 8), no exits."""
-        stats, zero = trunk.stats, self.bias_LE.new_zeros(())
+        stats, zero, config = trunk.stats, self.bias_LE.new_zeros(()), self.config
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE
-        load_LE = without_exits(self.load_WLE.mean(0), self.config.exits)
+        load_LE = without_exits(self.load_WLE.mean(0), config.exits)
         balance_L = self.balanced_E.sum() * (self.eta_E * load_LE * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else zero
         mean_routed = lambda values: mean([s.share * value for s, value in zip(stats, values)])
-        losses = zero + sum(s.loss for s in stats) + trunk.loss
-        losses = losses + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        losses = zero + sum(s.loss for s in stats) + trunk.loss + config.entropy_coef * sum(map(neg_entropy, stats))
         summary = {
             "balance_loss": mean(list(balance_L)),
             "z_loss": mean(z_losses := [s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
-            "router_loss": losses, "depth_loss": zero + trunk.loss,  # the second is part of the first
+            "router_loss": losses,
+            "depth_loss": zero + trunk.loss,  # part of router_loss
             "counts_LE": torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long(),
             "domain_loss": sum(s.share * s.domain_loss for s in stats) / max(len(stats), 1) + zero,
         }
         routed_losses = {"balance_loss": mean_routed(balance_L), "z_loss": mean_routed(z_losses)}
         summary["aux_loss"] = super().auxiliary_loss(summary | routed_losses)
         if trunk.loops_BT is not None:
-            summary["depth/loops"] = mean_over(trunk.loops_BT[:, -T:].float().mean(1), real_B)
+            real_T = None if real_B is None else real_B.repeat_interleave(T)
+            summary["depth/loops"] = mean_over(trunk.loops_BT[:, -T:].flatten().float(), real_T)
         return summary
 
     def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:

@@ -113,11 +113,11 @@ def fastest_meta_mask(device_type: str, T: int) -> type:
 
 
 class PackedMask:
-    """SDPA for some queries of each row, in blocks of 128 packed queries.
+    """SDPA for some queries of each row, in blocks of 256 packed queries.
 
     A query's own key is visible, else padding queries would have no key."""
 
-    BLOCK = 128
+    BLOCK = 256
 
     def __init__(self, inputs: MaskInputs, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None):
         blocks = index_BQ.split(self.BLOCK, dim=1)

@@ -102,8 +102,8 @@ class Config:
         for name, table in self.tables().items():
             require(self, name, getattr(self, name) in table, "one of " + ", ".join(table))
         for name, letters in self.letters().items():
-            legal, value = "a string of the letters " + " ".join(letters), getattr(self, name)
-            require(self, name, value != "" and set(value) <= set(letters), legal)
+            value = getattr(self, name)
+            require(self, name, value and set(value) <= set(letters), f"a string of the letters {' '.join(letters)}")
         require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
         half = self.n_layer // 2
@@ -679,8 +679,7 @@ class GPT(nn.Module):
 
     def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
         """Set the router noise's key and the attention window in tokens; call before each forward pass of a run."""
-        clock = torch.tensor([seed, step, first_token, window or self.config.window_size])
-        self.clock.copy_(clock, non_blocking=True)
+        self.clock.copy_(torch.tensor([seed, step, first_token, window or self.config.window_size]), non_blocking=True)
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):

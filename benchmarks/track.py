@@ -595,7 +595,8 @@ def full(args):
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"
     begun = logger.read_json(config_file) if config_file.exists() else None
-    if begun and begun["track"] != facts:
+    same_facts = begun and begun["track"] | {"source_sha256": facts["source_sha256"]} == facts
+    if begun and not (same_facts and sources_are_those_of(partial)):
         raise UserError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
     for seed in args.seeds:
         if (partial / f"seed{seed}.jsonl").exists():
@@ -622,13 +623,22 @@ def full(args):
           "`python logger.py --records`")  # fmt: skip
 
 
+def sources_are_those_of(partial: Path) -> bool:
+    """Whether the files in the repository's root are those in the logs of the finished seeds."""
+    logged = [source for log in partial.glob("seed*.log") for source in records.logged_sources(log)]
+    return all((ROOT / name).read_text().rstrip("\n") + "\n" == text for name, text in logged if (ROOT / name).exists())
+
+
 def keep(run: Path, partial: Path, seed: int, facts: dict):
-    """Takes over what a seed's run left; its metrics come last and whole, as they say that the seed is done."""
+    """Takes over what a seed's run left; its metrics come last and whole, as they say that the seed is done.
+
+    source_sha256 becomes that of the sources in the log, so that a reader of the record can check it."""
     config = logger.read_json(run / "config.json")
     for name in ("experiment_name", "matmul_flops_per_second"):
         del config[name]
     for name in ("seed", "data", "out_dir"):
         del config["hyperparameters"][name]
+    facts = facts | {"source_sha256": records.logged_sources_sha256(run / "run.log")}
     write_json(partial / "config.json", {"track": facts} | config)
     shutil.copy(run / "run.log", partial / f"seed{seed}.log")
     shutil.copy(run / "metrics.jsonl", partial / f"seed{seed}.jsonl.tmp")

@@ -138,6 +138,14 @@ class Config(model.Config):
         return [float(kind != "exit") for kind, count in self.expert_counts.items() for _ in range(count)]
 
     @property
+    def exits(self) -> tuple[int, int] | None:
+        """First and end of the numbers of the exits; None without any."""
+        if "exit" not in self.expert_counts:
+            return None
+        first = self.balanced_experts.index(0.0)
+        return first, first + self.expert_counts["exit"]
+
+    @property
     def expert_share(self) -> float:
         """Share of the tokens that an expert with matmuls gets at even load."""
         return self.top_k / sum(1 / eta for eta in self.expert_etas)
@@ -159,8 +167,8 @@ class Config(model.Config):
 
     def rope_spec(self, layer: int) -> tuple[str, float]:
         """A layer's letter of ROTARIES, and the factor on its frequencies."""
-        letter = self.per_layer("rotary")[layer]
-        return letter, LETTERS["rotary"][letter].speed(self.per_layer("window")[layer])
+        letter, windows = self.per_layer("rotary")[layer], self.per_layer("window")
+        return letter, LETTERS["rotary"][letter].speed(windows[layer], windows)
 
 
 def as_zoo(config: model.Config) -> Config:

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -624,11 +625,11 @@ def test_scores_of_continuations_are_those_by_hand(table):
     found = E.score(table, pairs, 64)
     assert [round(math.exp(nats), 6) for nats, _ in found] == [0.5, 0.45, 0.24, 0.3, 0.045, 0.06]
     assert [greedy for _, greedy in found] == [True, True, False, False, False, False]
-    short = E.score(table, pairs, 2)  # room for the last two tokens: the last three of `aaz` do not fit
-    assert [round(math.exp(nats), 6) for nats, _ in short[:4]] == [0.5, 0.45, 0.24, 0.3]
-    assert math.exp(short[4][0]) == pytest.approx(0.09, rel=1e-6)
+    for longest in (1, 2, 3):  # what does not fit is scored in parts
+        assert E.score(table, pairs, longest) == [(pytest.approx(nats, rel=1e-6), greedy) for nats, greedy in found]
+    assert E.score(table, [([256], []), *pairs], 64) == [(0, True), *found]
     with pytest.raises(ValueError, match="at least one token"):
-        E.score(table, [([256], [])], 64)
+        E.score(table, [([], [97])], 64)
 
 
 def test_accuracies_of_questions_are_those_by_hand(table):
@@ -645,6 +646,76 @@ def test_accuracies_of_questions_are_those_by_hand(table):
 def test_a_space_at_the_end_of_a_context_belongs_to_the_continuation():
     assert E.encode_pair(BYTES, "a  ", "b") == ([256, 97], [32, 32, 98])
     assert E.encode_pair(BYTES, "", "b") == ([256], [98])
+
+
+def bpe() -> data.Encoding:
+    """Bytes, end-of-text, and three merges; encoding takes the longest token that fits."""
+    vocab = [bytes([i]) for i in range(256)] + [b"", b" col", b" cold", b"is"]
+
+    def encode(text: bytes) -> np.ndarray:
+        ids = []
+        while text:
+            ids.append(max((i for i, word in enumerate(vocab) if word and text.startswith(word)),
+                           key=lambda i: len(vocab[i])))  # fmt: skip
+            text = text[len(vocab[ids[-1]]) :]
+        return np.array(ids, np.int64)
+
+    return data.Encoding("toy", vocab, 256, encode)
+
+
+WORD_PAIRS = {  # (context, continuation) -> (ids before, ids after), where COL is " col", COLD " cold", IS "is"
+    ("is", " cold"): ([256, 259], [258]),
+    ("is col", "d"): ([256, 259], [258]),  # both as one text have no token after the context's two
+    ("is col", "der"): ([256, 259, 258], [101, 114]),
+    (" col", "d"): ([256], [258]),
+    ("is\n ", "d"): ([256, 259], [10, 32, 100]),
+    ("", " cold"): ([256], [258]),
+    ("is", ""): ([256, 259], []),
+    ("", ""): ([256], []),
+}
+
+
+def test_a_continuation_is_what_both_have_after_the_contexts_tokens():
+    for (context, continuation), want in WORD_PAIRS.items():
+        assert E.encode_pair(bpe(), context, continuation) == want, (context, continuation)
+    net = random_net(vocab_size=260)
+    question = {"context": "is col", "choices": ["d", "der"], "answer": 0}
+    scores = E.score(net, list(WORD_PAIRS.values()), 64)
+    assert scores[1] == scores[0] and scores[6:] == [(0, True)] * 2
+    assert E.answer_questions(net, bpe(), [question])["acc"] == (scores[1] > scores[2])
+
+
+@pytest.mark.parametrize("before, after", ((1, 32), (3, 33), (40, 50), (1, 130)))
+def test_a_continuation_longer_than_the_window_is_scored_whole(before, after):
+    """The first of its ids counts too: two texts with the same end have different scores."""
+    net, rng = random_net(window_size=8), np.random.default_rng(after)  # two layers see 14 tokens back, less than 16
+    ids = [256, *rng.integers(0, 256, before + after - 1).tolist()]
+    other = ids.copy()
+    other[before] ^= 1
+    found = [nats for nats, _ in E.score(net, [(text[:before], text[before:]) for text in (ids, other)], 32)]
+    want = [log_probs(net, text)[before - 1 :].sum().item() for text in (ids, other)]
+    assert found == pytest.approx(want, rel=1e-5) and abs(want[0] - want[1]) > 1e-3
+
+
+def test_the_harness_keeps_prompts_and_scores_every_pair(capsys):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed: pip install -r benchmarks/requirements-harness.txt")
+    net, encoding = random_net(vocab_size=260), bpe()
+    adapter, longest = E.harness_model(net, encoding), E.context_length(net)
+    asked = lambda *pairs: [types.SimpleNamespace(args=pair) for pair in pairs]
+    assert adapter.loglikelihood(asked(*WORD_PAIRS)) == E.score(net, list(WORD_PAIRS.values()), longest)
+    ids = encoding.encode("is cold" * 5).tolist()
+    for most in (1, longest - 1, longest, 10 * longest):
+        prompt = torch.tensor([[256, *ids]])
+        want = net.generate(prompt, min(most, longest), temperature=0, stop_at=256)[0, len(ids) + 1 :]
+        answers = adapter.generate_until(asked(("is cold" * 5, {"max_gen_toks": most})))
+        assert answers == [encoding.decode(want)]
+        assert (f"note: 1 of 1 answers to {longest} tokens" in capsys.readouterr().err) == (most > longest)
+    end = "is cold" * 40
+    long, cut = adapter.generate_until(asked(("a" + end, {"max_gen_toks": 5}),
+                                             (encoding.decode(encoding.encode(end)[1 - longest :]), {"max_gen_toks": 5})))
+    assert long == cut
+    assert f"note: 1 of 2 prompts are cut to their last {longest - 1} tokens" in capsys.readouterr().err
 
 
 def test_scores_do_not_depend_on_the_batch_size(net, monkeypatch):
@@ -673,6 +744,12 @@ def test_questions_from_the_command_line(run, tmp_path):
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     assert "5 questions, acc 1.0000, acc_norm 1.0000 (chance 0.3333)" in evaluate_cli(*words).stdout
     good = path.read_text()
+    raw = {"context": "a\u2028b\u0085c", "choices": ["d\u2029", "e\x1c"], "answer": 0}
+    path.write_text("\ufeff" + good + "\n" + json.dumps(raw, ensure_ascii=False).replace("\\u001c", "\u2028"), encoding="utf-8")
+    assert "6 questions" in evaluate_cli(*words).stdout
+    assert E.read_questions(path)[-1] == raw | {"choices": ["d\u2029", "e\u2028"]}
+    path.write_bytes(b"\xff\xfe" + good.encode("utf-16-le"))
+    assert f"{path} cannot be read" in sentence(evaluate_cli(*words, expect=1))
     two = '{"context": "x", "choices": ["a", "%s"], "answer": %d}'
     for line in ('{"context": "x"}', two % ("b", 2), two % ("", 0), "["):
         path.write_text(good + line + "\n")

@@ -125,6 +125,11 @@ def load_meta(folder):
     return in_folder(UNKNOWN_META | (read_meta_json(folder) or GPT2_META), folder)
 
 
+def stored_name(encoding):
+    """The name of an encoding in meta.json, config.json and manifests: TOKENIZER for a path, as the file lies beside."""
+    return TOKENIZER if Path(encoding).suffix == ".json" else encoding
+
+
 def in_folder(facts, folder):
     """The entries of a file in `folder`, with the path of the tokenizer.json there as `encoding` if that is named."""
     return facts | ({"encoding": str(Path(folder) / TOKENIZER)} if facts["encoding"] == TOKENIZER else {})

@@ -231,6 +231,14 @@ def json_encoding(path: str | Path) -> Encoding:
     return encoding
 
 
+def files(path: str | Path) -> dict[str, str]:
+    """Name -> text of the files from which transformers.AutoTokenizer makes this tokenizer."""
+    text = Path(path).read_text(encoding="utf-8")
+    added = {token["content"] for token in json.loads(text)["added_tokens"]}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": next(n for n in EOT_TOKENS if n in added)}
+    return {TOKENIZER: text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
+
+
 def without_loss(state: dict) -> dict:
     """The contents of a tokenizer.json, changed so that ids stand for the bytes of a text, no more and no fewer.
 

@@ -194,7 +194,7 @@ def shards_sha256(meta: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of results
 
-KEYS = ("name", "seeds", "steps", "script", "flags")  # of every line
+KEYS = ("name", "seeds")  # of every line
 
 
 def results_file(args) -> Path:

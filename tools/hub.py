@@ -17,7 +17,9 @@ import torch
 
 import checkpoint
 import model
+import tokenizer
 from cli import UserError
+from data import TOKENIZER, stored_name
 from logger import is_run, read_json
 from terminal import say
 from tools.network import hub_answers
@@ -70,6 +72,8 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
         state |= {"head": state["embed"]} if net.config.tie_embeddings else {}  # the file holds a shared tensor once
         net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
         net.encoding = settings["encoding"]
+        if net.encoding == TOKENIZER:
+            net.encoding = str(fetch(where, TOKENIZER, **kwargs))
     except UserError:
         raise
     except Exception as error:  # of the network, the Hub, safetensors, or a foreign configuration
@@ -109,17 +113,21 @@ def config_fields(settings: dict) -> dict:
 def save(
     net: model.GPT, folder: str | Path, about_run: str = "", pictures: dict[str, bytes] | None = None, where: str = ""
 ):
-    """Write model.safetensors, config.json, a model card ending in `about_run`, and pictures.
+    """Write model.safetensors, config.json, its tokenizer.json if it has one, a model card ending in `about_run`, and
+    pictures.
 
     `where` is the address in the card's example, by default the folder."""
     _, safetensors = import_hub()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.save_model(net, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = dataclasses.asdict(net.config) | {"encoding": net.encoding, "model_type": MODEL_TYPE}
+    settings = dataclasses.asdict(net.config) | {"encoding": stored_name(net.encoding), "model_type": MODEL_TYPE}
     settings["config_class"] = checkpoint.class_name(net.config)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(net, where or str(folder), about_run), encoding="utf-8")
+    if settings["encoding"] == TOKENIZER:
+        for name, text in tokenizer.files(net.encoding).items():
+            (folder / name).write_text(text, encoding="utf-8")
     for name, content in (pictures or {}).items():
         (folder / name).write_bytes(content)
 
@@ -130,9 +138,9 @@ def model_card(net: model.GPT, where: str, about_run: str) -> str:
     if config.num_moe_layers:
         layers = f"in {config.num_moe_layers} of {config.n_layer} layers"
         kind = f"{config.num_experts} experts, top-{config.top_k}, {layers}"
-    facts = dict(title=where.rpartition("/")[2], where=where, kind=kind, encoding=net.encoding, about_run=about_run)
+    facts = dict(title=where.rpartition("/")[2], where=where, kind=kind, encoding=stored_name(net.encoding))
     sizes = dict(vocab_size=config.vocab_size, window_size=config.window_size)
-    return CARD.format(**facts, **sizes, total=counts["total"], active=counts["active"])
+    return CARD.format(**facts, **sizes, about_run=about_run, total=counts["total"], active=counts["active"])
 
 
 def push(net: model.GPT, repo_id: str, about_run: str = "", pictures: dict[str, bytes] | None = None) -> str:

@@ -122,10 +122,10 @@ def meta_entries(encoding, count_SV, shards, compressors):
 
 def encoding_meta(encoding):
     """Entries of meta.json; a tokenizer.json lies beside it."""
-    known = {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
-    if encoding.json:
-        known |= {"encoding": TOKENIZER, "tokenizer_sha256": hashlib.sha256(encoding.json.encode()).hexdigest()}
-    return known
+    name = data.stored_name(encoding.name)
+    known = {"encoding": name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    digest = {"tokenizer_sha256": hashlib.sha256(encoding.json.encode()).hexdigest()} if encoding.json else {}
+    return known | digest
 
 
 def open_encoding(args, folder, open_sources):

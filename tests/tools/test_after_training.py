@@ -648,7 +648,7 @@ def test_a_space_at_the_end_of_a_context_belongs_to_the_continuation():
     assert E.encode_pair(BYTES, "", "b") == ([256], [98])
 
 
-def bpe() -> data.Encoding:
+def bpe() -> tokenizer.Encoding:
     """Bytes, end-of-text, and three merges; encoding takes the longest token that fits."""
     vocab = [bytes([i]) for i in range(256)] + [b"", b" col", b" cold", b"is"]
 
@@ -660,7 +660,7 @@ def bpe() -> data.Encoding:
             text = text[len(vocab[ids[-1]]) :]
         return np.array(ids, np.int64)
 
-    return data.Encoding("toy", vocab, 256, encode)
+    return tokenizer.Encoding("toy", vocab, 256, encode)
 
 
 WORD_PAIRS = {  # (context, continuation) -> (ids before, ids after), where COL is " col", COLD " cold", IS "is"

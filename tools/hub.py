@@ -67,7 +67,7 @@ def load(where: str | Path, device: str = "cpu", **kwargs) -> model.GPT:
     _, safetensors = import_hub()
     try:
         settings = json.loads(fetch(where, "config.json", **kwargs).read_text())
-        net = model.build(checkpoint.config_of(settings | {"model": config_fields(settings)}))
+        net = model.build(checkpoint.config_of({"model": config_fields(settings)} | settings))
         state = safetensors.load_file(fetch(where, "model.safetensors", **kwargs))
         state |= {"head": state["embed"]} if net.config.tie_embeddings else {}  # the file holds a shared tensor once
         net.load_state_dict(checkpoint.with_current_names(state, net.state_dict()))
@@ -106,7 +106,7 @@ def checkpoint_folder(folder: Path) -> Path:
 
 
 def config_fields(settings: dict) -> dict:
-    """Fields of the Config in a config.json."""
+    """Fields of the Config in a config.json of earlier versions, which had them beside the other entries."""
     return {name: value for name, value in settings.items() if name not in ("encoding", "model_type", "config_class")}
 
 
@@ -121,8 +121,8 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.save_model(net, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = dataclasses.asdict(net.config) | {"encoding": stored_name(net.encoding), "model_type": MODEL_TYPE}
-    settings["config_class"] = checkpoint.class_name(net.config)
+    settings = {"model_type": MODEL_TYPE, "encoding": stored_name(net.encoding),
+                "config_class": checkpoint.class_name(net.config), "model": dataclasses.asdict(net.config)}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(net, where or str(folder), about_run), encoding="utf-8")
     if settings["encoding"] == TOKENIZER:

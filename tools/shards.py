@@ -147,7 +147,9 @@ def open_encoding(args, folder, open_sources):
         return get_encoding(args.encoding)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER).write_text(text, encoding="utf-8")
-    return get_encoding(folder / TOKENIZER)
+    encoding = get_encoding(folder / TOKENIZER)
+    (folder / TOKENIZER).write_text(encoding.json, encoding="utf-8")  # as each domain's folder has it
+    return encoding
 
 
 TRAINED_BYTES = 2**26

@@ -256,7 +256,7 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     assert not list(tmp_path.glob("*.partial")) and "model.safetensors (" in done.stdout
     settings = json.loads((tmp_path / "shared/config.json").read_text())
     about = {"encoding": "bytes", "model_type": "modded-nanomoe", "config_class": "model.Config"}
-    assert settings == dataclasses.asdict(net.config) | about
+    assert settings == {"model": dataclasses.asdict(net.config)} | about
     check_same_model(net, hub.load(tmp_path / "shared"))
     card = (tmp_path / "shared/README.md").read_text()
     (bpb,) = [row["val/bpb"] for row in logger.read_run(run)["rows"] if "val/bpb" in row][-1:]

@@ -67,7 +67,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("-h", "--help", nargs="?", const="", action=PrintHelp, help="print this text")
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        said_by_another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        self.exit(2, None if said_by_another else f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)

@@ -102,6 +102,13 @@ def test_an_unknown_flag_names_the_one_that_was_meant(recipe, theirs, ours, caps
     assert f"; did you mean --{ours} for {given}? (see --help)" in complaint([theirs, "1"], recipe, capsys)
 
 
+def test_under_torchrun_one_process_of_a_host_names_the_mistake(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank, lines in (("0", 1), ("1", 0), ("7", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert complaint(["--lr", "1"], MUON, capsys).count("\n") == lines
+
+
 def test_a_flag_of_another_script_names_that_script(capsys):
     assert "--muon_lr is a flag of train_muon.py (see" in complaint(["--muon_lr", "1"], ADAMW, capsys)
     assert "--lr_warmup is a flag of train_adamw.py (see" in complaint(["--lr-warmup=1"], MUON, capsys)

@@ -127,7 +127,7 @@ def load_meta(folder):
 
 def stored_name(encoding):
     """The name of an encoding in meta.json, config.json and manifests: TOKENIZER for a path, as the file is copied."""
-    return TOKENIZER if Path(encoding).suffix == ".json" else encoding
+    return TOKENIZER if str(encoding).endswith(".json") else encoding
 
 
 def in_folder(facts, folder):

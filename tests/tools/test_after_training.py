@@ -414,7 +414,8 @@ def test_bad_folders_and_names_are_one_sentence(run, tmp_path):
     assert f"{tmp_path}/cut cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1))
     settings = json.loads((tmp_path / "cut/config.json").read_text())
     hub.save(hub.load(run / "checkpoint"), tmp_path / "cut")
-    (tmp_path / "cut/config.json").write_text(json.dumps(settings | {"n_layer": 3}))
+    settings["model"]["n_layer"] = 3
+    (tmp_path / "cut/config.json").write_text(json.dumps(settings))
     assert "cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1)), "weights are missing"
 
 

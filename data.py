@@ -114,17 +114,36 @@ def load_meta(folder):
     Raises UserError if the folder is missing, holds no shards or is a mixture, or if meta.json is damaged."""
     folder = Path(folder)
     if not has_shards(folder):
-        if domains := shard_folders(folder):
-            names = ", ".join(path.name for path in domains)
-            raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
-                            f"`python train_zoo.py --data {folder}`, or pass one of its sub-folders as --data")
-        raise UserError(f"{folder} holds no token shards: run {prepare_commands(folder)}")
+        if parts := shard_folders(folder):
+            names, mend = ", ".join(path.name for path in parts), f"pass one of them as --data, such as {parts[0]}"
+            if read_meta_json(folder).get("domains"):
+                raise UserError(f"{folder} is a mixture of domains ({names}): train on it with "
+                                f"`python train_zoo.py --data {folder}`, or {mend}")
+            raise UserError(f"{folder} is a folder of data folders ({names}): {mend}, or train on all of them together "
+                            f"as a mixture of domains with `python train_zoo.py --data {folder}`")
+        raise UserError(describe_missing(folder))
     return in_folder(UNKNOWN_META | (read_meta_json(folder) or GPT2_META), folder)
+
+
+def stored_name(encoding):
+    """The name of an encoding in meta.json, config.json and manifests: TOKENIZER for a path, as the file is copied."""
+    return TOKENIZER if str(encoding).endswith(".json") else encoding
 
 
 def in_folder(facts, folder):
     """The entries of a file in `folder`, with the path of the tokenizer.json there as `encoding` if that is named."""
     return facts | ({"encoding": str(Path(folder) / TOKENIZER)} if facts["encoding"] == TOKENIZER else {})
+
+
+def describe_missing(folder):
+    """Sentence on a folder without shards: the folders beside it and in data/ that hold some, or how to fill it."""
+    places = (Path(folder).parent, Path("data"))
+    is_mixture = lambda path: os.path.exists(path / "meta.json") and shard_folders(path)
+    found = {path for place in places for path in place.glob("*/") if has_shards(path) or is_mixture(path)}
+    named_by_preset = Path(folder).name in ("python", "fineweb")  # other names may be mistyped
+    mend = f"run {prepare_commands(folder)}" if named_by_preset or not found else "prepare it with `python data.py`"
+    there = f"pass --data {' or '.join(sorted(map(str, found)))}, or " if found else ""
+    return f"{folder} holds no token shards: {there}{mend}"
 
 
 def read_meta_json(folder):
@@ -201,7 +220,9 @@ MARKER = ".preparing"  # file in a folder that data.py is filling: the process, 
 
 
 def has_shards(folder):
-    return any(split_of(path.name) for path in folder.glob("*.bin"))
+    """Whether a folder holds shards of its own. Raises UserError if its name is one that no folder can have."""
+    with as_data_error(f"{folder} cannot be read ({{error}}): choose another folder", OSError):
+        return any(split_of(path.name) for path in folder.glob("*.bin"))
 
 
 def shard_folders(folder):

@@ -8,12 +8,15 @@ import collections
 import ctypes
 import heapq
 import itertools
+import json
 import math
 import os
+import signal
 import sys
 import time
 import uuid
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -70,6 +73,7 @@ class World(NamedTuple):
 def init_distributed(device_type: str | None, timeout: timedelta) -> World:
     """This process among those that torchrun started, or alone. None: CUDA if there is a GPU, else the CPU."""
     keep_freed_memory()
+    check_rank_variables()
     device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -79,11 +83,50 @@ def init_distributed(device_type: str | None, timeout: timedelta) -> World:
         return World(0, 1, device, restarted=restarted)
 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        where = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the ranks cannot meet {where} ({str(error).splitlines()[0]}); start them with torchrun, "
+                        "with an address of the first host that all others reach") from error  # fmt: skip
     run_id = rendezvous(store, rank, size, timeout)
     dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
     restarted = restarted or not run_id.startswith("1 ")  # of several hosts only one may have restarted
     return World(rank, size, device, run_id=run_id, restarted=restarted)
+
+
+def check_rank_variables():
+    """Raises UserError unless RANK is not set, or the variables that torchrun sets beside it are there and fit."""
+    if "RANK" not in os.environ:
+        return
+    values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    numbers = [value for name, value in values.items() if name != "MASTER_ADDR"] + [os.environ.get("LOCAL_RANK", "0")]
+    fits = all(values.values()) and all(number.isdecimal() for number in numbers)
+    if not fits or not int(values["RANK"]) < int(values["WORLD_SIZE"]) or not int(values["MASTER_PORT"]) < 2**16:
+        found = " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+        raise UserError(f"{found} is no place of this process among ranks: torchrun sets RANK, WORLD_SIZE, MASTER_ADDR "
+                        "and MASTER_PORT; start with torchrun, or `unset RANK` to train in one process")  # fmt: skip
+
+
+def end_rank(script: str, error: UserError, world: World, known_to_all: bool):
+    """Print the sentence, on rank 0 alone if all ranks know it, and end this process with status 1.
+
+    torchrun then prints a traceback of its own and a summary of all ranks that failed. So those on rank 0's host leave
+    the failure to it, and the summary, the end of the output, repeats the sentence."""
+    if known_to_all and world.rank > 0:
+        dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has failed
+        if os.environ.get("GROUP_RANK") == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it would count as failed before it has ended
+            sys.exit(0)
+        sys.exit(1)
+    sentence = f"{error}" if known_to_all or world.size == 1 else f"rank {world.rank}: {error}"
+    print(f"{script}: error: {sentence}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": details}}))
+    if known_to_all and world.size > 1:
+        dist.barrier()
+    sys.exit(1)
 
 
 def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
@@ -111,6 +154,13 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
             answered.add(greeting)
         time.sleep(0.02)
     return run_id
+
+
+def memory_bytes(device_type: str) -> int:
+    """All memory of this machine, or of the current GPU."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

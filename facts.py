@@ -55,7 +55,7 @@ def run_facts(session, experiment_name: str, encoding: str) -> dict:
         "hyperparameters": dataclasses.asdict(hp),
         "parameters": model.count_parameters(config),
         "flops_per_token": flops_per_token(config, hp.seq_len),
-        "encoding": data.TOKENIZER if Path(encoding).suffix == ".json" else encoding,
+        "encoding": data.stored_name(encoding),
         "shards": session.recipe.data.fingerprint(hp.data),
         "world_size": world.size,
         "matmul_flops_per_second": world.size * matmul_rate(world.device, config.dtype),

@@ -15,7 +15,7 @@ A run is one folder, logs/<experiment_name>/, which records the code, the machin
     config.json     resolved configuration
 
 Sections: Run, sinks, PhaseTimer, reading, table, files and JSON, command line. The command line draws through tools/
-(plots, report, routes, records). Importing this file imports only the standard library.
+(show, plots, report, routes, records). Importing this file imports only the standard library.
 """
 
 import importlib
@@ -27,6 +27,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
-from cli import Parser, UserError, write_atomically
-from terminal import clear_line, say
+from cli import Parser, UserError, command_line, write_atomically
+from terminal import clear_line
 
 SEPARATOR = "=" * 100  # in run.log, around the environment
 
@@ -69,9 +70,7 @@ class Run:
         if not active:
             return
 
-        if experiment_name != self.path.name or experiment_name in ("", "..", "plots"):
-            raise UserError(f"--experiment_name {experiment_name!r} cannot name a run's folder below {out_dir};"
-                           " choose a plain name such as muon ('plots' is where logger.py draws)")
+        run_name(experiment_name)
         modules = {name: sink_module(name) for name in sinks}
         if resume_step is None:
             refuse_existing(self.path)
@@ -172,6 +171,22 @@ class Run:
         for sink in self._sinks:
             for row in rows:
                 sink.write(row)
+
+
+def run_name(name: str) -> str:
+    """The name of an experiment. Raises UserError unless a folder can have it and it shows as one line."""
+    if not re.fullmatch(r"[^./\\-][^/\\]*", name) or not name.isprintable() or len(name) > 80 or name == "plots":
+        raise UserError(f"--experiment_name {name[:40]!r} cannot name a run's folder; choose a plain name such as muon,"
+                       " at most 80 characters, no line breaks, no slashes, no dot or dash in front, and not 'plots',"
+                       " where logger.py draws")
+    return name
+
+
+def check_writable(folder):
+    """Raises UserError unless files can be created in the folder, or in the nearest one above it that exists."""
+    with explain_os_errors(folder):
+        above = next(path for path in (folder, *Path(folder).absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=above).close()
 
 
 def refuse_existing(folder):
@@ -386,6 +401,9 @@ class _EventSeconds:
 # -----------------------------------------------------------------------------
 # Reading
 
+NUMBER = (int, float, type(None))
+NUMERIC_KEYS = ("step", "train_time", "train/loss", "train/flops", "val/loss", "val/bpb")  # if they are in a row
+
 def read_run(folder) -> dict:
     """{"name": str, "config": dict, "rows": list of dicts} of a run's folder.
 
@@ -395,12 +413,19 @@ def read_run(folder) -> dict:
     folder = Path(folder)
     if not is_run(folder):
         raise UserError(f"{folder} holds no run; check --out_dir and --experiment_name")
-    config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    return {
-        "name": folder.name,
-        "config": read_json(config) if config.exists() else {},
-        "rows": read_rows(metrics) if metrics.exists() else [],
-    }
+    metrics = folder / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    return {"name": folder.name, "config": read_config(folder), "rows": rows}
+
+
+def read_config(folder) -> dict:
+    """config.json of a run's folder, {} before it is written. Raises UserError if it is damaged."""
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    for part in ("parameters", "hyperparameters", "model"):
+        if not isinstance(config.get(part, {}), dict):
+            raise UserError(f"{path} has no JSON object in {part!r}; restore it or delete it")
+    return config
 
 
 def is_run(folder) -> bool:
@@ -420,21 +445,56 @@ def has_evaluation(folder, step: int) -> bool:
     return path.exists() and any(row.get("step") == step and "val/loss" in row for row in read_rows(path))
 
 
-def read_rows(path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines."""
+def read_rows(path, numeric=NUMERIC_KEYS) -> list[dict]:
+    """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines.
+
+    numeric: keys whose values must be numbers.
+    """
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    return parse_rows(path, lines, numeric, is_end=True)
+
+
+def parse_rows(path, lines, numeric=NUMERIC_KEYS, first_number: int = 1, is_end: bool = False) -> list[dict]:
+    """The JSON objects of some lines of a metrics.jsonl. Raises UserError, which names the line, for a damaged one.
+
+    is_end: the last line may be cut off, and is left out then."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first_number):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and all(isinstance(row.get(key), NUMBER) for key in numeric):
             rows.append(row)
-        elif number < len(lines):
-            raise UserError(f"{path} line {number} is not a JSON object: {line[:40]!r}; delete that line")
+        elif not is_end or line is not lines[-1]:
+            what = "a row of metrics" if isinstance(row, dict) else "a JSON object"
+            raise UserError(f"{path} line {number} is not {what}: {line[:40]!r}; delete that line")
     return rows
+
+
+class RunReader:
+    """Reads a run again and again while another process writes it, and parses only the lines that are new."""
+
+    def __init__(self, folder):
+        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+        self.rows, self.file_id, self.position = [], None, 0
+
+    def read(self) -> dict:
+        """The run as read_run() returns it, but without a last line that is still being written."""
+        if not self.path.exists():
+            return read_run(self.folder)
+        with explain_os_errors(self.path, "read"), open(self.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.position:  # a resumed run has replaced the file
+                self.rows, self.file_id, self.position = [], status.st_ino, 0
+            file.seek(self.position)
+            whole = file.read().rpartition(b"\n")[0]
+        if whole:
+            lines = whole.decode("utf-8", "replace").split("\n")
+            self.rows += parse_rows(self.path, lines, first_number=len(self.rows) + 1)
+            self.position += len(whole) + 1
+        return {"name": self.folder.name, "config": read_config(self.folder), "rows": self.rows}
 
 
 def get_columns(run, *keys) -> list[list]:
@@ -552,72 +612,17 @@ def _append(path, text: str):
 # -----------------------------------------------------------------------------
 # Command line
 
+@command_line()
 def main():
     args = parse()
-    try:
-        if args.records:
-            from tools.records import write_histories
+    if args.records:
+        from tools.records import write_histories
 
-            write_histories(args.records, args.track)
-        else:
-            show_runs(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def show_runs(args):
-    """Prints or draws the runs that the flags name. Raises UserError if there are none, or if a name is unknown."""
-    folders, plots_folder = find_runs(args), args.out_dir / "plots"
-    page = plots_folder / "report.html"
-    if args.routes:
-        from tools.routes import list_routes_files, write_analysis
-
-        if not args.experiment_name:
-            folders = list(filter(list_routes_files, folders)) or folders
-        for folder in folders:
-            write_analysis(folder, plots_folder)
-        return
-    if args.follow and args.html:
-        from tools.report import follow_report
-
-        print(f"{page}: open it once; it is rewritten until the runs end (Ctrl-C to stop)", flush=True)
-        follow_report(lambda: find_runs(args), args.out_dir, page)
-        return
-    if args.follow:
-        from tools.report import follow
-
-        if len(folders) > 1:
-            names = ", ".join(folder.name for folder in folders)
-            raise UserError(f"--follow shows one run; name it with --experiment_name: {names}")
-        follow(folders[0])
-        return
-
-    say(f"reading {len(folders)} run{'s' * (len(folders) > 1)} below {args.out_dir}")
-    runs = list(map(read_run, folders))
-    print(format_table(runs), end="\n\n")
-    if args.html:
-        from tools.report import write_report
-
-        say("drawing the page")
-        write_report(runs, args.out_dir, page)
-        print(page)
+        write_histories(args.records, args.track)
     else:
-        from tools.plots import write_plots
+        from tools.show import show_runs
 
-        write_plots(runs, plots_folder)
-
-
-def find_runs(args) -> list[Path]:
-    """The folders of the runs that the flags name, or of all."""
-    found = sorted(folder.name for folder in args.out_dir.glob("*") if is_run(folder))
-    if not found:
-        raise UserError(f"no runs below {args.out_dir}; start one with `python train_muon.py` or name its --out_dir")
-    for name in args.experiment_name:
-        if name not in found:
-            raise UserError(f"no experiment {name!r} below {args.out_dir}; there are: {', '.join(found)}")
-    return [args.out_dir / name for name in dict.fromkeys(args.experiment_name or found)]
+        show_runs(args)
 
 
 def parse(argv=None):

@@ -103,14 +103,14 @@ class Config:
             require(self, name, getattr(self, name) in table, "one of " + ", ".join(table))
         for name, letters in self.letters().items():
             value = getattr(self, name)
-            legal = "a string of the letters " + " ".join(letters)
-            require(self, name, value != "" and set(value) <= set(letters), legal)
+            require(self, name, value and set(value) <= set(letters), f"a string of the letters {' '.join(letters)}")
         require(self, "eot_token", 0 <= self.eot_token < self.vocab_size, f"an id below vocab_size = {self.vocab_size}")
         require(self, "ngrams", set(self.ngrams) <= set("23456789"), "a string of digits from 2 to 9")
+        require(self, "n_layer", self.n_layer <= 10_000, "at most 10,000")
         half = self.n_layer // 2
         require(self, "value_embeds", 0 <= self.value_embeds <= half, f"from 0 to n_layer // 2 = {half}")
         require(self, "head_dim", self.head_dim > 0 and self.head_dim % 8 == 0, "a multiple of 8")  # rotary quarters
-        require(self, "n_embd", self.n_embd % 8 == 0, "a multiple of 8, for 16-byte rows in bf16")
+        require(self, "n_embd", self.n_embd % 8 == 0 and self.n_embd < 2**20, "a multiple of 8 below 2^20")  # 16 bytes
         require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         require(self, "top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         width = self.mlp_ratio * self.n_embd / self.equal_experts
@@ -133,8 +133,7 @@ class Config:
 
     def per_layer(self, field: str) -> str:
         """One letter per layer: the pattern string tiled over n_layer."""
-        pattern = getattr(self, field)
-        return (pattern * -(-self.n_layer // len(pattern)))[: self.n_layer]
+        return (getattr(self, field) * self.n_layer)[: self.n_layer]
 
     def describe_experts(self) -> str:
         """The experts on the model card."""
@@ -197,16 +196,21 @@ class DenseMask:
         return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=self.mask, scale=scale)
 
 
-class DecodeMask(DenseMask):
-    """For queries behind a KV cache: the dense mask without the keys that lie beyond every window."""
+class DecodeMask:
+    """For queries behind a KV cache: a dense mask per block of queries, without the keys beyond its windows."""
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor):
-        reach = len(kv_position) if window.is_meta else int(window)  # a meta tensor has no value
-        self.first = max(0, len(kv_position) - len(q_position) - reach + 1)
-        super().__init__(q_position, kv_position[self.first :], q_doc_BT, kv_doc_BS[:, self.first :], window)
+        (T, S), self.blocks = (len(q_position), len(kv_position)), []
+        reach = S if window.is_meta else int(window)  # a meta tensor has no value
+        for start in range(0, T, 128):
+            q, end = slice(start, start + 128), S - T + start + 128
+            kv = slice(max(0, end - 127 - reach), end)
+            places = q_position[q], kv_position[kv], q_doc_BT[:, q], kv_doc_BS[:, kv]
+            self.blocks.append((q, kv, DenseMask(*places, window)))
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-        return super().attend(q_BHTC, k_BHTC[:, :, self.first :], v_BHTC[:, :, self.first :], scale)
+        ys = [mask.attend(q_BHTC[:, :, q], k_BHTC[:, :, kv], v_BHTC[:, :, kv], scale) for q, kv, mask in self.blocks]
+        return torch.cat(ys, dim=2)
 
 
 class BlockedMask:
@@ -601,10 +605,9 @@ class MoE(nn.Module):
 
     def __init__(self, config: Config, ranks: ExpertRanks):
         super().__init__()
-        self.router = ROUTERS[config.router](config)
+        self.ranks, self.router = ranks, ROUTERS[config.router](config)
         self.experts = EXPERTS[config.experts](config, config.num_experts // ranks.size)
         self.shared = MLP(config.shared_width, config.n_embd) if config.num_shared_experts else None
-        self.ranks = ranks
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         route, experts = self.router(x_BTD, ctx), self.experts
@@ -677,15 +680,14 @@ class GPT(nn.Module):
 
     def set_step(self, seed: int, step: int, first_token: int = 0, window: int | None = None):
         """Set the router noise's key and the attention window in tokens; call before each forward pass of a run."""
-        clock = torch.tensor([seed, step, first_token, window or self.config.window_size])
-        self.clock.copy_(clock, non_blocking=True)
+        self.clock.copy_(torch.tensor([seed, step, first_token, window or self.config.window_size]), non_blocking=True)
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
         """Update the load window and selection bias; call after each optimizer step with the global batch's counts."""
-        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
-        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
-        self.bias_LE += self.config.bias_update_factor * (share_LE.mean(-1, keepdim=True) - share_LE).sign()
+        total_L1, E = counts_LE.sum(-1, keepdim=True), counts_LE.size(-1)
+        self.load_WLE.copy_(torch.cat([self.load_WLE[1:], (counts_LE / total_L1.clamp(min=1))[None].float()]))
+        self.bias_LE += self.config.bias_update_factor * (total_L1 - E * counts_LE).sign()  # counts: even load gives 0
         self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)  # selection ignores a common shift; this stops its drift
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None,
@@ -810,12 +812,11 @@ class GPT(nn.Module):
         for name, (value, fits, legal) in limits.items():
             if not fits:
                 raise UserError(f"{name} is {value}; it must be {legal}")
-        B, T = tokens_BT.shape
+        (B, T), device = tokens_BT.shape, tokens_BT.device
         if T == 0:
             raise ValueError("the prompt is empty; start it with the end-of-text token")
-        training = self.training
-        generators = [torch.Generator(tokens_BT.device).manual_seed(seed + b) for b in range(B)]
-        cache, new_BT = self.cache_type(self.config, B, T + max_new_tokens, tokens_BT.device), tokens_BT
+        training, generators = self.training, [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
+        cache, new_BT = self.cache_type(self.config, B, T + max_new_tokens, device), tokens_BT
         stopped_B = torch.zeros_like(tokens_BT[:, 0], dtype=torch.bool)
         self.eval()
         try:
@@ -897,8 +898,7 @@ class GPT(nn.Module):
         """FLOPs of forward + backward per token: 6 per active weight of a matmul, 12 per attended key and channel.
 
         Attention counts the keys in the causal window at its full size, documents ignored."""
-        active = {name: p.numel() * self.active_share(name) for name, p in self.named_parameters()}
-        weights = sum(numel for name, numel in active.items() if self.is_in_matmul(name))
+        weights = sum(p.numel() * self.active_share(n) for n, p in self.named_parameters() if self.is_in_matmul(n))
         letters = zip(self.config.per_layer("attention"), self.config.per_layer("window"))
         keys = sum(mean_keys(self.config, window, seq_len) for attention, window in letters if attention != "-")
         return 6 * weights + 12 * keys * self.config.n_head * self.config.head_dim

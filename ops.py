@@ -157,20 +157,22 @@ class Rotation(torch.autograd.Function):
 
 def blocked_attention(q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor, blocks: list) -> Tensor:
     """softmax(q k^T) v over (N = B*H, T, C), q already scaled. blocks: (query slice, key slice, hidden keys)."""
-    return BlockedAttention.apply(q_NTC, k_NTC, v_NTC, blocks)
+    return BlockedAttention.apply(q_NTC, k_NTC, v_NTC, blocks, torch.is_grad_enabled())
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Saves the probabilities for backward."""
+    """Saves the probabilities for backward, if there will be one."""
 
     @staticmethod
-    def forward(ctx, q_NTC, k_NTC, v_NTC, blocks):
+    def forward(ctx, q_NTC, k_NTC, v_NTC, blocks, with_gradients):
         y_NTC, probabilities = torch.empty_like(q_NTC), []
         for q, kv, hidden_B1QK in blocks:
             score = torch.bmm(q_NTC[:, q], k_NTC[:, kv].mT)
             score.unflatten(0, (len(hidden_B1QK), -1)).masked_fill_(hidden_B1QK, -math.inf)
-            probabilities.append(score.softmax(-1))
-            y_NTC[:, q] = torch.bmm(probabilities[-1], v_NTC[:, kv])
+            p = score.softmax(-1)
+            y_NTC[:, q] = torch.bmm(p, v_NTC[:, kv])
+            if with_gradients:
+                probabilities.append(p)
         ctx.save_for_backward(q_NTC, k_NTC, v_NTC, *probabilities)
         ctx.blocks = blocks
         return y_NTC
@@ -185,7 +187,7 @@ class BlockedAttention(torch.autograd.Function):
             ds = torch._softmax_backward_data(torch.bmm(dy, v_NTC[:, kv].mT), p, -1, p.dtype)
             dq[:, q] = torch.bmm(ds, k_NTC[:, kv])
             dk[:, kv] += torch.bmm(ds.mT, q_NTC[:, q])
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 # -----------------------------------------------------------------------------

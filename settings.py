@@ -10,7 +10,7 @@ import logger
 import model
 from checkpoint import checkpoints, class_name, current_fields
 from cli import UserError
-from distributed import World
+from distributed import World, memory_bytes
 from facts import cpu_has_bf16
 from model import Config
 from terminal import say
@@ -42,6 +42,9 @@ def check(config: Config, hp, world_size: int, device_type: str):
     if world_size % parts or config.num_experts % parts:
         legal = f"divide both the {world_size} ranks and num_experts = {config.num_experts}"
         raise UserError(f"expert_parallel is {parts}; it must {legal}")
+    needed, there = 4 * model.count_parameters(config)["total"] / parts, memory_bytes(device_type)
+    if needed > there:
+        raise UserError(f"the model's parameters take {needed / 2**30:,.0f} GiB of the {there / 2**30:,.0f} here")
     if device_type == "cuda":
         check_for_cuda(config, hp, hp.seq_len)
 

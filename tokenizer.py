@@ -9,6 +9,7 @@ imported where they are used.
 
 import base64
 import contextlib
+import functools
 import json
 import re
 import tempfile
@@ -78,7 +79,7 @@ def tiktoken_encoding(name):
         raise UserError(too_large)
     no_ranks = f"the ranks of encoding {name} cannot be downloaded ({{error}}): connect to the internet once, point " \
                "TIKTOKEN_CACHE_DIR at a filled cache, or choose --encoding bytes"
-    with as_data_error(no_ranks, Exception):  # requests' errors, OSError and a wrong hash share no base class
+    with as_data_error(no_ranks, Exception), request_timeout():  # their errors share no base class
         bpe = tiktoken.get_encoding(name)
     if bpe.max_token_value > 65535:
         raise UserError(too_large)
@@ -99,6 +100,17 @@ def tiktoken_encoding(name):
 
     fast = faster(encode_document, rank_loader(vocab), bpe.special_tokens_set)
     return Encoding(name, vocab, bpe.eot_token, fast or encode_document, is_fast=bool(fast))
+
+
+@contextlib.contextmanager
+def request_timeout(seconds=3):
+    """Gives requests.get, with which tiktoken downloads, a limit on each wait for the network; it has none."""
+    import requests  # tiktoken depends on it
+    get, requests.get = requests.get, functools.partial(requests.get, timeout=seconds)
+    try:
+        yield
+    finally:
+        requests.get = get
 
 
 MAX_BLANKS = 2**18  # tiktoken's regular expression fails between 500,000 and 1,000,000 blanks in a row
@@ -262,6 +274,14 @@ def json_encoding(path: str | Path) -> Encoding:
     if encoding.decode_bytes(encoding.encode(PROBE)) != PROBE.encode():
         raise loses_text
     return encoding
+
+
+def files(path: str | Path) -> dict[str, str]:
+    """Name -> text of the files from which transformers.AutoTokenizer makes this tokenizer."""
+    text = Path(path).read_text(encoding="utf-8")
+    added = {token["content"] for token in json.loads(text)["added_tokens"]}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": next(n for n in EOT_TOKENS if n in added)}
+    return {TOKENIZER: text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
 
 
 def without_loss(state: dict) -> dict:

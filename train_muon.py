@@ -47,7 +47,7 @@ import logger
 import model
 import settings
 from checkpoint import Saver, latest_valid_checkpoint, load_checkpoint
-from cli import Parser, UserError, add_flags, positive, require, with_flags
+from cli import Parser, UserError, add_flags, rank_count, require, with_flags
 from distributed import Bucket, Slab, World, make_buckets, slab_part
 from facts import synchronize
 from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_health, gather_objects
@@ -110,6 +110,7 @@ class TrainConfig:
             require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
         require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+        require(self, "sample_tokens", self.sample_tokens <= 10**5, "at most 100,000")
         require(self, "num_iterations", self.num_iterations < 10**6, "below 1,000,000, as checkpoints have six digits")
         devices = (None, "cpu", "cuda") if torch.cuda.is_available() else (None, "cpu")
         require(self, "device", self.device in devices, "one that this machine has: cpu, cuda or none")
@@ -820,6 +821,7 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
+    logger.check_writable(folder)
     if fresh:
         logger.refuse_existing(folder)
     if resume:
@@ -854,36 +856,41 @@ def parse(recipe: Recipe, argv: list[str] | None = None) -> tuple[Config, TrainC
     """The model's and the run's configuration, and all flags. Allocates nothing, reads no data. Raises UserError.
 
     Flags change the preset's settings; with --resume and no --preset, those of the run in its folder."""
-    first = Parser(prog=recipe.script, add_help=False)  # flags that set the defaults of others
-    first.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model")
-    first.add_argument("--experiment_name", "--experiment-name", default=recipe.name, help="folder below out_dir")
-    first.add_switch("resume", "go on from the last checkpoint of this experiment, with its flags")
-    place = Parser(prog=recipe.script, add_help=False, parents=[first])
-    place.add_argument("--out_dir", "--out-dir", default=recipe.train_config.out_dir)
-
-    args = place.parse_known_args(argv)[0]
+    early = Parser(prog=recipe.script, add_help=False, parents=[deciding_flags(recipe)])
+    early.add_argument("--out_dir", "--out-dir", default=recipe.train_config.out_dir)
+    args = early.parse_known_args(argv)[0]
     preset = args.preset or ("speedrun" if torch.cuda.is_available() else "cpu")
     resumed = args.resume and not args.preset
     saved = settings.saved_fields(Path(args.out_dir) / args.experiment_name, recipe) if resumed else {}
-    parser = flag_parser(recipe, first, preset)
+    parser = flag_parser(recipe, preset)
     parser.set_defaults(preset=preset, **saved)
     args = parser.parse_args(argv)
     return with_flags(recipe.model_presets[preset], args), with_flags(recipe.presets[preset], args), args
 
 
-def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
+def deciding_flags(recipe: Recipe) -> Parser:
+    """Flags on which the defaults of the others depend."""
+    parser = Parser(prog=recipe.script, add_help=False)
+    parser.add_argument("--preset", choices=list(recipe.presets), metavar="NAME", help="settings of run and model")
+    parser.add_argument("--experiment_name", "--experiment-name", type=logger.run_name, default=recipe.name,
+                        help="folder below out_dir")  # fmt: skip
+    parser.add_switch("resume", "go on from the last checkpoint of this experiment, with its flags")
+    return parser
+
+
+def flag_parser(recipe: Recipe, preset: str) -> Parser:
     """Every flag of a training script; its help shows the values of the preset."""
     script, experiment = recipe.script, f"--experiment_name {recipe.name}"
     calls = (f"python {script} {experiment}", f"python {script} {experiment} --resume",
              f"torchrun --standalone --nproc_per_node=8 {script} {experiment}", f"python {script} --plan")  # fmt: skip
     about = f"Train with {recipe.name}. Defaults are those of --preset {preset}. In a flag, - and _ mean the same."
     first = ("experiment_name", "preset", "data", "num_iterations", "resume")
-    parser = Parser(prog=script, description=about, parents=[parent], examples=calls, first=first)
+    parser = Parser(prog=script, description=about, parents=[deciding_flags(recipe)], examples=calls, first=first)
     for sink in logger.SINKS:
         parser.add_switch(sink, f"feed the same numbers to {sink} besides")
     parser.add_switch("enable_profiling", "profile a few steps into profile/ and stop")
     parser.add_switch("plan", "print the model card and what --world_size ranks send, hold and compute")
-    parser.add_argument("--world_size", "--world-size", type=positive, default=8, help="ranks of the --plan")
+    parser.add_argument("--world_size", "--world-size", type=rank_count, default=8, help="ranks of the --plan")
     add_flags(parser, recipe.train_config, recipe.presets[preset])
     add_flags(parser, recipe.model_config, recipe.model_presets[preset])
     return parser
@@ -891,7 +898,7 @@ def flag_parser(recipe: Recipe, parent: Parser, preset: str) -> Parser:
 
 def main(recipe: Recipe, argv: list[str] | None = None):
     sys.stdout, sys.stderr = map(LastingStream, (sys.stdout, sys.stderr))  # a run outlives its terminal
-    world, prefix = World(0, 1, torch.device("cpu")), f"{recipe.script}: error: "
+    world = World(0, 1, torch.device("cpu"))
     try:
         config, hp, args = parse(recipe, argv)
         if args.plan:
@@ -906,14 +913,8 @@ def main(recipe: Recipe, argv: list[str] | None = None):
         resume = agree(world, lambda: settings.is_resumed(folder, args.resume, world))
         resume = any(gather_objects(resume, world))
         train(config, hp, recipe, args.experiment_name, resume, args.enable_profiling, world, list(sinks))
-    except Ended as error:
-        if world.rank == 0:
-            print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        if world.size > 1:
-            dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has ended
-        sys.exit(1)
-    except UserError as error:  # of this rank alone: torchrun ends the others
-        sys.exit(f"{prefix}{error}" if world.size == 1 else f"{prefix}rank {world.rank}: {error}")
+    except UserError as error:
+        distributed.end_rank(recipe.script, error, world, known_to_all=isinstance(error, Ended))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import train_muon
-from cli import Parser
+from cli import Parser, command_line
 from zoo.config import is_list, listed_kinds
 from zoo.recipes import RECIPES
 
@@ -25,7 +25,8 @@ def main():
     if {"-h", "--help"} & set(rest):
         print("train_zoo.py: the flags below, --optimizer {muon,adamw}, and the options of zoo/ (--help zoo)")
     if args.experts is not None:
-        counted = [f"--num_experts={len(listed_kinds(args.experts))}"] if is_list(args.experts) else []
+        with command_line("train_zoo.py"):
+            counted = [f"--num_experts={len(listed_kinds(args.experts))}"] if is_list(args.experts) else []
         rest = [f"--experts={args.experts}", *counted, *rest]
     train_muon.main(RECIPES[args.optimizer], rest)
 

@@ -27,7 +27,7 @@ import data  # noqa: E402
 import logger  # noqa: E402
 import model  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive, seed_number  # noqa: E402
 from tools import routes, sources  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
@@ -101,7 +101,7 @@ def run(args):
         for name in args.models:
             if any(
                 (line["model"], line["seed"], line.get("steps")) == (name, seed, args.steps)
-                for line in track.read_tuning(args.results)
+                for line in track.read_tuning(args.results, "seed", "model")
             ):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
@@ -227,7 +227,15 @@ def tables(lines: list[dict]) -> str:
 
 
 def table(args):
-    print(tables(track.read_tuning(args.results)))
+    print(tables(read_results(args.results, "model")))
+
+
+def read_results(path: Path, key: str) -> list[dict]:
+    """The lines of a file of results, each with a seed and this key. Raises UserError if there are none."""
+    lines = track.read_tuning(path, "seed", key)
+    if not lines:
+        raise UserError(f"{path} holds no results; make some with `run`, or name another file with --results")
+    return lines
 
 
 def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser, dict]:
@@ -240,7 +248,7 @@ def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser,
         own.add_argument("--results", type=Path, default=ROOT / "records" / name / "results.jsonl")
         own.set_defaults(function=function)
         if function is not actions[-1]:
-            own.add_argument("--seeds", type=int, nargs="+", required=True)
+            own.add_argument("--seeds", type=seed_number, nargs="+", required=True)
             own.add_argument("--data", default=f"data/{name}")
             own.add_argument("--out_dir", default=f"logs/{name}")
     add[actions[0]].add_argument("--threads", type=positive, default=1)
@@ -250,10 +258,8 @@ def action_parsers(name: str, description: str, actions: tuple) -> tuple[Parser,
 def act(name: str, args):
     """Run the action, from the repository's root; a mistake is one sentence."""
     os.chdir(ROOT)
-    try:
+    with command_line(f"{name}.py"):
         args.function(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"{name}.py: error: {error}")
 
 
 def main():

@@ -11,21 +11,24 @@ equal_flops_mixtral has its experts narrowed to our FLOPs. nanoGPT: both ways, t
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import settings
-import train_adamw
-import train_muon
-from benchmarks.floor import dense_twin
-from data import Batch
-from distributed import World, keep_freed_memory
-from logger import PhaseTimer
-from model import DTYPES, Config, flops_per_token, mean_keys
-from model import build as build_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import settings  # noqa: E402
+import train_adamw  # noqa: E402
+import train_muon  # noqa: E402
+from benchmarks.floor import dense_twin  # noqa: E402
+from data import Batch  # noqa: E402
+from distributed import World, keep_freed_memory  # noqa: E402
+from logger import PhaseTimer  # noqa: E402
+from model import DTYPES, Config, flops_per_token, mean_keys  # noqa: E402
+from model import build as build_model  # noqa: E402
 
 CPU = torch.device("cpu")
 RECIPES = {"adamw": train_adamw.ADAMW, "muon": train_muon.MUON}
@@ -232,3 +235,6 @@ CONTENDERS = {
     "nanogpt_autocast": Contender(nanogpt("fp32")),
     "nanogpt_bf16": Contender(nanogpt("bf16")),
 }
+
+if __name__ == "__main__":
+    sys.exit("contenders.py: error: this is a part of throughput.py; see `python benchmarks/throughput.py --help`")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import Parser, positive  # noqa: E402
+from cli import Parser, command_line, positive  # noqa: E402
 from model import GPT, PRESETS, build  # noqa: E402
 from tools import hub  # noqa: E402
 
@@ -39,6 +39,7 @@ def cached_and_full(model: GPT, context: int, rounds: int) -> tuple[list[float],
     return cached[1:], full[1:]
 
 
+@command_line("decode.py")
 def main():
     parser = Parser(prog="decode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["cpu", "small"])

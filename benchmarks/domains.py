@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import track  # noqa: E402
-from arithmetic import act, action_parsers, add_line, markdown  # noqa: E402
+from arithmetic import act, action_parsers, add_line, markdown, read_results  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
@@ -71,7 +71,7 @@ def run(args):
             folder, steps = Path(args.out_dir) / f"{name}_{seed}", round(args.steps * pace)
             done = any(
                 (line["variant"], line["seed"]) == (name, seed)
-                for line in track.read_tuning(args.results)
+                for line in track.read_tuning(args.results, "seed")
                 if "steps" in line
             )
             if done or not begun(folder):
@@ -148,13 +148,13 @@ def off(args):
 def tables(lines: list[dict]) -> str:
     trained = [line for line in lines if "steps" in line]
     of = {name: {line["seed"]: line for line in trained if line["variant"] == name} for name in VARIANTS}
-    domains, rows = list(next(line["domains"] for line in trained)), []
+    domains, rows = list(trained[0]["domains"]) if trained else [], []
     for name, runs in of.items():
         if runs:
             first = next(iter(runs.values()))
             mean = statistics.mean
             ends, warm = ({seed: line["val/bpb"] for seed, line in of[which].items()} for which in (name, "warm"))
-            gain = "" if name == "warm" else "{:+.4f} ± {:.4f}".format(*track.paired(ends, warm))
+            gain = "" if name == "warm" or not ends.keys() & warm.keys() else "{:+.4f} ± {:.4f}".format(*track.paired(ends, warm))
             told = [list(line["information"].values()) for line in runs.values()]
             middle = (
                 [f"{mean([bits[len(bits) // 2] for bits in told]):.2f}", f"{mean([bits[-1] for bits in told]):.2f}"]
@@ -189,7 +189,7 @@ def tables(lines: list[dict]) -> str:
 
 
 def table(args):
-    print(tables(track.read_tuning(args.results)))
+    print(tables(read_results(args.results, "variant")))
 
 
 def main():

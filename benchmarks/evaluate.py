@@ -12,7 +12,6 @@ benchmarks/requirements-harness.txt`, and the internet for its data sets.
 Every text starts after an end-of-text token, as in training, and none sees another.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import tokenizer  # noqa: E402
-from cli import UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import hub, sources  # noqa: E402
 
 BATCH_TOKENS = 4096  # per forward pass
@@ -73,22 +72,41 @@ def bits_per_byte(model, encoding, documents, seq_len: int) -> tuple[float, int,
 
 
 def encode_pair(encoding, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, cut where the context ends when the two are encoded as one text; spaces at its end belong to the
-    continuation."""
-    spaces = len(context) - len(context.rstrip(" "))
-    if spaces:
-        context, continuation = context[:-spaces], " " * spaces + continuation
-    before, both = encoding.encode(context).tolist(), encoding.encode(context + continuation).tolist()
-    return [encoding.eot_token, *both[: len(before)]], both[len(before) :]
+    """Ids of both as one text, cut after as many as the context has alone, as in the harness; spaces at its end belong
+    to the continuation.
+
+    A continuation that only completes the context's last word ("col" + "d") is the last token of both."""
+    if not continuation:
+        return [encoding.eot_token, *encoding.encode(context).tolist()], []
+    text, before = context + continuation, encoding.encode(context.rstrip())
+    both = encoding.encode(text).tolist()
+    cut = min(len(before), len(both) - 1)
+    return [encoding.eot_token, *both[:cut]], both[cut:]
 
 
 @torch.no_grad()
 def score(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list[tuple[float, bool]]:
     """For each (ids before, ids after): the log probability of those after, in nats, and whether they are the likeliest
-    throughout. Of what is before, the last tokens that fit into `longest` count. Raises ValueError for an empty
-    part."""
-    if any(not before or not after for before, after in pairs):
-        raise ValueError("a context and a continuation have at least one token each")
+    throughout; 0 and True if there are none after. Of what is before, the last tokens that fit into `longest` count.
+
+    Ids after that do not fit are scored in parts of half as many. Raises ValueError for an empty first part."""
+    if any(not before for before, _ in pairs):
+        raise ValueError("a context has at least one token")
+    half = max(1, longest // 2)
+    parts = [in_parts(pair, half if len(pair[1]) > longest else longest) for pair in pairs]
+    scores = iter(score_parts(model, [part for own in parts for part in own], longest))
+    found = [[next(scores) for _ in own] for own in parts]
+    return [(sum(nats for nats, _ in own), all(likeliest for _, likeliest in own)) for own in found]
+
+
+def in_parts(pair: tuple[list[int], list[int]], size: int) -> list[tuple[list[int], list[int]]]:
+    """(ids before, `size` ids at most) whose second parts together are the pair's second one."""
+    before, after = pair
+    return [(before + after[:start], after[start : start + size]) for start in range(0, len(after), size)]
+
+
+def score_parts(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list[tuple[float, bool]]:
+    """As score(), of pairs whose second parts are not empty and fit."""
     found, order = [None] * len(pairs), sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     while order:
         width = min(longest, sum(map(len, pairs[order[0]])) - 1)
@@ -99,7 +117,7 @@ def score(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list
             row_T[: len(ids) - 1] = torch.tensor(ids[:-1])
         log_prob_BTV = model(inputs_BT).logits.log_softmax(-1)
         for i, ids, log_prob_TV in zip(batch, rows, log_prob_BTV):
-            after_N = torch.tensor(ids[-min(len(pairs[i][1]), len(ids) - 1) :], device=log_prob_TV.device)
+            after_N = torch.tensor(pairs[i][1], device=log_prob_TV.device)
             log_prob_NV = log_prob_TV[len(ids) - 1 - len(after_N) : len(ids) - 1]
             found[i] = (
                 log_prob_NV.gather(1, after_N[:, None]).sum().item(),
@@ -127,9 +145,12 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
 def read_questions(path: Path) -> list[dict]:
     """Raises UserError where a line is not a question."""
     questions = []
-    with data.as_data_error(f"{path} cannot be read ({{error}}): name a .jsonl file", OSError):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    cannot = f"{path} cannot be read ({{error}}): name a .jsonl file in UTF-8"
+    with data.as_data_error(cannot, OSError, UnicodeError):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 in a text too
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         mend = f"{path}, line {number} is no question ({{error}}): mend or remove it"
         with data.as_data_error(mend, ValueError, KeyError, TypeError, AttributeError):
             question = json.loads(line)
@@ -163,6 +184,10 @@ def harness_model(model, encoding):
         def tok_encode(self, string, **kwargs):
             return encoding.encode(string).tolist()
 
+        def loglikelihood(self, requests, disable_tqdm=False):
+            """The base class's, which fails for an empty continuation, and for one that completes a word."""
+            return score(model, [encode_pair(encoding, *request.args) for request in requests], longest)
+
         def _loglikelihood_tokens(self, requests, **kwargs):
             start = [encoding.eot_token]
             return score(
@@ -178,13 +203,21 @@ def harness_model(model, encoding):
             ]
 
         def generate_until(self, requests, disable_tqdm=False):
-            return [self.one_answer(*request.args) for request in requests]
+            prompts = [self.tok_encode(request.args[0]) for request in requests]
+            hows = [{"max_gen_toks": 256} | request.args[1] for request in requests]
+            room = longest - 1  # beside the end-of-text token
+            cut = {f"prompts are cut to their last {room} tokens": sum(len(prompt) > room for prompt in prompts),
+                   f"answers to {longest} tokens": sum(how["max_gen_toks"] > longest for how in hows)}  # fmt: skip
+            for what, count in cut.items():
+                if count:
+                    print(f"note: {count} of {len(requests)} {what}", file=sys.stderr, flush=True)
+            return [self.one_answer(prompt[max(0, len(prompt) - room) :], how) for prompt, how in zip(prompts, hows)]
 
-        def one_answer(self, context: str, how: dict) -> str:
+        def one_answer(self, prompt: list[int], how: dict) -> str:
+            """The continuation of a prompt that fits; the windows of attention move on with it."""
             until = [how["until"]] if isinstance(how.get("until"), str) else how.get("until") or []
-            most = how.get("max_gen_toks", 256)
-            room = max(1, longest - most)
-            tokens = torch.tensor([[encoding.eot_token, *self.tok_encode(context)[-room:]]], device=model.head.device)
+            most = min(how["max_gen_toks"], longest)
+            tokens = torch.tensor([[encoding.eot_token, *prompt]], device=model.head.device)
             temperature = how.get("temperature", 0.0) if how.get("do_sample") else 0.0
             ids = []
             for id_B in model.stream(
@@ -255,12 +288,10 @@ MEASURES = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="evaluate.py", description=__doc__)
     which = parser.add_subparsers(required=True, metavar="bpb|choices|harness")
     for name, (what, measure) in MEASURES.items():
-        part = which.add_parser(name, help=what, allow_abbrev=False)
+        part = which.add_parser(name, help=what, description=what)
         part.set_defaults(measure=measure)
         part.add_argument("--checkpoint", required=True, metavar="WHERE")
         if measure is not measure_harness:
@@ -277,16 +308,14 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+@command_line("evaluate.py")
 def main():
     args = parse()
-    try:
-        model = hub.load(args.checkpoint, hub.device())
-        objective = getattr(model.config, "objective", "next")
-        if objective != "next":
-            raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
-        args.measure(hub.for_inference(model), tokenizer.get_encoding(model.encoding), args)
-    except UserError as error:
-        sys.exit(f"evaluate.py: error: {error}")
+    model = hub.load(args.checkpoint, hub.device())
+    objective = getattr(model.config, "objective", "next")
+    if objective != "next":
+        raise UserError(f"objective is {objective}; only a model of the next token can be evaluated")
+    args.measure(hub.for_inference(model), tokenizer.get_encoding(model.encoding), args)
 
 
 if __name__ == "__main__":

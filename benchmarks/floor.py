@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import Parser, UserError, add_flags, positive  # noqa: E402
+from cli import Parser, add_flags, command_line, positive  # noqa: E402
 from model import DTYPES, Config, build, mean_keys, parameter_rule  # noqa: E402
 from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
@@ -434,28 +434,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command_line("floor.py", ValueError)
 def main():
-    try:
-        args = parse()
-        twin, step = dense_twin(args.config), (args.tokens, args.seq_len, args.optimizer)
-        gemms = [gemm for config in (args.config, twin) for part in parts_of(config, *step) for gemm in part.gemms]
-        rates = measure_rates(DTYPES[args.config.dtype], gemms)
-        for _ in range(args.rounds - 1):
-            rates = measure_rates(DTYPES[args.config.dtype], gemms).or_better(rates)
-        costs, dense = floor(args.config, *step, rates), floor(twin, *step, rates)
-        print(table(costs, rates, args.tokens, dense))
-        if args.json:
-            rows = [
-                c.part._asdict()
-                | dict(gemms=[*c.part.gemms], flops=c.part.flops, compute=c.compute, own=c.own, move=c.move)
-                for c in costs
-            ]
-            plain = {field: getattr(rates, field) for field in ("matmul", "memory", "cache", "exp")}
-            args.json.write_text(
-                json.dumps({"config": dataclasses.asdict(args.config), "rates": plain, "parts": rows}, indent=1) + "\n"
-            )
-    except (UserError, ValueError, OSError) as error:
-        sys.exit(f"floor.py: error: {error}")
+    args = parse()
+    twin, step = dense_twin(args.config), (args.tokens, args.seq_len, args.optimizer)
+    gemms = [gemm for config in (args.config, twin) for part in parts_of(config, *step) for gemm in part.gemms]
+    rates = measure_rates(DTYPES[args.config.dtype], gemms)
+    for _ in range(args.rounds - 1):
+        rates = measure_rates(DTYPES[args.config.dtype], gemms).or_better(rates)
+    costs, dense = floor(args.config, *step, rates), floor(twin, *step, rates)
+    print(table(costs, rates, args.tokens, dense))
+    if args.json:
+        rows = [
+            c.part._asdict()
+            | dict(gemms=[*c.part.gemms], flops=c.part.flops, compute=c.compute, own=c.own, move=c.move)
+            for c in costs
+        ]
+        plain = {field: getattr(rates, field) for field in ("matmul", "memory", "cache", "exp")}
+        args.json.write_text(
+            json.dumps({"config": dataclasses.asdict(args.config), "rates": plain, "parts": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import settings
 import train_muon  # noqa: E402
 from benchmarks import fused_mlp  # noqa: E402
 from benchmarks.floor import dense_twin, measure_rates, step_floor  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, command_line, positive  # noqa: E402
 from distributed import World  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 from model import GPT, PRESETS, ROUTERS, Config, Route, flops_per_token  # noqa: E402
@@ -543,6 +543,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command_line("gpu.py", RuntimeError)
 def main():
     args = parse()
     if DEVICE.type != "cuda":
@@ -551,38 +552,35 @@ def main():
         )
     args.config, share = PRESETS[args.preset], 1 if args.only else STEPS_SHARE
     args.ends = time.perf_counter() + share * args.seconds
-    try:
-        rates = measure_rates(torch.bfloat16, [], DEVICE.type)
-        results = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "rates": {name: getattr(rates, name) for name in ("matmul", "memory", "cache", "exp")},
-            "tokens": args.tokens,
-            "seq_len": args.seq_len,
-            "micro": args.micro,
-            "model": dataclasses.asdict(args.config),
-            "steps": [],
-            "parts": [],
-        }
+    rates = measure_rates(torch.bfloat16, [], DEVICE.type)
+    results = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rates": {name: getattr(rates, name) for name in ("matmul", "memory", "cache", "exp")},
+        "tokens": args.tokens,
+        "seq_len": args.seq_len,
+        "micro": args.micro,
+        "model": dataclasses.asdict(args.config),
+        "steps": [],
+        "parts": [],
+    }
 
-        def save(row: dict):
-            results["parts" if "part" in row else "steps"].append(row)
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
-            print(
-                row.get("part", row.get("row")),
-                f"{row['ms']:.3f} ms",
-                f"ratio {row['ratio']:.3f}" if "ratio" in row else "",
-                flush=True,
-            )
+    def save(row: dict):
+        results["parts" if "part" in row else "steps"].append(row)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(
+            row.get("part", row.get("row")),
+            f"{row['ms']:.3f} ms",
+            f"ratio {row['ratio']:.3f}" if "ratio" in row else "",
+            flush=True,
+        )
 
-        wrong = step_rows(args, rates, save) if args.only != "parts" else []
-        if args.only != "steps":
-            part_rows(args, save)
-        print(text(results))
-        if wrong:
-            raise RuntimeError("; ".join(wrong))
-    except (UserError, RuntimeError, OSError) as error:
-        sys.exit(f"gpu.py: error: {error}")
+    wrong = step_rows(args, rates, save) if args.only != "parts" else []
+    if args.only != "steps":
+        part_rows(args, save)
+    print(text(results))
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import guards  # noqa: E402
 import model  # noqa: E402
 import settings
 import train_muon  # noqa: E402
-from cli import Parser, positive  # noqa: E402
+from cli import Parser, command_line, positive  # noqa: E402
 from logger import PhaseTimer  # noqa: E402
 
 
@@ -106,6 +106,7 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command_line("overlap.py")
 def main():
     args = parse()
     if "RANK" not in os.environ:  # start the ranks, each of them comes here again

@@ -60,7 +60,7 @@ sys.path.insert(0, str(ROOT))
 import facts  # noqa: E402
 import settings  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from distributed import Bucket, Slab, World, backward_order  # noqa: E402
 from model import DTYPES, Config, build, count_parameters, flops_per_token  # noqa: E402
 from tools import cost  # noqa: E402
@@ -780,12 +780,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command_line("scaling.py")
 def main():
     args = parse()
-    try:
-        rows = all_rows(args)
-    except UserError as error:
-        sys.exit(f"scaling.py: error: {error}")
+    rows = all_rows(args)
     stops = stop_lines(rows, args)
     print(table(rows))
     print(

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import facts  # noqa: E402
 from benchmarks.contenders import CONTENDERS, CPU, Work  # noqa: E402
 from benchmarks.floor import SHAPES, Rates, measure_rates, parts_of, step_floor  # noqa: E402
-from cli import Parser, UserError, add_flags, positive  # noqa: E402
+from cli import Parser, add_flags, command_line, positive  # noqa: E402
 from model import DTYPES, Config  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -404,34 +404,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command_line("throughput.py", RuntimeError)
 def main():
-    try:
-        args, written = parse(), []
-        for name, (shape, config) in ((name, item) for name in args.suite for item in args.configs.items()):
-            suite = SUITES[name]
-            tokens = (args.rows or suite.rows) * args.seq_len
-            work = Work(config, tokens, args.seq_len, args.micro_batch_tokens or tokens)
-            measured, rates = race(args.contenders or suite.contenders.split(), work, args.rounds, args.steps)
-            rows = judge(suite.targets, shape, measured)
-            print(
-                f"\n{name}, {shape}: vocabulary {config.vocab_size}\n{table(measured)}\n\n{judgement(rows)}", flush=True
+    args, written = parse(), []
+    for name, (shape, config) in ((name, item) for name in args.suite for item in args.configs.items()):
+        suite = SUITES[name]
+        tokens = (args.rows or suite.rows) * args.seq_len
+        work = Work(config, tokens, args.seq_len, args.micro_batch_tokens or tokens)
+        measured, rates = race(args.contenders or suite.contenders.split(), work, args.rounds, args.steps)
+        rows = judge(suite.targets, shape, measured)
+        print(
+            f"\n{name}, {shape}: vocabulary {config.vocab_size}\n{table(measured)}\n\n{judgement(rows)}", flush=True
+        )
+        written.append(
+            dict(
+                suite=name,
+                shape=shape,
+                config=dataclasses.asdict(config),
+                race=measured._asdict(),
+                targets=rows,
+                torch=torch.__version__,
+                threads=torch.get_num_threads(),
+                best_matmul=rates.matmul,
             )
-            written.append(
-                dict(
-                    suite=name,
-                    shape=shape,
-                    config=dataclasses.asdict(config),
-                    race=measured._asdict(),
-                    targets=rows,
-                    torch=torch.__version__,
-                    threads=torch.get_num_threads(),
-                    best_matmul=rates.matmul,
-                )
-            )
-        if args.json:
-            args.json.write_text(json.dumps(written, indent=1) + "\n")
-    except (UserError, RuntimeError, OSError) as error:
-        sys.exit(f"throughput.py: error: {error}")
+        )
+    if args.json:
+        args.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import tokenizer  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, positive  # noqa: E402
 from tools import sources  # noqa: E402
 
 
@@ -175,6 +175,7 @@ def table(results: dict[str, list[Measured]], num_bytes: int) -> str:
 REFERENCE = "data.py without gigatoken"
 
 
+@command_line("tokenise.py")
 def main():
     parser = Parser(prog="tokenise.py", description="data.py and libraries of tokenizers, in turns.")
     parser.add_argument("--path", nargs="+", required=True, help="text files or folders")
@@ -186,26 +187,23 @@ def main():
     args.path = [str(Path(path).resolve()) for path in args.path]
     args.encoding = str(Path(args.encoding).resolve()) if Path(args.encoding).suffix == ".json" else args.encoding
     results = {}
-    try:
-        encoding = tokenizer.get_encoding(args.encoding)
-        documents = read_documents(args.path, encoding)
-        num_bytes = sum(len(text.encode()) for _, text in documents)
-        libraries = {} if args.commands_alone else loaders(encoding)
-        for i in range(args.rounds):
-            for name in ("data.py", REFERENCE):
-                with tempfile.TemporaryDirectory() as folder:
-                    measured = measure_command(args, Path(folder), with_gigatoken=name != REFERENCE)
-                results.setdefault(name, []).append(measured)
-            for name, load in libraries.items():
-                measured = measure_library(load(), documents, encoding.eot_token)
-                results.setdefault(name, []).append(measured)
-            print(f"round {i}: load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-    except (UserError, OSError) as error:
-        sys.exit(f"tokenise.py: error: {error}")
+    encoding = tokenizer.get_encoding(args.encoding)
+    documents = read_documents(args.path, encoding)
+    num_bytes = sum(len(text.encode()) for _, text in documents)
+    libraries = {} if args.commands_alone else loaders(encoding)
+    for i in range(args.rounds):
+        for name in ("data.py", REFERENCE):
+            with tempfile.TemporaryDirectory() as folder:
+                measured = measure_command(args, Path(folder), with_gigatoken=name != REFERENCE)
+            results.setdefault(name, []).append(measured)
+        for name, load in libraries.items():
+            measured = measure_library(load(), documents, encoding.eot_token)
+            results.setdefault(name, []).append(measured)
+        print(f"round {i}: load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     print(f"{num_bytes:,} bytes, {results[REFERENCE][0].tokens:,} tokens, {len(documents):,} documents")
     print(table(results, num_bytes))
     if results["data.py"][0].digests != results[REFERENCE][0].digests:
-        sys.exit("tokenise.py: error: the ids of data.py differ with gigatoken: this is a bug of data.py")
+        raise UserError("the ids of data.py differ with gigatoken: this is a bug of data.py")
 
 
 if __name__ == "__main__":

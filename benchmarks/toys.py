@@ -5,7 +5,7 @@
     python benchmarks/toys.py recover
 
 `count`: each token holds a number n from 1 to 8 and a counter at 0. The block, which is frozen, adds 1; the output
-should be n. Only the halting head is trained. Printed for each rule of zoo.halting.HALTS: the squared error, and the
+should be n. Only the halting head is trained. Printed for each rule: the squared error, and the
 iterations of each n under the hard rule of evaluation; then FLOPs and seconds of batches of small, mixed and large
 numbers. A soft mixture can give the right answer without any token halting, so the table shows the depth.
 
@@ -33,12 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import zoo  # noqa: E402
-from cli import Parser  # noqa: E402
+from cli import Parser, command_line, positive  # noqa: E402
 from ops import norm  # noqa: E402
 from tools import sources  # noqa: E402
 from zoo import GPT, Config  # noqa: E402
 from zoo.gpt import TrunkOutput  # noqa: E402
-from zoo.halting import HALTS  # noqa: E402
 from zoo.layer_routing import CONTROLLERS, ROUTE_TRAINING  # noqa: E402
 
 
@@ -159,6 +158,7 @@ def cost(toy: Counting, n_BT: Tensor, rounds: int = 5) -> tuple[int, float]:
     return counter.get_total_flops(), min(seconds)
 
 
+# rule -> coefficients of its cost; the exit rule has no halting head, which is all that is trained
 COEFS = {"act": (0.1, 0.01), "stick_breaking": (0.1, 0.01), "ponder": (0.01, 0.1), "threshold": (0.1, 0.01)}
 
 
@@ -371,28 +371,30 @@ def recover(args):
             )
 
 
-def main():
+LEARNED = [name for name in CONTROLLERS if name != "fixed"]  # controllers with parameters
+
+
+def parse(argv=None):
     parser = Parser(prog="toys.py", description="Toys whose right answer is known.")
     actions = parser.add_subparsers(dest="action", required=True)
-    add = actions.add_parser("count")
-    add.add_argument("--halt", nargs="+", choices=[name for name in HALTS if name != "none"], default=list(COEFS))
-    add.add_argument("--steps", type=int, default=1500)
-    add.set_defaults(function=count)
-    add = actions.add_parser("route")
-    add.add_argument(
-        "--controller", nargs="+", choices=list(CONTROLLERS), default=["linear", "mlp", "lstm", "memoryless", "learned"]
-    )
-    add.add_argument(
-        "--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal", "straight_through"]
-    )
-    add.add_argument("--steps", type=int, default=1500)
-    add.set_defaults(function=route)
-    add = actions.add_parser("recover")
-    add.add_argument("--controller", nargs="+", choices=list(CONTROLLERS), default=["learned", "linear", "mlp", "lstm"])
-    add.add_argument("--training", nargs="+", choices=list(ROUTE_TRAINING), default=["soft", "anneal"])
-    add.add_argument("--steps", type=int, default=400)
-    add.set_defaults(function=recover)
-    args = parser.parse_args()
+    for function, steps, options in (
+        (count, 1500, {"halt": (list(COEFS), list(COEFS))}),
+        (route, 1500, {"controller": (LEARNED, ["linear", "mlp", "lstm", "memoryless", "learned"]),
+                       "training": (list(ROUTE_TRAINING), ["soft", "anneal", "straight_through"])}),
+        (recover, 400, {"controller": (LEARNED, ["learned", "linear", "mlp", "lstm"]),
+                        "training": (list(ROUTE_TRAINING), ["soft", "anneal"])}),
+    ):  # fmt: skip
+        add = actions.add_parser(function.__name__)
+        for name, (choices, default) in options.items():
+            add.add_argument(f"--{name}", nargs="+", choices=choices, default=default)
+        add.add_argument("--steps", type=positive, default=steps)
+        add.set_defaults(function=function)
+    return parser.parse_args(argv)
+
+
+@command_line("toys.py")
+def main():
+    args = parse()
     args.function(args)
 
 

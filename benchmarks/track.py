@@ -19,7 +19,6 @@ full and ablate continue where they were cut off. After -- comes any script that
 flags. Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the
 repository."""
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -47,7 +46,7 @@ import logger  # noqa: E402
 import model  # noqa: E402
 import settings  # noqa: E402
 import train_muon  # noqa: E402
-from cli import Parser, UserError, positive  # noqa: E402
+from cli import Parser, UserError, command_line, given_flags, positive, seed_number, whole_number  # noqa: E402
 from distributed import World  # noqa: E402
 from terminal import say  # noqa: E402
 from tools import plots, records, sources  # noqa: E402
@@ -101,8 +100,7 @@ class Row:
 
     def __init__(self, track: dict, command: list[str], folder: Path | None = None, is_record: bool = True):
         (script, *flags), folder = command, folder or Path(track["data"])
-        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word.startswith("--")}
-        for flag in sorted(given & set(OURS)):
+        for flag in sorted(given_flags(flags) & set(OURS)):
             raise UserError(f"--{flag} is set by the track; after -- leave it out")
         self.track, self.script, self.flags = track, script, [f"--preset={track['preset']}", f"--data={folder}", *flags]
         self.recipe, self.config, self.hp = find_recipe(script, self.flags)
@@ -196,6 +194,8 @@ def shards_sha256(meta: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of results
 
+KEYS = ("name", "seeds")  # of every line
+
 
 def results_file(args) -> Path:
     """The file of short's lines: the track's own with --record, else --results, else one in logs/."""
@@ -206,7 +206,7 @@ def results_file(args) -> Path:
 
 def read_results(args) -> list[dict]:
     """The lines that compare and curve read: the file of results, then the track's own where a name is not in it."""
-    mine, listed = read_tuning(results_file(args)), read_tuning(ROOT / args.track / "tuning.jsonl")
+    mine, listed = (read_tuning(file, *KEYS) for file in (results_file(args), ROOT / args.track / "tuning.jsonl"))
     names = {line["name"] for line in mine}
     return mine if args.record or args.results else mine + [line for line in listed if line["name"] not in names]
 
@@ -216,8 +216,13 @@ def shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def read_tuning(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def read_tuning(log: Path, *keys: str) -> list[dict]:
+    """The lines of a file of results, [] if there is none. Raises UserError for a line that lacks one of the keys."""
+    lines = logger.read_rows(log, numeric=()) if log.exists() else []
+    for number, line in enumerate(lines, 1):
+        if missing := [key for key in keys if key not in line]:
+            raise UserError(f"{log} line {number} is no result, as it lacks {missing[0]!r}; remove it")
+    return lines
 
 
 def append_line(log: Path, name: str, row: Row, steps: int, seeds: list[int], results: list[dict],
@@ -282,7 +287,7 @@ def short(args):
     track["threads"] = args.threads or track.get("threads")
     if args.row and not args.record:
         raise UserError("--row names a row of the record's budget; it needs --record")
-    row, lines = Row(track, args.command, args.data, args.record), read_tuning(log)
+    row, lines = Row(track, args.command, args.data, args.record), read_tuning(log, *KEYS)
     check_budget(args, track, lines)
     earlier = [line for line in lines if line["name"] == args.name]
     step_ms, steps = None, args.steps or next((line["steps"] for line in earlier), None)
@@ -443,7 +448,7 @@ def curve(args):
         ax = figure.subplots()
         for (name, runs), colour in zip(ends.items(), plots.COLOURS):
             values = [list(runs[seconds].values()) for seconds in both]
-            ax.plot(both, list(map(statistics.mean, values)), color=colour, label=name)
+            ax.plot(both, list(map(statistics.mean, values)), color=colour, label=plots.plain(name))
             for seconds, points in zip(both, values):
                 ax.plot([seconds] * len(points), points, "o", color=colour)
         labels = [f"{seconds:g}" for seconds in both]
@@ -513,7 +518,7 @@ def ablate(args):
     track["threads"] = args.threads or track["threads"]
     for seed in args.seeds:
         for name, row in rows.items():
-            lines = [line for line in read_tuning(log) if line["name"] == name]
+            lines = [line for line in read_tuning(log, *KEYS) if line["name"] == name]
             steps = ablation_steps(track, timing, name)
             if any((line["flags"], line["steps"]) != (row.facts["flags"], steps) for line in lines):
                 where = f"{name!r} is in {log} with other flags or steps than the plan's"
@@ -525,7 +530,7 @@ def ablate(args):
             with tempfile.TemporaryDirectory() as folder:
                 print(name, flush=True)
                 append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, None)
-    print(ablation_table(plan, track, timing, read_tuning(log)))
+    print(ablation_table(plan, track, timing, read_tuning(log, *KEYS)))
 
 
 def ablation_commands(plan: dict) -> dict[str, list[str]]:
@@ -590,7 +595,8 @@ def full(args):
     partial.mkdir(exist_ok=True)
     config_file = partial / "config.json"
     begun = logger.read_json(config_file) if config_file.exists() else None
-    if begun and begun["track"] != facts:
+    same_facts = begun and begun["track"] | {"source_sha256": facts["source_sha256"]} == facts
+    if begun and not (same_facts and sources_are_those_of(partial)):
         raise UserError(f"{partial} was begun with other flags, sources or torch; go on as it was begun, or remove it")
     for seed in args.seeds:
         if (partial / f"seed{seed}.jsonl").exists():
@@ -617,13 +623,22 @@ def full(args):
           "`python logger.py --records`")  # fmt: skip
 
 
+def sources_are_those_of(partial: Path) -> bool:
+    """Whether the files in the repository's root are those in the logs of the finished seeds."""
+    logged = [source for log in partial.glob("seed*.log") for source in records.logged_sources(log)]
+    return all((ROOT / name).read_text().rstrip("\n") + "\n" == text for name, text in logged if (ROOT / name).exists())
+
+
 def keep(run: Path, partial: Path, seed: int, facts: dict):
-    """Takes over what a seed's run left; its metrics come last and whole, as they say that the seed is done."""
+    """Takes over what a seed's run left; its metrics come last and whole, as they say that the seed is done.
+
+    source_sha256 becomes that of the sources in the log, so that a reader of the record can check it."""
     config = logger.read_json(run / "config.json")
     for name in ("experiment_name", "matmul_flops_per_second"):
         del config[name]
     for name in ("seed", "data", "out_dir"):
         del config["hyperparameters"][name]
+    facts = facts | {"source_sha256": records.logged_sources_sha256(run / "run.log")}
     write_json(partial / "config.json", {"track": facts} | config)
     shutil.copy(run / "run.log", partial / f"seed{seed}.log")
     shutil.copy(run / "metrics.jsonl", partial / f"seed{seed}.jsonl.tmp")
@@ -662,10 +677,7 @@ def retime(track: dict, row: Row, config_1: dict, rounds: int) -> dict:
 
 def at_least_two(text: str) -> int:
     """Rounds: one alone has no spread."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 2")
-    return number
+    return whole_number(text, 2)
 
 
 def parse(argv: list[str]):
@@ -682,7 +694,7 @@ def parse(argv: list[str]):
         flag("--record", action="store_true", help="the track's own tuning.jsonl instead, which a record is judged by")
     for function in (short, full, ablate):
         flag = add[function].add_argument
-        flag("--seeds", type=int, nargs="+", required=True, help="each is a run")
+        flag("--seeds", type=seed_number, nargs="+", required=True, help="each is a run")
         flag("--data", type=Path, help="the folder of shards (default: that of track.json); your own text in short")
     flag = add[short].add_argument
     flag("--name", required=True, help="of the line of results, for compare and curve")
@@ -709,12 +721,10 @@ def parse(argv: list[str]):
     return args
 
 
+@command_line("track.py")
 def main():
     args = parse(sys.argv[1:])
-    try:
-        args.function(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"track.py: error: {error}")
+    args.function(args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ All parameters of these small fp32 models are random, so no zero initial value h
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 
@@ -206,6 +207,19 @@ def check_cache(net, T=40):
     random = [sorted(torch.randperm(T - 1, generator=rng(i))[: 2 + 3 * i].add(1).tolist()) for i in range(3)]
     for cuts in (range(1, T), [], [T - 1], [16], [17], *random):
         same(cached(net, x, cuts), whole, sure, f"cut at {list(cuts)}")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that an operator returns."""
+
+    numel, shape = 0, ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, out if isinstance(out, (tuple, list)) else (out,)):
+            if tensor.numel() > self.numel:
+                self.numel, self.shape = tensor.numel(), tuple(tensor.shape)
+        return out
 
 
 # -----------------------------------------------------------------------------

@@ -10,26 +10,23 @@ from pathlib import Path
 import torch
 
 import tokenizer
-from cli import Parser, UserError, add_flags, positive
-from model import PRESETS, Config
+from cli import Parser, UserError, add_flags, command_line, given_flags, positive, seed_number
+from distributed import memory_bytes
+from model import DTYPES, PRESETS, Config
 from tools import cost, hub, routes
 
 
+@command_line("model.py")
 def main(argv: list[str] | None = None):
-    try:
-        args = parse(argv)
-        if not args["checkpoint"]:
-            print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
-        elif args["save_pretrained"] or args["push_to_hub"]:
-            hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
-        elif args["routes"]:
-            print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
-        else:
-            sample(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"model.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args = parse(argv)
+    if not args["checkpoint"]:
+        print(cost.model_card(args["config"], args["seq_len"] or args["config"].window_size))
+    elif args["save_pretrained"] or args["push_to_hub"]:
+        hub.share(args["checkpoint"], args["save_pretrained"], args["push_to_hub"])
+    elif args["routes"]:
+        print(routes.save_validation_routes(args["checkpoint"], args["data"], args["tokens"], args["routes"]))
+    else:
+        sample(args)
 
 
 def parse(argv: list[str] | None = None) -> dict:
@@ -45,7 +42,7 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seq_len", "--seq-len", type=positive,
                         help="tokens per row on the card (default: the window)")
     parser.add_argument("--checkpoint", metavar="WHERE",
-                        help="a run's checkpoint folder, a folder of --save_pretrained, or hf://user/name")
+                        help="a run's folder, a folder of --save_pretrained, or hf://user/name")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=positive, default=256,
                         help="length of the sample")
@@ -54,7 +51,7 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_p", "--top-p", type=float, default=1.0,
                         help="sample from the likeliest tokens with this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the sample")
     parser.add_argument("--ignore_eot", "--ignore-eot", action="store_true", help="continue after the end of a text")
     parser.add_argument("--save_pretrained", "--save-pretrained", type=Path, metavar="DIR",
                         help="write the checkpoint as a folder for the Hub")
@@ -65,20 +62,40 @@ def parse(argv: list[str] | None = None) -> dict:
     parser.add_argument("--data", type=Path, metavar="DIR", help="shards of the checkpoint's encoding")
     parser.add_argument("--tokens", type=positive, default=2**15, help="tokens of --routes")
     add_flags(parser, Config, PRESETS["speedrun"])
+    given = given_flags(sys.argv[1:] if argv is None else argv)
     args = vars(parser.parse_args(argv))
+    check_flags(given, args)
     changes = {field.name: args[field.name] for field in dataclasses.fields(Config) if field.name in args}
-    for flag in ("save_pretrained", "push_to_hub", "routes"):
-        if args[flag] and not args["checkpoint"]:
-            raise UserError(f"--{flag} needs --checkpoint, a run's folder")
-    if args["routes"] and not args["data"]:
-        raise UserError("--routes needs --data, a folder of shards")
     if not args["checkpoint"]:
         return args | {"config": dataclasses.replace(PRESETS[args["preset"]], **changes)}
-    for name in changes.keys() - {"top_k"}:
-        raise UserError(
-            f"{name} is a field of a preset, and a checkpoint has its own; leave --{name} or --checkpoint out"
-        )
     return args
+
+
+SAMPLING = "prompt max_new_tokens num_samples temperature top_p seed ignore_eot".split()
+OF_CARD = ["preset", "seq_len", *(field.name for field in dataclasses.fields(Config) if field.name != "top_k")]
+
+
+def check_flags(given: set[str], args: dict):
+    """Raises UserError for flags that do not go together: the card, sampling, sharing and routes are separate."""
+    actions = [flag for flag in ("save_pretrained", "push_to_hub", "routes") if args[flag]]
+    if not args["checkpoint"]:
+        for flag in [*actions, *SAMPLING]:
+            if flag in given:
+                raise UserError(f"--{flag} needs --checkpoint, a run's folder such as logs/muon; without it model.py "
+                                "prints the card of a preset")  # fmt: skip
+    else:
+        for flag in OF_CARD:
+            if flag in given:
+                what = "--preset names a model" if flag == "preset" else f"{flag} is a field of a preset's card"
+                raise UserError(f"{what}, and a checkpoint has its own; leave --{flag} or --checkpoint out")
+    for flag in SAMPLING if actions else ():
+        if flag in given:
+            raise UserError(f"--{flag} samples a text, and --{actions[0]} does not; give one of them")
+    for flag in ("data", "tokens"):
+        if flag in given and not args["routes"]:
+            raise UserError(f"--{flag} goes with --routes; leave it out")
+    if args["routes"] and not args["data"]:
+        raise UserError("--routes needs --data, a folder of shards")
 
 
 def sample(args: dict):
@@ -86,6 +103,7 @@ def sample(args: dict):
     net = hub.for_inference(hub.load(args["checkpoint"], hub.device()))
     encoding = tokenizer.get_encoding(net.encoding)
     prompt = [encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]
+    check_memory(net, args["num_samples"], len(prompt) + args["max_new_tokens"])
     tokens_BT = torch.tensor([prompt] * args["num_samples"], device=net.head.device)
     start, times, rows = time.perf_counter(), [], []
     show(args["prompt"])
@@ -103,6 +121,16 @@ def sample(args: dict):
     speed = f", {args['num_samples'] * (len(times) - 1) / rest:,.1f} tokens/s" if rest else ""
     counts = f"{args['num_samples']} x {len(times)} tokens after {len(prompt)}"
     print(f"{counts}: the first after {first:.3f} s{speed}", file=sys.stderr)
+
+
+def check_memory(net, rows: int, tokens: int):
+    """Raises UserError if the keys and values of so many tokens exceed the memory of the device."""
+    config = net.config
+    per_token = 16 + 2 * config.n_layer * config.n_head * config.head_dim * DTYPES[config.dtype].itemsize
+    needed, there = rows * tokens * per_token, memory_bytes(net.head.device.type)
+    if needed > there:
+        raise UserError(f"the keys and values of {rows:,} x {tokens:,} tokens take {needed / 2**30:,.0f} GiB, and "
+                        f"this device has {there / 2**30:,.0f}; lower --max_new_tokens or --num_samples")  # fmt: skip
 
 
 def show(text: str):

@@ -76,7 +76,7 @@ def plot_val_loss(figure, runs):
         ends = []
         for run in runs:
             xs, ys = get_columns(run, x, key)
-            name = f"{run['name']}  {format_metric(run, '{:.4f}', last, key)}"
+            name = f"{plain(run['name'])}  {format_metric(run, '{:.4f}', last, key)}"
             draw_curve(ax, run, xs, ys, name if ax is axes[0] else None)  # one legend for the three panels
             ends += xs[-1:]
         if ends and 0 < 10 * min(ends) < max(ends):  # a linear axis would squeeze the short runs
@@ -101,11 +101,11 @@ def plot_step_time(figure, runs):
     for i, phase in enumerate(phases):
         widths = [1000 * median(get_columns(run, phase)[0] or [0]) for run in runs]
         ax.barh(range(len(runs)), widths, left=ends, height=0.62, edgecolor="white", linewidth=0.8,
-                color=PHASE_COLOURS[i % len(PHASE_COLOURS)], label=phase.removeprefix("time/"))
+                color=PHASE_COLOURS[i % len(PHASE_COLOURS)], label=plain(phase.removeprefix("time/")))
         ends = [end + width for end, width in zip(ends, widths)]
     for i, end in enumerate(ends):
         ax.text(end, i, f"  {end:,.1f} ms", va="center")
-    ax.set_yticks(range(len(runs)), [run["name"] for run in runs], fontsize=11)
+    ax.set_yticks(range(len(runs)), [plain(run["name"]) for run in runs], fontsize=11)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.12)
@@ -119,7 +119,7 @@ def plot_router_entropy(figure, runs):
     ax = figure.subplots()
     for run in runs:
         steps, entropy = get_columns(run, "step", "moe/router_entropy")
-        draw_curve(ax, run, bin_means(steps), bin_means(entropy), run["name"])
+        draw_curve(ax, run, bin_means(steps), bin_means(entropy), plain(run["name"]))
     ax.axhline(1, color="#8a929c", linewidth=1, linestyle=(0, (4, 3)), label="uniform")
     ax.set_xlabel("steps")
     ax.set_ylabel("router entropy / log(experts)")
@@ -151,7 +151,7 @@ def plot_expert_load(figure, runs):
     bar.set_ticks(shares, labels=[f"{100 * share:.3g}%" for share in shares])
     bar.set_label("share of assignments (white: even)", fontsize=10.5)
     bar.minorticks_off()
-    figure.suptitle(runs[0]["name"])
+    figure.suptitle(plain(runs[0]["name"]))
     figure.supxlabel("steps")
     figure.supylabel("expert")
 
@@ -170,9 +170,9 @@ def plot_domain_loss(figure, runs):
         ax = figure.add_subplot(rows, columns, i + 1)
         for run in runs:
             xs, ys = get_columns(run, "step", f"val/{name}/{'bpb' if in_bits else 'loss'}")
-            label = f"{run['name']}  {ys[-1]:.3f}" if ys else None
+            label = f"{plain(run['name'])}  {ys[-1]:.3f}" if ys else None
             draw_curve(ax, run, xs[1:] or xs, ys[1:] or ys, label)  # without the loss of the initial weights
-        ax.set_title(name, fontsize=11, loc="left")
+        ax.set_title(plain(name), fontsize=11, loc="left")
         ax.legend(fontsize=9.5)
     figure.supxlabel("steps")
     figure.supylabel("validation bits per byte" if in_bits else "validation loss (nats/token)")
@@ -193,11 +193,11 @@ def plot_domain_routing(figure, runs):
     for layer in range(layers):
         ax = figure.add_subplot(rows, columns, layer + 1)
         draw_matrix(figure, ax, load_DLE[:, layer], f"MoE layer {layer}: share of tokens", "expert", "", vmin=0, vmax=1)
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), list(map(plain, names)))
     ax = figure.add_subplot(rows, columns, layers + 1)
     ax.plot(steps, bits, "o-", color=COLOURS[0])
     ax.set(xlabel="step", ylabel="information about the domain (bits)", ylim=(0, None))
-    figure.suptitle(run["name"])
+    figure.suptitle(plain(run["name"]))
 
 
 # -----------------------------------------------------------------------------
@@ -230,6 +230,11 @@ def save_png(figure, path):
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: without mathematics between dollars, and in the legend despite a leading `_`."""
+    return name.replace("$", r"\$").replace("_", " _", name.startswith("_"))
 
 
 def draw_curve(ax, run, xs, ys, label):

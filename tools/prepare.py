@@ -127,8 +127,8 @@ def parse(argv):
     add("--source", choices=list(SOURCES), default="fineweb", metavar="NAME", help="origin of the text")
     add("--path", nargs="+", metavar="P", help="files: files and folders; domains: name=FILE, instead of the hub")
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
-    names = ", ".join(tokenizer.ENCODINGS)
-    add("--encoding", metavar="NAME", help=f"{names}; bpe: trained here; or a path of tokenizer.json (default gpt2)")
+    names = " ".join(tokenizer.ENCODINGS)
+    add("--encoding", metavar="NAME", help=f"{names}, bpe (trained here), tokenizer.json (default gpt2)")
     add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 4096)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
     add = parser.add_argument_group("files and domains").add_argument

@@ -3,10 +3,12 @@
 The rules are in records/README.md. `python logger.py --records` prints the history of each track.
 """
 
+import hashlib
 import math
 import re
+import shlex
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from cli import UserError
 from logger import SEPARATOR, get_final_row, read_json, read_rows
@@ -15,6 +17,7 @@ from tools.plots import COLOURS, bin_means, open_figure
 ANY_TORCH = "any torch"  # key of a pinned corpus that does not depend on the version of torch
 COLUMNS = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte",
            "n", "p")
+FREE_FLAGS = {"data", "out_dir", "experiment_name", "sample_tokens", "checkpoint_every"}  # of no weight in a record
 MEND = "restore it, or make the record again by the rules in records/README.md"
 
 
@@ -49,7 +52,8 @@ def read_history(folder) -> tuple[dict, list[dict]]:
     """
     track_file = folder / "track.json"
     track = read_json(track_file)
-    keys = {"metric", "target", "margin", "row_1", "seeds", "p", "val_tokens", "encoding", "corpus_sha256"}
+    keys = {"metric", "target", "margin", "row_1", "seeds", "p", "val_tokens", "encoding", "corpus_sha256", "preset",
+            "device"}  # fmt: skip
     missing = keys - track.keys()
     _require(not missing, track_file, f"{', '.join(sorted(missing))} is missing")
 
@@ -90,21 +94,26 @@ def read_record(folder, track: dict) -> dict:
         settings, pinned = config["hyperparameters"], config["track"]["corpus_sha256"]
         for name, value in (("val_tokens", settings["val_tokens"]), ("encoding", config["encoding"])):
             _require(value == track[name], folder / "config.json", f"{name} is {value}, in the track {track[name]}")
+        _check_config(folder / "config.json", config)
 
-        rows, sources, curves = zip(*(_read_seed(folder, seed, track, pinned) for seed in range(n)))
-        steps, values = [row["step"] for row in rows], [row[track["metric"]] for row in rows]
-        _require(set(steps) == {settings["num_iterations"]}, folder,
-                 f"its seeds stopped at steps {', '.join(map(str, steps))},"
-                 f" not all at the {settings['num_iterations']} of config.json")
+        rows, sources, curves = zip(*(_read_seed(folder, seed, track, config, pinned) for seed in range(n)))
+        values = [row[track["metric"]] for row in rows]
         _require(len(set(sources)) == 1, folder, "the logs of its seeds hold different sources")
+        _require(sources[0] == config["track"]["source_sha256"], folder / "config.json",
+                 "source_sha256 is not that of the sources in the logs")
+        _require(len({tuple(loss for _, loss in curve) for curve in curves}) == n, folder,
+                 "two of its seeds have the same training losses")
         p = t_test_below(values, track["target"]) if track["target"] else None
         _require(first or p < track["p"], folder,
                  f"p against the target {track['target']} is {p}, not below {track['p']}")
 
         timing = {"row": 1, "row_1": 1, "rounds": [(1, 1)] * 2} if first else read_json(folder / "timing.json")
         _require(len(timing["rounds"]) > 1, folder / "timing.json", "one round has no spread")
+        medians = [median(values) for values in zip(*timing["rounds"])]
+        _require([timing["row"], timing["row_1"]] == medians, folder / "timing.json",
+                 f"row and row_1 are not the medians of the rounds, {medians}")
         ratios = [row / row_1 for row, row_1 in timing["rounds"]]
-        return {"name": folder.name, "steps": steps[0], "flops": float(rows[0]["train/flops"]),
+        return {"name": folder.name, "steps": settings["num_iterations"], "flops": float(rows[0]["train/flops"]),
                 "seconds": [float(row["train_time"]) for row in rows], "values": values, "curves": curves, "p": p,
                 "per_step": (timing["row"] / timing["row_1"], confidence_half_width(ratios))}
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # a file that was edited by hand
@@ -117,17 +126,92 @@ def find_pinned_corpus(track: dict, version: str) -> str | None:
     return track["corpus_sha256"].get(version, track["corpus_sha256"].get(ANY_TORCH))
 
 
-def _read_seed(folder, seed, track, pinned):
-    """The final row of one seed, the sources in its log, and its training curve as in read_record()."""
+def logged_sources(log: Path) -> list[tuple[str, str]]:
+    """(name, text) of the files whose sources a run's log holds."""
+    rule, sources = "-" * 100, log.read_text(encoding="utf-8").partition(f"\n{SEPARATOR}\n")[0]
+    parts = re.split(rf"(?:^|\n){rule}\n(.+)\n{rule}\n", sources)
+    return [(name, f"{text}\n") for name, text in zip(parts[1::2], parts[2::2])]
+
+
+def logged_sources_sha256(log: Path) -> str:
+    return hashlib.sha256("".join(text for _, text in logged_sources(log)).encode()).hexdigest()
+
+
+def parse_flags(words: list[str]) -> dict[str, str]:
+    """Flag -> its text, of a command line's words, in either spelling; of a repeated flag the last one, as argparse."""
+    flags, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name, is_whole, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags[name] = value if is_whole else None
+        else:
+            flags[name] = word if flags[name] is None else f"{flags[name]} {word}"
+    return flags
+
+
+def _is_value(text: str | None, value) -> bool:
+    """Whether a flag's text is a setting's value."""
+    try:
+        return float(text) == float(value)
+    except (TypeError, ValueError):
+        return str(text).lower() == str(value).lower()
+
+
+def _check_config(config_file, config: dict):
+    """Raises UserError unless config.json is that of its flags, for a model of the next token."""
+    settings = config["model"] | config["hyperparameters"]
+    for name, text in parse_flags(config["track"]["flags"]).items():
+        _require(_is_value(text, settings.get(name)), config_file,
+                 f"{name} is {settings.get(name)}, its flag says {text}")
+    objective = settings.get("objective", "next")
+    _require(objective == "next", config_file,
+             f"objective is {objective}, and the score is that of a model of the next token")
+
+
+def _check_command(log, printed: str, seed: int, track: dict, config: dict):
+    """Raises UserError unless the log's command is that of the record's script and flags, with the track's settings."""
+    _, script, *words = shlex.split(re.search(r"^command +(.*)", printed, re.M)[1])
+    recorded, steps = config["track"], config["hyperparameters"]["num_iterations"]
+    _require(script == recorded["script"], log, f"its command runs {script}, in config.json {recorded['script']}")
+    given = {name: text for name, text in parse_flags(words).items() if name not in FREE_FLAGS}
+    wanted = {"preset": track["preset"], **parse_flags(recorded["flags"]), "device": track["device"], "seed": seed,
+              "num_iterations": steps, "val_every": 0, "val_tokens": track["val_tokens"]}  # fmt: skip
+    for name in sorted(given.keys() | wanted.keys()):
+        same = name in given and name in wanted and _is_value(given[name], wanted[name])
+        _require(same, log, f"its command has --{name} {given.get(name, 'not at all')},"
+                            f" the record {wanted.get(name, 'not at all')}")  # fmt: skip
+
+
+def _check_rows(metrics, rows: list[dict], metric: str, config: dict):
+    """Raises UserError unless every step has one row, the evaluation comes once, after the last, and FLOPs add up."""
+    settings, trained = config["hyperparameters"], [row for row in rows if "train/loss" in row]
+    steps, evaluated = settings["num_iterations"], [row["step"] for row in rows if metric in row]
+    _require(evaluated == [steps], metrics,
+             f"it was evaluated at steps {', '.join(map(str, evaluated))}, the rules allow {steps} alone")
+    _require([row["step"] for row in trained] == [*range(1, steps + 1)], metrics,
+             f"its training rows are not those of steps 1 to {steps}, each once")
+    seconds = [row["train_time"] for row in rows if "train_time" in row]
+    _require(seconds == sorted(seconds), metrics, "its clock runs backwards")
+    per_step = config["flops_per_token"] * settings["batch_tokens"]
+    _require(all(math.isclose(row["train/flops"], row["step"] * per_step, rel_tol=1e-6) for row in trained), metrics,
+             "train/flops is not flops_per_token of config.json times the tokens")
+
+
+def _read_seed(folder, seed, track, config, pinned):
+    """The final row of one seed, the sha256 of its log's sources, and its training curve as in read_record()."""
     metric, log, metrics = track["metric"], folder / f"seed{seed}.log", folder / f"seed{seed}.jsonl"
-    source, _, printed = log.read_text(encoding="utf-8").partition(f"\n{SEPARATOR}\n")
+    printed = log.read_text(encoding="utf-8").partition(f"\n{SEPARATOR}\n")[2]
     rows = read_rows(metrics)
     row = get_final_row(rows, metric)
     finite = isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])
     _require(finite, metrics, f"the run did not end with a finite {metric}")
-    logged = re.search(rf"^step:{row['step']}/\d+ .*{metric.replace('/', '_')}:([\d.]+)", printed, re.M)
-    agrees = logged and abs(float(logged[1]) - row[metric]) < 1e-4
-    _require(agrees, log, f"its {metric} at step {row['step']} is not that of {metrics.name}")
+    _check_rows(metrics, rows, metric, config)
+    pattern = rf"^step:{row['step']}/\d+ .*train_time:([\d.]+)s.*{metric.replace('/', '_')}:([\d.]+)"
+    logged = re.findall(pattern, printed, re.M)
+    for name, text in zip(("train_time", metric), logged[0] if len(logged) == 1 else ("nan", "nan")):
+        _require(abs(float(text) - row[name]) < {metric: 1e-4}.get(name, 1e-3), log,
+                 f"its {name} at step {row['step']} is not that of {metrics.name}")
 
     version = re.search(r"^torch +([^\s+]+)", printed, re.M)[1]
     _require(pinned == find_pinned_corpus(track, version), log, f"its corpus is not the one pinned for torch {version}")
@@ -135,8 +219,10 @@ def _read_seed(folder, seed, track, pinned):
         value = re.search(rf"^{fact} +(.*\S)", printed, re.M)[1]
         _require(value == str(track.get(fact, value)), log, f"{fact} is {value}, in the track {track.get(fact)}")
 
+    _check_command(log, printed, seed, track, config)
     bits_per_nat = row[metric] / row["val/loss"]  # bits per byte over nats per token
-    return row, source, [(row["train_time"], bits_per_nat * row["train/loss"]) for row in rows if "train/loss" in row]
+    curve = [(row["train_time"], bits_per_nat * row["train/loss"]) for row in rows if "train/loss" in row]
+    return row, logged_sources_sha256(log), curve
 
 
 def _require(condition, path, problem: str):

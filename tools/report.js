@@ -268,7 +268,7 @@ function drawMaps() {
   for (const id of ["load", "history"]) get(id).hidden = !run.load;
   get("coactivation").hidden = !run.coactivation;
   get("no_routes").textContent =
-    run.coactivation ? "" : `No routes of this run are saved: ${numbers.how_to_get_routes}`;
+    run.coactivation ? "" : `No routes of this run are saved: ${run.how_to_get_routes}`;
   if (run.load) {
     const even = run.load.share[0][0].length;
     const share = run.load.share.map(layers => layers.map(experts => experts.map(x => x * even)));

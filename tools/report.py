@@ -16,18 +16,19 @@ from urllib.parse import quote
 from cli import UserError
 from logger import (
     TABLE,
+    RunReader,
     explain_os_errors,
     finite_or_none,
     get_columns,
     get_final_row,
-    has_ended,
     make_folder,
     read_run,
     table_rows,
     write_text,
 )
+from terminal import say
 from tools.plots import COLOURS, assign_styles, bin_means, open_figure, plot_val_loss
-from tools.routes import analyse, list_routes_files, read_routes
+from tools.routes import analyse_file, how_to_get_routes, list_routes_files
 
 # -----------------------------------------------------------------------------
 # Page: report.html with plotly.js and the numbers of the runs filled in
@@ -46,8 +47,31 @@ NORMS = {"norm/grad/": "gradient norm", "norm/update/": "update norm"}  # prefix
 COMPRESSORS = {"val/gzip_bpb": "gzip", "val/xz_bpb": "xz"}  # lines in the chart of bits per byte
 AXES = {"step": "step", "seconds": "train_time", "flops": "train/flops"}  # the page's name of an x axis -> key
 MAX_POINTS, MAX_LOADS = 16_000, 40_000  # of one metric and of expert loads, over all runs; fifty runs still load fast
-HOW_TO_GET_ROUTES = ("run `python model.py --checkpoint logs/muon/checkpoint --routes logs/muon/routes.npz"
-                     " --data data/python`, or train with --routes_tokens")
+
+
+def keep_going(folders, action, noted=()) -> list:
+    """Results of action(folder) for the folders of runs. A note names each that is damaged, unless it is in `noted`.
+
+    Raises the first UserError if all are damaged."""
+    results, mistakes = [], []
+    for folder in folders:
+        try:
+            results.append(action(folder))
+        except UserError as error:
+            mistakes.append(error)
+    if mistakes and not results:
+        raise mistakes[0]
+    for mistake in map(str, mistakes):
+        if mistake not in noted:
+            say(f"note: left out, as {mistake}")
+    if isinstance(noted, set):
+        noted.update(map(str, mistakes))
+    return results
+
+
+def read_runs(folders) -> list[dict]:
+    """read_run() of each folder; a note names damaged ones, which are left out. Raises UserError if all are."""
+    return keep_going(folders, read_run)
 
 
 def write_report(runs, out_dir, page, live: bool | None = None, poll_seconds: float = 5.0):
@@ -99,6 +123,7 @@ def page_data(runs, out_dir, page) -> dict:
             "compressors": {name: get_final_row(run["rows"], key).get(key) for key, name in COMPRESSORS.items()},
             "load": expert_loads(run, MAX_LOADS // len(runs)),
             "coactivation": read_coactivation(folder),
+            "how_to_get_routes": how_to_get_routes(folder, run["config"]),
             "sample": samples[-1] if samples else None,
         })
     logged = dict.fromkeys(key for entry in entries for part in entry["parts"] for key in part["y"])
@@ -113,7 +138,6 @@ def page_data(runs, out_dir, page) -> dict:
         "curves": [(key, title) for key, title in CURVES.items() if key in logged],
         "norms": list(norms.items()),
         "others": [(key, key) for key in logged if key not in (*CURVES, *norms, *COMPRESSORS)],
-        "how_to_get_routes": HOW_TO_GET_ROUTES,
         "written": time.time(),
         "live": None,
     }
@@ -179,9 +203,15 @@ def expert_loads(run, max_loads: int) -> dict | None:
 
 
 def read_coactivation(run_folder) -> list | None:
-    """Share of tokens routed to each pair of experts, layers x experts x experts; None for a run without routes."""
+    """Share of tokens routed to each pair of experts, layers x experts x experts; None for a run without routes.
+
+    A damaged file of routes is named in a note and counts as none."""
     files = list_routes_files(run_folder)
-    return analyse(read_routes(files[0])).get("coactivation") if files else None
+    try:
+        return analyse_file(files[0]).get("coactivation") if files else None
+    except UserError as error:
+        say(f"note: no routes of {run_folder.name}, as {error}")
+        return None
 
 
 def compare_settings(runs) -> list[list[str]]:
@@ -210,21 +240,31 @@ def follow_report(list_folders, out_dir, page, poll_seconds: float = 5.0):
 
     list_folders() returns the runs' folders, new ones included. An open page reloads its data and keeps the choices.
     """
-    sizes_before = None
+    sizes_before, readers, runs, noted = None, {}, [], set()
     try:
         while True:
             folders = list_folders()
-            live = any(not has_ended(folder) and is_locked(folder) for folder in folders)  # before the rows are read
+            locked = {folder.name for folder in folders if is_locked(folder)}  # before the rows are read
             sizes = [(folder, data_size(folder)) for folder in folders]
-            if sizes != sizes_before or not live:
-                write_report(list(map(read_run, folders)), out_dir, page, live, poll_seconds)
+            changed = sizes != sizes_before
+            if changed:
+                readers |= {folder: RunReader(folder) for folder in folders if folder not in readers}
+                runs = keep_going(folders, lambda folder: readers[folder].read(), noted)
+            live = any(run["name"] in locked and not has_end(run["rows"]) for run in runs)
+            if changed or not live:
+                write_report(runs, out_dir, page, live, poll_seconds)
             if not live:
                 return
             sizes_before = sizes
             time.sleep(poll_seconds)
     except KeyboardInterrupt:
-        write_report(list(map(read_run, list_folders())), out_dir, page, live=False)
+        write_report(read_runs(list_folders()), out_dir, page, live=False)
         raise
+
+
+def has_end(rows) -> bool:
+    """Whether the rows are those of a run that has reached its end; a resumed run may have rows after it."""
+    return any(row.get("event") == "end" for row in rows)
 
 
 def data_size(folder) -> int:
@@ -248,23 +288,22 @@ def follow(folder, poll_seconds: float = 1.0, patience: float = 10.0):
     On a terminal the status is redrawn in place; elsewhere a block is printed after each evaluation.
     patience: seconds without new rows until the folder's lock is checked for a writing process.
     """
-    terminal = sys.stdout.isatty()
+    terminal, reader, status = sys.stdout.isatty(), RunReader(folder), Status()
     size_before, height, evaluations_before, changed = None, 0, 0, time.monotonic()
     while True:
         size = data_size(folder)
         if size != size_before:
-            run, size_before, changed = read_run(folder), size, time.monotonic()
-            lines, evaluations = format_status(run), len(get_columns(run, "val/loss")[0])
-            ended = any(row.get("event") == "end" for row in run["rows"])
+            run, size_before, changed = reader.read(), size, time.monotonic()
+            lines, evaluations = status.update(run), len(status.columns["val/loss"])
             if terminal:
                 width = shutil.get_terminal_size().columns - 1
                 clear = f"\x1b[{height}A\x1b[J" if height else ""
                 print(clear + "\n".join(line[:width] for line in lines), flush=True)
                 height = len(lines)
-            elif ended or evaluations != evaluations_before:
+            elif status.ended or evaluations != evaluations_before:
                 print("\n".join(lines), flush=True)
                 evaluations_before = evaluations
-            if ended:
+            if status.ended:
                 return
         elif time.monotonic() - changed > patience:
             if not is_locked(folder):
@@ -276,16 +315,34 @@ def follow(folder, poll_seconds: float = 1.0, patience: float = 10.0):
 
 def format_status(run) -> list[str]:
     """The progress of a run in a few lines: steps, time left, and a sparkline per metric."""
-    total = run["config"].get("hyperparameters", {}).get("num_iterations", 0)
-    step, seconds = (max(get_columns(run, key)[0], default=0) for key in ("step", "train_time"))
-    lines = [f"{run['name']}  step {step:,}/{total:,}  {format_duration(seconds)} of training"]
-    if 0 < step < total:
-        lines[0] += f", about {format_duration((total - step) * seconds / step)} left"
-    for title, template, key in STATUS_METRICS:
-        values = get_columns(run, key)[0]
-        if values:
-            lines.append(f"  {title:<22}{template.format(values[-1]):>10}  {sparkline(values)}")
-    return lines
+    return Status().update(run)
+
+
+class Status:
+    """The progress of a run whose rows grow: the values of its metrics so far, and whether it has ended."""
+
+    def __init__(self):
+        self.rows, self.seen = None, 0  # the list that was read last, and how many of its rows
+        self.columns, self.ended = {}, False
+
+    def update(self, run) -> list[str]:
+        """The lines of format_status(); looks only at rows that are new in the run's list."""
+        if run["rows"] is not self.rows:
+            self.rows, self.seen, self.ended = run["rows"], 0, False
+            self.columns = {key: [] for key in ("step", "train_time", "val/loss", *(key for *_, key in STATUS_METRICS))}
+        new = {"rows": self.rows[self.seen :]}
+        self.seen, self.ended = len(self.rows), self.ended or has_end(new["rows"])
+        for key, values in self.columns.items():
+            values += get_columns(new, key)[0]
+        total = run["config"].get("hyperparameters", {}).get("num_iterations", 0)
+        step, seconds = (max(self.columns[key], default=0) for key in ("step", "train_time"))
+        lines = [f"{run['name']}  step {step:,}/{total:,}  {format_duration(seconds)} of training"]
+        if 0 < step < total:
+            lines[0] += f", about {format_duration((total - step) * seconds / step)} left"
+        for title, template, key in STATUS_METRICS:
+            if values := self.columns[key]:
+                lines.append(f"  {title:<22}{template.format(values[-1]):>10}  {sparkline(values)}")
+        return lines
 
 
 def sparkline(values, width: int = 40) -> str:

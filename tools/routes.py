@@ -9,12 +9,13 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import zipfile
 import zlib
 from pathlib import Path
 
 from cli import UserError, write_atomically
-from logger import finite_or_none, make_folder, write_text
+from logger import finite_or_none, make_folder, read_config, write_text
 from tools.plots import COLOURS, draw_matrix, open_figure
 
 PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
@@ -27,13 +28,10 @@ def write_analysis(run_folder, folder):
     """
     files, path = list_routes_files(run_folder), run_folder / "routes.npz"
     if not files:
-        raise UserError(
-            f"{path} is missing; make it with"
-            f" `python model.py --checkpoint {run_folder}/checkpoint --routes {path} --data <shards>`"
-        )
+        raise UserError(f"{path} is missing; {how_to_get_routes(run_folder, read_config(run_folder))}")
     by_step = [(int(file.stem.removeprefix("step_")), read_routes(file)) for file in reversed(files) if file != path]
     routes = read_routes(path) if files[0] == path else by_step[-1][1]
-    found = analyse(routes, by_step)
+    found = analyse_arrays(files[0], routes, by_step)
 
     make_folder(folder)
     report = folder / f"{run_folder.name}_routes.json"
@@ -53,6 +51,14 @@ def write_analysis(run_folder, folder):
             print(picture)
 
 
+def how_to_get_routes(run_folder, config: dict) -> str:
+    """A command that writes the routes.npz of a run, given its config.json."""
+    data = (config.get("hyperparameters") or {}).get("data") or "DIR"
+    words = ("python", "model.py", "--checkpoint", run_folder / "checkpoint", "--routes", run_folder / "routes.npz",
+             "--data", data)  # fmt: skip
+    return f"run `{shlex.join(map(str, words))}`, or train with train_zoo.py and --routes_tokens"
+
+
 def list_routes_files(run_folder) -> list[Path]:
     """The routes files of a run: its routes.npz, then those of its evaluations, newest first."""
     return [*run_folder.glob("routes.npz"), *sorted((run_folder / "routes").glob("step_*.npz"), reverse=True)]
@@ -67,6 +73,19 @@ def read_routes(path) -> dict:
             return dict(file)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); remove it and make it again") from None
+
+
+def analyse_file(path) -> dict:
+    """analyse() of one routes file. Raises UserError if it is damaged."""
+    return analyse_arrays(path, read_routes(path))
+
+
+def analyse_arrays(path, routes, by_step=()) -> dict:
+    """analyse(), with the UserError of a damaged file at `path` in place of arrays that are missing or do not fit."""
+    try:
+        return analyse(routes, by_step)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold routes ({error}); remove it and make it again") from error
 
 
 # -----------------------------------------------------------------------------
@@ -259,22 +278,16 @@ def plot_saturation(figure, routes, found):
 # Collecting
 
 
-def save_validation_routes(checkpoint_folder, data_folder, num_tokens: int, path: Path) -> str:
-    """Write the routes of a checkpoint on a folder's first validation tokens; returns a line about the file.
+def save_validation_routes(where, data_folder, num_tokens: int, path: Path) -> str:
+    """Write the routes of a model on a folder's first validation tokens; returns a line about the file.
 
-    Raises UserError."""
-    import checkpoint
+    where: as hub.load() takes it. Raises UserError."""
+    from tools import hub
 
-    net, manifest = checkpoint.load_model_from_run(checkpoint_folder, "cuda" if torch_has_cuda() else "cpu")
-    arrays = collect_validation_routes(net, manifest["encoding"], data_folder, num_tokens)
+    net = hub.load(where, hub.device())
+    arrays = collect_validation_routes(net, net.encoding, data_folder, num_tokens)
     write_routes(path, arrays)
     return f"{path}: {len(arrays['token_N']):,} tokens; draw them with `python logger.py --routes`"
-
-
-def torch_has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def collect_validation_routes(net, encoding: str, data_folder, num_tokens: int) -> dict:

@@ -122,10 +122,10 @@ def meta_entries(encoding, count_SV, shards, compressors):
 
 def encoding_meta(encoding):
     """Entries of meta.json; a tokenizer.json lies beside it."""
-    known = {"encoding": encoding.name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
-    if encoding.json:
-        known |= {"encoding": TOKENIZER, "tokenizer_sha256": hashlib.sha256(encoding.json.encode()).hexdigest()}
-    return known
+    name = data.stored_name(encoding.name)
+    known = {"encoding": name, "vocab_size": encoding.vocab_size, "eot_token": encoding.eot_token}
+    digest = {"tokenizer_sha256": hashlib.sha256(encoding.json.encode()).hexdigest()} if encoding.json else {}
+    return known | digest
 
 
 def open_encoding(args, folder, open_sources):
@@ -148,7 +148,9 @@ def open_encoding(args, folder, open_sources):
         return get_encoding(args.encoding)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER).write_text(text, encoding="utf-8")
-    return get_encoding(folder / TOKENIZER)
+    encoding = get_encoding(folder / TOKENIZER)
+    (folder / TOKENIZER).write_text(encoding.json, encoding="utf-8")  # as each domain's folder has it
+    return encoding
 
 
 SPREAD_BYTES = 2**28   # of text, read before a BPE is trained

@@ -28,6 +28,7 @@ import numpy as np
 import data
 from cli import UserError
 from data import as_data_error, read_shard
+from tools.network import hub_answers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -429,6 +430,8 @@ def difficulty(text):
 
 def stream_dataset(encoding, dataset, subset, split_name, text_field="text", tokens_field=None):
     """Documents of a data set on the hub, or in a local folder."""
+    if not os.path.exists(dataset):
+        hub_answers()  # or the libraries below would try for long
     import datasets
     mend = f"data set {dataset} cannot be read ({{error}}): check --dataset, --subset, --split_name and the network, " \
            "or use --source python, which needs none"
@@ -470,6 +473,7 @@ DOMAIN_TOKENS = 20_000_000  # of each domain, without --max_tokens
 
 def stream_domain(name, encoding):
     """Documents of the data sets of one of DOMAINS, one after another."""
+    hub_answers()
     import datasets
     facts = {"datasets": [part.dataset for part in DOMAINS[name]]}
 
@@ -511,6 +515,7 @@ def download_fineweb(folder, num_shards):
     """Download num_shards train shards and the validation shard of FineWeb-10B into a folder.
 
     A shard gets its name after it has been read, so an interrupted download continues. Raises UserError."""
+    hub_answers()
     import huggingface_hub
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"fineweb_{'train' if number else 'val'}_{number:06d}.bin" for number in range(num_shards + 1)]

@@ -25,9 +25,9 @@ class Rotary(NamedTuple):
     vo: bool = False
     by_window: bool = False
 
-    def speed(self, window_letter: str) -> float:
-        """Factor on the frequencies; the shortest window has 1 if they are stretched."""
-        return WINDOWS[window_letter] / max(WINDOWS.values()) if self.by_window else 1.0
+    def speed(self, window_letter: str, window_letters: str) -> float:
+        """Factor on the frequencies; if they are stretched, the shortest window of all layers has 1."""
+        return WINDOWS[window_letter] / max(WINDOWS[letter] for letter in window_letters) if self.by_window else 1.0
 
 
 ROTARIES = {

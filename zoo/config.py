@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import model
-from cli import require
+from cli import UserError, require
 
 TABLES = {}  # field -> table of its legal values
 LETTERS = {}  # field of one letter per layer -> its legal letters
@@ -75,6 +75,8 @@ class Config(model.Config):
         for name in """importance_coef load_coef entropy_coef layer_balance_coef ponder_coef bias_update_threshold
                        router_residual num_meta_tokens eval_loops reinject halt_threshold identity_layers""".split():
             require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in "n_layer loops eval_loops identity_layers num_meta_tokens".split():
+            require(self, name, getattr(self, name) <= 10_000, "at most 10,000")
         require(self, "free_eta", self.free_eta > 0, "above 0")
         for name in "ponder_prior mask_share".split():
             require(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
@@ -136,6 +138,14 @@ class Config(model.Config):
         return [float(kind != "exit") for kind, count in self.expert_counts.items() for _ in range(count)]
 
     @property
+    def exits(self) -> tuple[int, int] | None:
+        """First and end of the numbers of the exits; None without any."""
+        if "exit" not in self.expert_counts:
+            return None
+        first = self.balanced_experts.index(0.0)
+        return first, first + self.expert_counts["exit"]
+
+    @property
     def expert_share(self) -> float:
         """Share of the tokens that an expert with matmuls gets at even load."""
         return self.top_k / sum(1 / eta for eta in self.expert_etas)
@@ -157,8 +167,8 @@ class Config(model.Config):
 
     def rope_spec(self, layer: int) -> tuple[str, float]:
         """A layer's letter of ROTARIES, and the factor on its frequencies."""
-        letter = self.per_layer("rotary")[layer]
-        return letter, LETTERS["rotary"][letter].speed(self.per_layer("window")[layer])
+        letter, windows = self.per_layer("rotary")[layer], self.per_layer("window")
+        return letter, LETTERS["rotary"][letter].speed(windows[layer], windows)
 
 
 def as_zoo(config: model.Config) -> Config:
@@ -166,10 +176,19 @@ def as_zoo(config: model.Config) -> Config:
     return config if isinstance(config, Config) else Config(**vars(config))
 
 
+MAX_EXPERTS = 2**15  # as dispatch sorts 16-bit ids
+
+
 def listed_kinds(experts: str) -> list[str]:
-    """The kinds in a list such as "mlp*12,identity", each repeated n times for *n; [] if it is no such list."""
-    parts = [re.fullmatch(r"\s*(\w+)\s*(?:\*\s*(\d+))?\s*", part) for part in experts.split(",")]
-    return [part[1] for part in parts for _ in range(int(part[2] or 1))] if all(parts) else []
+    """The kinds in a list such as "mlp*12,identity", each repeated n times for *n; [] if it is no such list.
+
+    Raises UserError for more experts than a layer can have."""
+    parts = [re.fullmatch(r"\s*(\w+)\s*(?:\*\s*0*(\d+))?\s*", part) for part in experts.split(",")]
+    if not all(parts):
+        return []
+    if any(len(part[2] or "") > 5 for part in parts) or sum(int(part[2] or 1) for part in parts) >= MAX_EXPERTS:
+        raise UserError(f"experts is {experts[:60]!r}; it must list fewer than {MAX_EXPERTS:,} experts")
+    return [part[1] for part in parts for _ in range(int(part[2] or 1))]
 
 
 def is_list(experts: str) -> bool:

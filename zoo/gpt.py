@@ -18,7 +18,7 @@ from zoo.block import Block, Context, run_layers
 from zoo.config import Config, as_zoo
 from zoo.masked import OBJECTIVES
 from zoo.masks import MaskInputs, document_starts, visible_keys
-from zoo.stats import RouteStats, neg_entropy
+from zoo.stats import RouteStats, mean_over, neg_entropy, without_exits
 
 
 class TrunkOutput(NamedTuple):
@@ -65,18 +65,18 @@ class GPT(model.GPT):
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor):
-        """As model.GPT; the bias moves after bias_update_threshold tokens, toward loads in proportion to 1 / eta."""
+        """As model.GPT, without exits; the bias moves after bias_update_threshold tokens, to loads like 1 / eta."""
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
         self.load_WLE.copy_(torch.cat([self.load_WLE[1:], share_LE[None].float()]))
-        even_E = 1 / self.eta_E / (1 / self.eta_E).mean()
+        mean = lambda x_LE: (self.balanced_E * x_LE).sum(-1, keepdim=True) / self.balanced_E.sum()
+        even_E = self.balanced_E / self.eta_E / mean(1 / self.eta_E)
         self.counted_LE += counts_LE
-        counted_L1 = self.counted_LE.sum(-1, keepdim=True)
-        share_LE = self.counted_LE / counted_L1.clamp(min=1)
-        due_L1 = counted_L1 >= self.config.bias_update_threshold * self.config.top_k
-        direction_LE = (share_LE.mean(-1, keepdim=True) * even_E - share_LE).sign()
-        self.bias_LE += self.config.bias_update_factor * due_L1 * self.balanced_E * direction_LE
+        due_L1 = self.counted_LE.sum(-1, keepdim=True) >= self.config.bias_update_threshold * self.config.top_k
+        kept_LE = self.counted_LE * self.balanced_E.long()  # counts, as shares would round an even load up or down
+        direction_LE = (kept_LE.sum(-1, keepdim=True) * even_E - self.balanced_E.sum() * kept_LE).sign()
+        self.bias_LE += self.config.bias_update_factor * due_L1 * direction_LE
         self.counted_LE *= ~due_L1
-        self.bias_LE -= self.bias_LE.mean(-1, keepdim=True)
+        self.bias_LE -= self.balanced_E * mean(self.bias_LE)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None,
                 doc_ids_BT: Tensor | None = None, expert_B: Tensor | None = None,
@@ -99,7 +99,7 @@ class GPT(model.GPT):
             contexts = [ctx._replace(valid_BT=real_B[:, None].expand(doc_BT.shape)) for ctx in contexts]
         trunk = self.run_blocks(x0_BTD, contexts, mask_inputs)
         states = [(norm(x_BTD[:, -T:]), None if w_BT is None else w_BT[:, -T:]) for x_BTD, w_BT in trunk.states]
-        stats = self.summary(trunk, T) if cache is None else {}
+        stats = self.summary(trunk, T, real_B) if cache is None else {}
         if targets_BT is None:
             return model.Output(self.logits(states[-1][0]), None, stats)
         nats = sum(self.summed_nll(x_BTD, targets_BT, weight_BT) for x_BTD, weight_BT in states)
@@ -197,25 +197,34 @@ class GPT(model.GPT):
 
     # ---- loss and statistics
 
-    def summary(self, trunk: TrunkOutput, T: int) -> dict[str, Tensor]:
-        """As model.GPT, with the weights eta in the balance loss (2410.07348 eq. 8) and the losses of options."""
-        stats, zero = trunk.stats, self.bias_LE.new_zeros(())
+    def summary(self, trunk: TrunkOutput, T: int, real_B: Tensor | None = None) -> dict[str, Tensor]:
+        """As model.GPT, with the losses of options. The balance loss has weights eta (2410.07348 eq. 8), no exits."""
+        stats, zero, config = trunk.stats, self.bias_LE.new_zeros(()), self.config
         prob_LE = torch.stack([s.prob_E for s in stats]) if stats else self.bias_LE
-        balance_L = self.config.num_experts * (self.balanced_E * self.eta_E * self.load_WLE.mean(0) * prob_LE).sum(-1)
+        load_LE = without_exits(self.load_WLE.mean(0), config.exits)
+        balance_L = self.balanced_E.sum() * (self.eta_E * load_LE * prob_LE).sum(-1)
         mean = lambda values: torch.stack(values).mean() if values else zero
-        losses = zero + sum(s.loss for s in stats) + trunk.loss
-        losses = losses + self.config.entropy_coef * sum(map(neg_entropy, stats))
+        mean_routed = lambda values: mean([s.share * value for s, value in zip(stats, values)])
+        losses = zero + sum(s.loss for s in stats) + trunk.loss + config.entropy_coef * sum(map(neg_entropy, stats))
         summary = {
             "balance_loss": mean(list(balance_L)),
-            "z_loss": mean([s.z_loss for s in stats]),
+            "z_loss": mean(z_losses := [s.z_loss for s in stats]),
             "entropy": mean([s.entropy for s in stats]),
             "router_loss": losses,
+            "depth_loss": zero + trunk.loss,  # part of router_loss
             "counts_LE": torch.stack([s.counts_E for s in stats]) if stats else self.bias_LE.long(),
-            "domain_loss": sum(s.domain_loss for s in stats) / max(len(stats), 1) + zero,
+            "domain_loss": sum(s.share * s.domain_loss for s in stats) / max(len(stats), 1) + zero,
         }
+        routed_losses = {"balance_loss": mean_routed(balance_L), "z_loss": mean_routed(z_losses)}
+        summary["aux_loss"] = super().auxiliary_loss(summary | routed_losses)
         if trunk.loops_BT is not None:
-            summary["depth/loops"] = trunk.loops_BT[:, -T:].float().mean()
+            real_T = None if real_B is None else real_B.repeat_interleave(T)
+            summary["depth/loops"] = mean_over(trunk.loops_BT[:, -T:].flatten().float(), real_T)
         return summary
+
+    def auxiliary_loss(self, stats: dict[str, Tensor]) -> Tensor:
+        """As model.GPT, but a halted token counts zero: divided by a constant, gradients add over micro-batches."""
+        return stats["aux_loss"]
 
     def summed_nll(self, x_BTD: Tensor, targets_BT: Tensor, weight_BT: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, summed over targets; tokens may have fp32 weights, which get gradients too."""
@@ -255,17 +264,18 @@ class GPT(model.GPT):
         """As model.GPT. Every iteration of a loop counts, though tokens may halt early; a pool counts at even use."""
         config = self.config
         runs, weights, keys = config.layer_runs, 0.0, 0.0
+        row_tokens = (seq_len + config.num_meta_tokens) / seq_len  # the others share the cost of meta-tokens
         for name, parameter in self.named_parameters():
             if self.is_in_matmul(name):
-                weights += parameter.numel() * self.active_share(name) * self.runs_of(name)
+                tokens = 1 if parameter is self.head else row_tokens  # meta-tokens have no logits
+                weights += tokens * parameter.numel() * self.active_share(name) * self.runs_of(name)
         router_head = config.router_dim / (config.n_head * config.head_dim)  # of router attention, over a layer's width
         letters = zip(config.per_layer("attention"), config.per_layer("window"), config.per_layer("pattern"), runs)
         for attention, window, pattern, times in letters:
             heads = (attention != "-") + router_head * (pattern == "M" and config.router == "attention")
             layer_keys = self.objective.mean_keys(model.mean_keys(config, window, seq_len)) + config.num_meta_tokens
-            keys += times * heads * layer_keys
-        row_tokens = seq_len + config.num_meta_tokens  # the cost of meta-tokens is shared by the others
-        return (6 * weights + 12 * keys * config.n_head * config.head_dim) * row_tokens / seq_len
+            keys += row_tokens * times * heads * layer_keys
+        return 6 * weights + 12 * keys * config.n_head * config.head_dim
 
     def runs_of(self, name: str) -> float:
         """Uses of a parameter in one token's forward pass."""

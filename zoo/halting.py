@@ -3,6 +3,7 @@
 A rule is called after each iteration with the hidden states after and before it. It returns the states to go on with
 and the HaltState, in which tokens that have halted are no longer active. Shape suffixes as in model.py."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from model import PARAMETER_RULES, ParameterRule, constant
 from ops import linear_fp32, norm
 from zoo.config import TABLES, Config
+from zoo.stats import mean_over
 
 
 class HaltState(NamedTuple):
@@ -50,7 +52,8 @@ class NoHalt(nn.Module):
         """Hidden states to go on with, each with its tokens' weights in the loss."""
         return [(x_BTD, None)]
 
-    def cost(self, state: HaltState) -> Tensor | float:
+    def cost(self, state: HaltState, valid_BT: Tensor | None) -> Tensor | float:
+        """Mean cost of the tokens that are not padding."""
         return 0.0
 
 
@@ -74,8 +77,8 @@ class Halt(NoHalt):
         changes |= dict(all_active=all_active, none_active=count == 0)
         return state._replace(active_BT=active_BT, loops_BT=loops_BT, **changes)
 
-    def cost(self, state: HaltState) -> Tensor:
-        return state.cost_BT.mean()
+    def cost(self, state: HaltState, valid_BT: Tensor | None) -> Tensor:
+        return mean_over(state.cost_BT.flatten(), None if valid_BT is None else valid_BT.flatten())
 
 
 class ACT(Halt):
@@ -145,9 +148,9 @@ class Ponder(Halt):
         sum_BT = state.sum_BT + prob_BT * state.active_BT
         if not self.training:
             return new_BTD, self.update_state(state, (sum_BT >= self.limit) | last, sum_BT=sum_BT)
-        now = max(self.prior, float(last))  # the last iteration has the rest
-        prior_BT = now * (1 - self.prior) ** state.loops_BT.float()
-        divergence_BT = prob_BT * (prob_BT.clamp(min=1e-8) / prior_BT).log()
+        log_now = 0.0 if last else math.log(self.prior)  # the last iteration has the rest
+        log_prior_BT = log_now + state.loops_BT * math.log1p(-self.prior)  # the prior itself underflows
+        divergence_BT = prob_BT * (prob_BT.clamp(min=1e-8).log() - log_prior_BT)
         changes = dict(sum_BT=sum_BT, cost_BT=state.cost_BT + divergence_BT, states=(*state.states, (new_BTD, prob_BT)))
         return new_BTD, self.update_state(state, torch.zeros_like(state.active_BT), **changes)
 

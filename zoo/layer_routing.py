@@ -149,7 +149,7 @@ class LayerRoutedGPT(LoopGPT):
         begin_BTD, runs, controller_state, choices, probs, states_after = x_BTD, [], None, [], [], []
         cache, (_, step, *_) = contexts[0].cache, contexts[0].noise_key
         store = None if cache is None else self.loop_keys(cache)
-        state, loops = HaltState.initial(x_BTD), self.loops if self.training else self.eval_loops
+        state, loops = HaltState.initial(x_BTD), self.num_loops()
         for loop in range(loops):
             here = [loop_context(ctx, loop, 0, store) for ctx in contexts]
             if store is not None:
@@ -163,6 +163,7 @@ class LayerRoutedGPT(LoopGPT):
             if self.training or not self.hard_evaluation:
                 progress = (step / self.config.anneal_steps).clamp(max=1)
                 weight_BTN = self.weigh(prob_BTN, progress) if self.training else prob_BTN
+                here = [only_active(ctx, state) for ctx in here]
                 new_BTD, stats = mix_layers(blocks, entry_BTD, x0_BTD, here, weight_BTN)
             else:
                 new_BTD, stats = self.run_picked(blocks, entry_BTD, x0_BTD, here, inputs, choices[-1], state.active_BT)
@@ -175,9 +176,11 @@ class LayerRoutedGPT(LoopGPT):
         states = self.halt.outputs(x_BTD, state)
         if self.training and self.config.step_loss == "mean":
             states = [(x, torch.full(x.shape[:2], 1 / loops, device=x.device)) for x in states_after]
-        balance = self.layer_balance(torch.stack(probs), torch.stack(choices))
-        cost = self.config.ponder_coef * self.halt.cost(state) + self.config.layer_balance_coef * balance
-        return states, runs, cost, state.loops_BT, None, torch.stack(choices)
+        choices_SBT, valid_BT = torch.stack(choices), contexts[0].valid_BT
+        counted_SBT = choices_SBT if valid_BT is None else choices_SBT.where(valid_BT, -1)
+        balance = self.layer_balance(torch.stack(probs), counted_SBT)
+        cost = self.config.ponder_coef * self.halt.cost(state, valid_BT) + self.config.layer_balance_coef * balance
+        return states, runs, cost, state.loops_BT, None, choices_SBT
 
     def run_picked(self, blocks, x_BTD, x0_BTD, contexts: list, inputs: MaskInputs, choice_BT: Tensor,
                    active_BT: Tensor):  # fmt: skip
@@ -205,6 +208,13 @@ class LayerRoutedGPT(LoopGPT):
         chosen_SBTN = F.one_hot(choice_SBT.clamp(min=0), prob_SBTN.size(-1)) * active_SBT1
         count_N = chosen_SBTN.flatten(0, 2).sum(0)[:n].float()
         return n * (count_N / count_N.sum().clamp(min=1e-8) * prob_N / prob_N.sum().clamp(min=1e-8)).sum()
+
+
+def only_active(ctx, state: HaltState):
+    """The context in which tokens that have halted have no experts and no part in the statistics."""
+    if state.all_active:
+        return ctx
+    return ctx._replace(valid_BT=state.active_BT if ctx.valid_BT is None else ctx.valid_BT & state.active_BT)
 
 
 def mix_layers(blocks, x_BTD: Tensor, x0_BTD: Tensor, contexts: list,

@@ -128,7 +128,7 @@ def packed_context(ctx, letter: str, packed: PackedTokens, inputs: MaskInputs, h
         previous_logits_TE=None if previous_TE is None else packed.gather(previous_TE.view(B, T, -1)).flatten(0, 1),
         valid_BT=packed.valid_BQ if ctx.valid_BT is None else packed.valid_BQ & packed.gather(ctx.valid_BT),
         target_expert_BT=gather_if(ctx.target_expert_BT),
-        log_visible_BT=None if ctx.log_visible_BT is None else mask.mask[:, 0].sum(-1).log(),
+        log_visible_BT=None if ctx.log_visible_BT is None else mask.visible_keys().log(),
     )
 
 
@@ -178,7 +178,12 @@ class LoopGPT(GPT):
             x_BTD, stats_after, _ = run_layers(self.blocks[after], x_BTD, x0_BTD, contexts_after, kv)
             outputs.append((x_BTD, weight_BT))
             runs_after.append(stats_after)
-        return TrunkOutput(outputs, stats + merge_runs(runs) + merge_runs(runs_after), cost, loops_BT, choices_SBT)
+        stats += merge_runs(runs, self.num_loops()) + merge_runs(runs_after, len(states))
+        return TrunkOutput(outputs, stats, cost, loops_BT, choices_SBT)
+
+    def num_loops(self) -> int:
+        """Iterations at most."""
+        return self.loops if self.training else self.eval_loops
 
     def loops_of(self, states: list, loops_BT: Tensor) -> list[Tensor]:
         """Iterations (B, T) behind each of the states: one state ends all loops, several (PonderNet) are successive."""
@@ -193,7 +198,7 @@ class LoopGPT(GPT):
         begin_BTD, num_terms, runs, store = x_BTD, 2 * len(blocks), [], None
         if self.needs_keys or contexts[0].cache is not None:
             store = self.loop_keys(contexts[0].cache)
-        state, loops = HaltState.initial(x_BTD), self.loops if self.training else self.eval_loops
+        state, loops = HaltState.initial(x_BTD), self.num_loops()
         for loop in range(loops):
             here = [loop_context(ctx, loop, num_terms, store) for ctx in contexts]
             hidden_BS = None if store is None else store.begin(loop, state.active_BT)
@@ -213,7 +218,7 @@ class LoopGPT(GPT):
             if state.none_active:
                 store.skip(range(loop + 1, loops))
                 break
-        cost = self.config.ponder_coef * self.halt.cost(state)
+        cost = self.config.ponder_coef * self.halt.cost(state, contexts[0].valid_BT)
         return self.halt.outputs(x_BTD, state), runs, cost, state.loops_BT, last_kv, None
 
 

@@ -7,7 +7,7 @@ import model
 import ops
 from cli import require
 from zoo.config import CHECKS, TABLES, Config
-from zoo.masks import MetaDenseMask, TwoWayMask, fastest_meta_mask, visible, visible_both_ways
+from zoo.masks import MetaDecodeMask, TwoWayMask, fastest_meta_mask, visible, visible_both_ways
 
 
 class NextToken:
@@ -27,7 +27,7 @@ class NextToken:
         """Attention mask; inputs as those of model.DenseMask."""
         device_type, T = inputs[0].device.type, len(inputs[0])
         if meta:
-            return (MetaDenseMask if cached else fastest_meta_mask(device_type, T))(*inputs, meta)
+            return (MetaDecodeMask if cached else fastest_meta_mask(device_type, T))(*inputs, meta)
         return (model.DecodeMask if cached else model.fastest_mask(device_type, T))(*inputs)
 
     def mean_keys(self, keys: float) -> float:

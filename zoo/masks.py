@@ -6,10 +6,11 @@ masks of model.py are used. Shape suffixes as in model.py, Q packed queries of a
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from model import BlockedMask, DenseMask, FlexMask
+from model import BlockedMask, DecodeMask, DenseMask, FlexMask
 
 
 def visible(q_position: Tensor, kv_position: Tensor, q_doc: Tensor, kv_doc: Tensor, window, meta: int = 0) -> Tensor:
@@ -58,6 +59,18 @@ class MetaDenseMask(DenseMask):
         self.mask = self.rule(q_position[:, None], kv_position, q_doc, kv_doc, window, meta)
 
 
+class MetaDecodeMask(DecodeMask):
+    """model.DecodeMask, whose blocks see the meta-tokens too."""
+
+    def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor,
+                 meta: int):  # fmt: skip
+        super().__init__(q_position, kv_position, q_doc_BT, kv_doc_BS, window)
+        for i, (q, kv, _) in enumerate(self.blocks):
+            kv = slice(0, kv.stop) if kv.start <= meta else torch.cat([kv_position[:meta], kv_position[kv]])
+            places = q_position[q], kv_position[kv], q_doc_BT[:, q], kv_doc_BS[:, kv]
+            self.blocks[i] = q, kv, MetaDenseMask(*places, window, meta)
+
+
 class TwoWayMask(MetaDenseMask):
     rule = staticmethod(visible_both_ways)
 
@@ -99,13 +112,30 @@ def fastest_meta_mask(device_type: str, T: int) -> type:
     return classes[model.fastest_mask(device_type, T)]
 
 
-class PackedMask(DenseMask):
-    """SDPA for some queries of each row. A query's own key is visible, else padding queries would have no key."""
+class PackedMask:
+    """SDPA for some queries of each row, in blocks of 256 packed queries.
+
+    A query's own key is visible, else padding queries would have no key."""
+
+    BLOCK = 256
 
     def __init__(self, inputs: MaskInputs, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None):
+        blocks = index_BQ.split(self.BLOCK, dim=1)
+        self.masks = [self.block(inputs, letter, block_BQ, hidden_BS) for block_BQ in blocks]
+
+    def block(self, inputs: MaskInputs, letter: str, index_BQ: Tensor, hidden_BS: Tensor | None) -> Tensor:
         q_position = inputs.position_T[index_BQ][:, None, :, None]
         q_doc, kv_doc = inputs.doc_BT.gather(1, index_BQ)[:, None, :, None], inputs.doc_BS[:, None, None, :]
-        self.mask = inputs.visible(q_position, inputs.position_S, q_doc, kv_doc, inputs.windows[letter], inputs.meta)
+        mask = inputs.visible(q_position, inputs.position_S, q_doc, kv_doc, inputs.windows[letter], inputs.meta)
         if hidden_BS is not None:
-            self.mask &= ~hidden_BS[:, None, None, :]
-        self.mask |= q_position == inputs.position_S
+            mask &= ~hidden_BS[:, None, None, :]
+        return mask | (q_position == inputs.position_S)
+
+    def visible_keys(self) -> Tensor:
+        """Number of keys visible to each query (B, Q)."""
+        return torch.cat([mask[:, 0].sum(-1) for mask in self.masks], dim=1)
+
+    def attend(self, q_BHQC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+        blocks = zip(q_BHQC.split(self.BLOCK, dim=2), self.masks)
+        attention = F.scaled_dot_product_attention
+        return torch.cat([attention(q, k_BHTC, v_BHTC, attn_mask=mask, scale=scale) for q, mask in blocks], dim=2)

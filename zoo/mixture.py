@@ -27,7 +27,7 @@ def domains(folder):
         return {"": folder}
     found = {path.name: path for path in data.shard_folders(folder)}
     if not found:
-        raise UserError(f"{folder} holds no token shards: run {data.prepare_commands(folder)}")
+        raise UserError(data.describe_missing(folder))
     names = list(data.read_meta_json(folder).get("domains") or found)
     for name in names:
         if name not in found:
@@ -46,7 +46,7 @@ def load_meta(folder):
     for name in others:
         if any(metas[name][key] != metas[first][key] for key in data.GPT2_META):
             found = f"domain {name} has encoding {metas[name]['encoding']}, {first} has {metas[first]['encoding']}"
-            raise UserError(f"{folder}: {found}: prepare both with the same --encoding")
+            raise UserError(f"{folder}: {found}: prepare both with the same --encoding, or pass one of them as --data")
     if "" in metas:
         return metas[""]
     token_bytes = next((meta["token_bytes"] for meta in metas.values() if meta["token_bytes"]), None)

@@ -12,7 +12,7 @@ from cli import require
 from model import PARAMETER_RULES, KVCache, ParameterRule, init_uniform
 from zoo.config import CHECKS, TABLES, Config, has_matmuls, is_list, listed_kinds, routed_scale, width_of
 from zoo.routers import stack_taps
-from zoo.stats import mean_over, route_stats
+from zoo.stats import mean_over, route_stats, without_exits
 
 # -----------------------------------------------------------------------------
 # Shared experts
@@ -61,14 +61,12 @@ class MoE(nn.Module):
         super().__init__()
         self.router, self.num_experts, self.ranks = TABLES["router"][config.router](config), config.num_experts, ranks
         self.pools, self.free_pools, first = [], [], 0  # (module name, first expert, number of experts; None = all)
-        self.exits, self.row_entropy = None, config.entropy_coef > 0
+        self.exits, self.row_entropy = config.exits, config.entropy_coef > 0
         for kind, count in config.expert_counts.items():
             name = "experts" if kind == "mlp" else kind
             self.add_module(name, TABLES["experts"][kind](config, count // ranks.size))
             pools = self.pools if has_matmuls(kind) else self.free_pools
             pools.append((name, first, count if count < config.num_experts or config.depth != "stack" else None))
-            if kind == "exit":
-                self.exits = first, first + count
             first += count
         self.shared = SHARED[config.shared](config) if config.num_shared_experts else None
         self.routed_scale = routed_scale(config)
@@ -101,7 +99,7 @@ class MoE(nn.Module):
 
     def statistics(self, route, counts_E: Tensor, x_BTD: Tensor, ctx, valid_T: Tensor | None):
         """RouteStats; while decoding only the fields that routers and halting read."""
-        stats = route_stats(route, counts_E, valid_T, is_decoding(ctx.cache))
+        stats = route_stats(route, counts_E, valid_T, is_decoding(ctx.cache), self.exits)
         if self.exits is not None:
             exit_ids = torch.arange(*self.exits, device=route.expert_TK.device)
             exits_T = torch.isin(route.expert_TK, exit_ids).any(1)
@@ -110,7 +108,7 @@ class MoE(nn.Module):
         if is_decoding(ctx.cache):
             return stats
         if self.row_entropy:
-            prob_BTE = ops.softmax(route.logits_TE).view(*x_BTD.shape[:2], -1)
+            prob_BTE = without_exits(ops.softmax(route.logits_TE), self.exits).view(*x_BTD.shape[:2], -1)
             valid_BT = torch.ones_like(prob_BTE[..., 0]) if ctx.valid_BT is None else ctx.valid_BT.type_as(prob_BTE)
             chosen_BE = (prob_BTE * valid_BT[..., None]).sum(1)
             stats = stats._replace(chosen_BE=chosen_BE, row_tokens_B=valid_BT.sum(1))

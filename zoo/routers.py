@@ -67,7 +67,7 @@ class Router(nn.Module):
         config = as_zoo(config)
         self.top_k, self.noise_scale, self.power = config.top_k, config.router_noise, config.norm_topk_prob
         self.score, self.residual_scale = SCORES[config.router_score], config.router_residual
-        self.importance_coef, self.load_coef = config.importance_coef, config.load_coef
+        self.importance_coef, self.load_coef, self.exits = config.importance_coef, config.load_coef, config.exits
         E, D = config.num_experts, config.n_embd
         self.gate = nn.Parameter(torch.empty(E, width))
         self.noise = nn.Parameter(torch.empty(E, D)) if config.router_noise else None
@@ -83,7 +83,8 @@ class Router(nn.Module):
             logits_TE = noisy_TE
         expert_TK = ops.top_k(self.score.of(noisy_TE.detach()) + ctx.bias_E, self.top_k)
         weight_TK = self.score.gates(noisy_TE, expert_TK, self.power)
-        loss = self.micro_batch_loss(logits_TE, noisy_TE, std_TE, expert_TK, weight_TK)
+        valid_T1 = 1.0 if ctx.valid_BT is None else ctx.valid_BT.reshape(-1, 1).type_as(weight_TK)
+        loss = self.micro_batch_loss(logits_TE, noisy_TE, std_TE, expert_TK, weight_TK, valid_T1)
         return Route(expert_TK, weight_TK, logits_TE, loss, self.score.prob(logits_TE))
 
     def logits(self, x_BTD: Tensor, ctx) -> Tensor:
@@ -99,31 +100,34 @@ class Router(nn.Module):
             return logits_TE
         return logits_TE + self.residual_scale * ctx.previous_logits_TE @ self.residual.T
 
-    def micro_batch_loss(self, logits_TE, noisy_TE, std_TE, expert_TK, weight_TK) -> Tensor | float:
-        """Shazeer's importance and load losses (1701.06538 eq. 7, 11); gradients depend on how the batch is cut."""
+    def micro_batch_loss(self, logits_TE, noisy_TE, std_TE, expert_TK, weight_TK, valid_T1) -> Tensor | float:
+        """Shazeer's importance and load losses (1701.06538 eq. 7, 11) of the valid tokens.
+
+        Their gradients depend on how the batch is cut."""
         loss = 0.0
         if self.importance_coef:
-            importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK).sum(0)
-            loss = loss + self.importance_coef * squared_variation(importance_E)
+            importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, valid_T1 * weight_TK).sum(0)
+            loss = loss + self.importance_coef * squared_variation(importance_E, self.exits)
         if self.load_coef and std_TE is not None:
-            load_E = smooth_load(logits_TE, noisy_TE, std_TE, self.top_k)
-            loss = loss + self.load_coef * squared_variation(load_E)
+            load_E = smooth_load(logits_TE, noisy_TE, std_TE, self.top_k, valid_T1)
+            loss = loss + self.load_coef * squared_variation(load_E, self.exits)
         return loss
 
 
-def squared_variation(x_E: Tensor) -> Tensor:
-    """Squared coefficient of variation: variance over squared mean."""
+def squared_variation(x_E: Tensor, exits: tuple[int, int] | None = None) -> Tensor:
+    """Squared coefficient of variation, variance over squared mean, of all experts but the exits."""
+    x_E = x_E if exits is None else torch.cat([x_E[: exits[0]], x_E[exits[1] :]])
     return x_E.var(correction=0) / x_E.mean().square().clamp(min=1e-10)
 
 
-def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
+def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int, valid_T1: Tensor | float = 1.0) -> Tensor:
     """(E,): each expert's expected number of tokens if its own noise were drawn anew (1701.06538 eq. 8-10).
 
     An expert is chosen when its logit exceeds the k-th largest of the others, which is the (k+1)-th of all if it is
     itself among the first k."""
     top_TK = noisy_TE.topk(k + 1).values
     threshold_TE = torch.where(noisy_TE > top_TK[:, k:], top_TK[:, k:], top_TK[:, k - 1 : k])
-    return torch.special.ndtr((logits_TE - threshold_TE) / std_TE).sum(0)
+    return (valid_T1 * torch.special.ndtr((logits_TE - threshold_TE) / std_TE)).sum(0)
 
 
 class LinearRouter(Router):

@@ -368,7 +368,28 @@ def test_fineweb_shards_from_elsewhere(tmp_path):
     assert len(list(validation_batches(tmp_path, seq_len=16, rows=2))) == 4
 
 
-def test_loader_refuses_bad_input(tmp_path):
+def test_a_missing_folder_is_answered_with_those_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a checkout may have a data/ of its own
+    with pytest.raises(UserError, match="^data/typo holds no token shards: run `python data.py --source python"):
+        load_meta("data/typo")
+    for name in ("empty", "notes", "mixed/chat"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    make_shards(tmp_path / "data/notes", [100], vocab=300)
+    make_shards(tmp_path / "data/mixed/chat", [100], vocab=300)
+    (tmp_path / "data/mixed/meta.json").write_text("{}")
+    for folder in ("data/typo", "typo"):
+        with pytest.raises(UserError) as error:
+            load_meta(folder)
+        there = "pass --data data/mixed or data/notes, or prepare it with `python data.py`"
+        assert str(error.value) == f"{folder} holds no token shards: {there}"
+    with pytest.raises(UserError, match="pass --data data/mixed or data/notes, or run .* --source fineweb --out data/fin"):
+        load_meta("data/fineweb")
+    with pytest.raises(UserError, match=r"^data is a folder of data folders \(notes\): pass one of them .* data/notes"):
+        load_meta("data")
+
+
+def test_loader_refuses_bad_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="python data.py --source python --encoding bytes --out .*gone"):
         Loader(tmp_path / "gone", seq_len=8, batch_rows=1, micro_rows=1)
     (tmp_path / "empty").mkdir()

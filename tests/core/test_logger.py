@@ -102,7 +102,7 @@ def test_existing_run_is_refused_and_untouched(open_run, tmp_path, left):
     assert [path.name for path in folder.iterdir()] == [left] and (folder / left).read_text() == "{}\n"
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "plots"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "plots", "x" * 81, "a\nb"])
 def test_a_name_that_is_no_plain_folder_is_refused(open_run, tmp_path, name):
     with pytest.raises(UserError, match="--experiment_name"):
         open_run(name)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from core_helpers import (
     STEP,
     TINY,
     VOCAB,
+    LargestTensor,
     build_mask,
     cached,
     check_cache,
@@ -662,6 +664,48 @@ def test_blocked_attention_skips_invisible_keys():
     assert sum(kept) <= 1024 * (128 + 128 + 16)
 
 
+@pytest.mark.parametrize("build", (dict(attention="K", ngrams="2"), dict(window="LE", window_size=4096)), ids=name_of)
+def test_a_long_prompt_is_cached_without_a_tensor_of_all_pairs(build, monkeypatch):
+    """Decoding has the logits of a dense mask, and no tensor is as large as half of the pairs of tokens."""
+    net, x, T = core(n_layer=2, **build).eval(), text(1, 1000, 3, eots=[(0, 310)]), 1000
+    with LargestTensor() as seen:
+        got = cached(net, x, [])
+    assert seen.numel < T * T / 2, f"a tensor of {seen.shape}"
+    monkeypatch.setattr(model, "DecodeMask", DenseMask)
+    with LargestTensor() as seen:
+        want = cached(net, x, [])
+    assert seen.numel >= T * T, "the mode misses the dense mask"
+    same(got, want, torch.ones(1, T), "in blocks")
+
+
+@pytest.mark.parametrize("T, S, window", ((1, 300, 40), (300, 300, 17), (130, 500, 500), (200, 333, 128), (128, 128, 1)))
+def test_queries_behind_a_cache_see_the_keys_of_the_dense_mask(T, S, window):
+    position, doc, window = torch.arange(S), documents_like(2, S, 0.01, T), torch.tensor(window)
+    q, k, v = (torch.randn(2, 2, size, 8, generator=rng(size)) for size in (T, S, S))
+    got, want = (kind(position[-T:], position, doc[:, -T:], doc, window).attend(q, k, v, 0.3)
+                 for kind in (model.DecodeMask, DenseMask))  # fmt: skip
+    assert got.shape == q.shape and far(got, want) < 1e-5
+
+
+def test_evaluation_holds_the_probabilities_of_one_block_at_a_time(monkeypatch):
+    q = torch.randn(2, 900, 8, generator=rng()).requires_grad_()
+    blocks = build_mask(BlockedMask, torch.zeros(1, 900, dtype=torch.int64), 900).blocks
+    made, alive, softmax = [], [], torch.Tensor.softmax
+
+    def watched_softmax(score, dim):
+        made.append(weakref.ref(p := softmax(score, dim)))
+        alive.append(sum(ref() is not None for ref in made))
+        return p
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watched_softmax)
+    trained, in_training = ops.blocked_attention(q, q, q, blocks), max(alive)
+    made.clear(), alive.clear()
+    with torch.no_grad():
+        evaluated = ops.blocked_attention(q, q, q, blocks)
+    assert len(blocks) == 8 == in_training and max(alive) <= 2, (in_training, alive)
+    assert torch.equal(trained, evaluated)
+
+
 def test_layers_with_one_window_share_a_mask():
     doc = torch.zeros(1, 8, dtype=torch.int64)
     assert model.window_sizes("LSLS", torch.tensor(4)) == {"L": 4, "S": 2}
@@ -1207,6 +1251,16 @@ def test_bias_moves_against_the_load_and_stays_centred():
     assert far(net.bias_LE[0] * 100, torch.tensor([-0.5, -0.5, -0.5, 1.5])) < 1e-5
     assert far(net.bias_LE[1] * 100, torch.tensor([0.5, 0.5, 0.5, -1.5])) < 1e-5
     assert net.bias_LE.mean(1).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("E", (3, 6, 7, 11))
+def test_an_even_load_moves_no_bias(E):
+    """Shares such as 1/6 do not sum to exactly 1, and the sign of what rounding leaves is a whole step."""
+    net = core(num_experts=E, top_k=1, mlp_ratio=1.0, bias_update_factor=0.1)
+    net.bias_LE.zero_()
+    for count in (100, 333, 1000):
+        net.balance(torch.full((4, E), count))
+        assert (net.bias_LE == 0).all(), count
 
 
 def test_bias_evens_out_the_load_of_a_skewed_router():

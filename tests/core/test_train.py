@@ -1343,6 +1343,53 @@ def test_an_existing_experiment_is_refused_and_left_as_it_is(shards, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "two\nlines", "a/b", "..", ".hidden", "-x", "plots", "\udcff", ""])
+def test_a_name_that_no_folder_can_have_is_one_sentence_before_anything_is_built(name, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "build", None)
+    words = [*flags(MUON, data=shards, out_dir=tmp_path / "logs"), f"--experiment_name={name}"]
+    status, _, err = call(lambda: train_muon.main(MUON), words)
+    assert "cannot name a run's folder; choose" in sentence(status, err) and len(err) < 400
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("out_dir", ["file/logs", "file", "x" * 300, "/proc/logs"])
+def test_an_unwritable_folder_is_one_sentence_before_anything_is_built(out_dir, shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(model, "build", None)
+    for values in ({}, {"resume": True}, {"enable_profiling": True}):
+        said = refused(tmp_path / out_dir, data=shards, **values)
+        assert "cannot write" in said and "choose another --out_dir" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_not_made_before_the_run_needs_it(tmp_path):
+    logger.check_writable(tmp_path / "a/b/c")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variables", ["RANK=0", "RANK=x WORLD_SIZE=1 MASTER_ADDR=h MASTER_PORT=1", "RANK=",
+                                       "RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1",
+                                       "RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=70000"])  # fmt: skip
+def test_variables_of_ranks_that_do_not_fit_are_one_sentence(variables, shards, tmp_path, monkeypatch):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    said = refused(tmp_path / "logs", data=shards)
+    assert said.startswith(f"{variables} is no place") and "torchrun" in said and "unset RANK" in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_under_torchrun_the_sentence_is_the_first_and_the_last_thing_said(tmp_path):
+    """Between them is torchrun's own traceback, which it always prints, and no entry for another rank."""
+    done = torchrun(2, ROOT / "train_muon.py", "--preset", "cpu", "--data", tmp_path / "nothing")
+    assert done.returncode == 1
+    head, _, summary = done.stderr.partition("Traceback (most recent call last)")
+    assert head.count(f"train_muon.py: error: rank 0: {tmp_path}/nothing holds no token shards") == 1
+    assert "train_muon.py" not in re.sub(r"train_muon.py FAILED", "", summary), "no traceback of ours"
+    assert "<NO_OTHER_FAILURES>" in summary
+    *_, last, border = summary.strip().splitlines()
+    assert last.strip().startswith(f"traceback : rank 0: {tmp_path}/nothing holds no token shards") and set(border) == {"="}
+
+
 def test_a_missing_data_folder_is_one_sentence_with_the_command_that_makes_it(tmp_path):
     said = refused(tmp_path / "logs", data=tmp_path / "nothing")
     assert str(tmp_path / "nothing") in said and "python data.py" in said

@@ -16,9 +16,11 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +256,7 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     assert not list(tmp_path.glob("*.partial")) and "model.safetensors (" in done.stdout
     settings = json.loads((tmp_path / "shared/config.json").read_text())
     about = {"encoding": "bytes", "model_type": "modded-nanomoe", "config_class": "model.Config"}
-    assert settings == dataclasses.asdict(net.config) | about
+    assert settings == {"model": dataclasses.asdict(net.config)} | about
     check_same_model(net, hub.load(tmp_path / "shared"))
     card = (tmp_path / "shared/README.md").read_text()
     (bpb,) = [row["val/bpb"] for row in logger.read_run(run)["rows"] if "val/bpb" in row][-1:]
@@ -275,6 +277,111 @@ def test_a_checkpoint_becomes_a_folder_that_every_command_reads(run, net, tmp_pa
     check_same_model(net, hub.load(tmp_path / "again"))
     model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", tmp_path / "again")  # over an earlier folder
     assert "## The run" in (tmp_path / "again/README.md").read_text()
+
+
+def test_saving_replaces_only_its_own_files(run, tmp_path):
+    shared = tmp_path / "shared"
+    (shared / ".git").mkdir(parents=True)  # a repository that is still empty
+    (shared / ".git/HEAD").write_text("ref: refs/heads/main")
+    model_cli("--checkpoint", run / "checkpoint", "--save_pretrained", shared)
+    ours = {path.name: path.read_bytes() for path in shared.iterdir() if path.is_file()}
+    assert "## The run" in ours["README.md"].decode() and len(ours) == 4
+    (shared / "notes.txt").write_text("years of work")
+    (shared / "onnx").mkdir()
+    (shared / "model.safetensors").write_bytes(b"half a file")
+    done = model_cli("--checkpoint", run, "--save_pretrained", shared)  # the run's folder serves as well
+    assert {path.name: path.read_bytes() for path in shared.iterdir() if path.name in ours} == ours
+    assert (shared / "notes.txt").read_text() == "years of work" and (shared / "onnx").is_dir()
+    assert (shared / ".git/HEAD").read_text() == "ref: refs/heads/main" and "notes.txt" not in done.stdout
+    assert len(list(shared.iterdir())) == len(ours) + 3, "a temporary file is left"
+
+
+def test_a_folder_of_another_program_is_not_taken(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    refused = model_cli("--checkpoint", run, "--save_pretrained", tmp_path, expect=1)
+    assert "already holds other files" in sentence(refused)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+    (tmp_path / "file").write_text("mine")
+    assert "file" in sentence(model_cli("--checkpoint", run, "--save_pretrained", tmp_path / "file", expect=1))
+
+
+def test_a_shared_model_keeps_the_section_of_its_run(run, tmp_path):
+    for source, target in ((run, "one"), (tmp_path / "one", "two"), (tmp_path / "two", "two")):
+        model_cli("--checkpoint", source, "--save_pretrained", tmp_path / target)
+    one, two = ((tmp_path / name / "README.md").read_text().partition("## The run") for name in ("one", "two"))
+    assert one[2] == two[2] and "| bits/byte |" in two[2] and f"{tmp_path}/two" in two[0] and f"{tmp_path}/one" not in two[0]
+    assert (tmp_path / "one/val_loss.png").read_bytes() == (tmp_path / "two/val_loss.png").read_bytes()
+    (tmp_path / "one/README.md").unlink()
+    done = model_cli("--checkpoint", tmp_path / "one", "--save_pretrained", tmp_path / "three")
+    assert "the card of" in sentence(done) and "## The run" not in (tmp_path / "three/README.md").read_text()
+
+
+def test_routes_of_a_shared_folder_are_those_of_its_run(run, tmp_path):
+    model_cli("--checkpoint", run, "--save_pretrained", tmp_path / "shared")
+    shards = run.parents[1] / "words"
+    for where, file in ((run / "checkpoint", "a.npz"), (tmp_path / "shared", "b.npz")):
+        model_cli("--checkpoint", where, "--routes", tmp_path / file, "--data", shards, "--tokens", 200)
+    a, b = (np.load(tmp_path / file) for file in ("a.npz", "b.npz"))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--prompt hi", "--prompt needs --checkpoint"), ("--max_new_tokens=9", "--max_new_tokens needs --checkpoint"),
+    ("--seed 1", "--seed needs --checkpoint"), ("--checkpoint RUN --preset cpu", "--preset names a model, and a checkp"),
+    ("--checkpoint RUN --seq-len 8", "seq_len is a field of a preset's card"),
+    ("--checkpoint RUN --n_embd 64", "leave --n_embd or --checkpoint out"),
+    ("--checkpoint RUN --push_to_hub a/b --prompt hi", "--prompt samples a text, and --push_to_hub does not"),
+    ("--checkpoint RUN --data x", "--data goes with --routes"),
+    ("--checkpoint RUN/../typo", "typo holds no checkpoint; runs beside it that do: muon"),
+    ("--checkpoint RUN --max_new_tokens 100000000000", "100,000,000,0"), ("--checkpoint RUN --num_samples=10000000000", "lower"),
+])  # fmt: skip
+def test_flags_that_do_not_go_together_are_one_sentence(words, said, run):
+    assert said in sentence(model_cli(*words.replace("RUN", str(run)).split(), expect=1))
+
+
+@pytest.mark.parametrize("seed", (2**64, 10**30, -1))
+def test_a_seed_that_no_generator_takes_is_one_sentence(seed, run):
+    assert "argument --seed: " in sentence(model_cli("--checkpoint", run, "--seed", seed, expect=2))
+
+
+def test_a_hub_that_does_not_answer_is_tried_once(tmp_path):
+    """By a connection alone; no request is sent, and the libraries of the Hub make none."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # not listening: connections are refused
+        nowhere = dict(HF_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="")
+        code = ("import socket; tried, connect = [], socket.socket.connect\n"
+                "def count(self, address): tried.append(address); return connect(self, address)\n"
+                "socket.socket.connect = count\n"
+                "from tools import generate, prepare\n"
+                "commands = [(generate, '--checkpoint hf://me/tiny'), (prepare, '--out OUT'),\n"
+                "            (prepare, '--source hf --dataset a/b --encoding bytes --out OUT'),\n"
+                "            (prepare, '--source domains --encoding bytes --out OUT')]\n"
+                "for module, words in commands:\n"
+                "    try: module.main(words.replace('OUT', OUT).split())\n"
+                "    except SystemExit as end: print(end.code if isinstance(end.code, str) else '')\n"
+                "print(len(tried))").replace("OUT)", f"{str(tmp_path / 'out')!r})")  # fmt: skip
+        done = python("-c", code, **nowhere)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+    assert done.stdout.split()[-1] == "1" and len(said) == 4, done
+    assert all("network" in line or "connection" in line for line in said)
+
+
+def test_ranks_that_cannot_be_downloaded_are_waited_for_briefly(tmp_path, monkeypatch):
+    import requests
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    waits = []
+
+    def note(self, request, **options):
+        waits.append(options["timeout"])
+        raise requests.exceptions.ReadTimeout("the server does not answer")
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", note)
+    with pytest.raises(UserError, match="cannot be downloaded .the server does not answer.: connect to the internet"):
+        tokenizer.get_encoding("p50k_edit")  # that no other test has loaded
+    assert waits == [3]
+    assert not isinstance(requests.get, functools.partial), "the limit is taken back"
 
 
 @pytest.mark.parametrize("changes", (dict(tie_embeddings=True), dict(pattern="D"), dict(depth="loop", loops=2),
@@ -307,7 +414,8 @@ def test_bad_folders_and_names_are_one_sentence(run, tmp_path):
     assert f"{tmp_path}/cut cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1))
     settings = json.loads((tmp_path / "cut/config.json").read_text())
     hub.save(hub.load(run / "checkpoint"), tmp_path / "cut")
-    (tmp_path / "cut/config.json").write_text(json.dumps(settings | {"n_layer": 3}))
+    settings["model"]["n_layer"] = 3
+    (tmp_path / "cut/config.json").write_text(json.dumps(settings))
     assert "cannot be loaded" in sentence(model_cli("--checkpoint", tmp_path / "cut", expect=1)), "weights are missing"
 
 
@@ -518,11 +626,11 @@ def test_scores_of_continuations_are_those_by_hand(table):
     found = E.score(table, pairs, 64)
     assert [round(math.exp(nats), 6) for nats, _ in found] == [0.5, 0.45, 0.24, 0.3, 0.045, 0.06]
     assert [greedy for _, greedy in found] == [True, True, False, False, False, False]
-    short = E.score(table, pairs, 2)  # room for the last two tokens: the last three of `aaz` do not fit
-    assert [round(math.exp(nats), 6) for nats, _ in short[:4]] == [0.5, 0.45, 0.24, 0.3]
-    assert math.exp(short[4][0]) == pytest.approx(0.09, rel=1e-6)
+    for longest in (1, 2, 3):  # what does not fit is scored in parts
+        assert E.score(table, pairs, longest) == [(pytest.approx(nats, rel=1e-6), greedy) for nats, greedy in found]
+    assert E.score(table, [([256], []), *pairs], 64) == [(0, True), *found]
     with pytest.raises(ValueError, match="at least one token"):
-        E.score(table, [([256], [])], 64)
+        E.score(table, [([], [97])], 64)
 
 
 def test_accuracies_of_questions_are_those_by_hand(table):
@@ -539,6 +647,76 @@ def test_accuracies_of_questions_are_those_by_hand(table):
 def test_a_space_at_the_end_of_a_context_belongs_to_the_continuation():
     assert E.encode_pair(BYTES, "a  ", "b") == ([256, 97], [32, 32, 98])
     assert E.encode_pair(BYTES, "", "b") == ([256], [98])
+
+
+def bpe() -> tokenizer.Encoding:
+    """Bytes, end-of-text, and three merges; encoding takes the longest token that fits."""
+    vocab = [bytes([i]) for i in range(256)] + [b"", b" col", b" cold", b"is"]
+
+    def encode(text: bytes) -> np.ndarray:
+        ids = []
+        while text:
+            ids.append(max((i for i, word in enumerate(vocab) if word and text.startswith(word)),
+                           key=lambda i: len(vocab[i])))  # fmt: skip
+            text = text[len(vocab[ids[-1]]) :]
+        return np.array(ids, np.int64)
+
+    return tokenizer.Encoding("toy", vocab, 256, encode)
+
+
+WORD_PAIRS = {  # (context, continuation) -> (ids before, ids after), where COL is " col", COLD " cold", IS "is"
+    ("is", " cold"): ([256, 259], [258]),
+    ("is col", "d"): ([256, 259], [258]),  # both as one text have no token after the context's two
+    ("is col", "der"): ([256, 259, 258], [101, 114]),
+    (" col", "d"): ([256], [258]),
+    ("is\n ", "d"): ([256, 259], [10, 32, 100]),
+    ("", " cold"): ([256], [258]),
+    ("is", ""): ([256, 259], []),
+    ("", ""): ([256], []),
+}
+
+
+def test_a_continuation_is_what_both_have_after_the_contexts_tokens():
+    for (context, continuation), want in WORD_PAIRS.items():
+        assert E.encode_pair(bpe(), context, continuation) == want, (context, continuation)
+    net = random_net(vocab_size=260)
+    question = {"context": "is col", "choices": ["d", "der"], "answer": 0}
+    scores = E.score(net, list(WORD_PAIRS.values()), 64)
+    assert scores[1] == scores[0] and scores[6:] == [(0, True)] * 2
+    assert E.answer_questions(net, bpe(), [question])["acc"] == (scores[1] > scores[2])
+
+
+@pytest.mark.parametrize("before, after", ((1, 32), (3, 33), (40, 50), (1, 130)))
+def test_a_continuation_longer_than_the_window_is_scored_whole(before, after):
+    """The first of its ids counts too: two texts with the same end have different scores."""
+    net, rng = random_net(window_size=8), np.random.default_rng(after)  # two layers see 14 tokens back, less than 16
+    ids = [256, *rng.integers(0, 256, before + after - 1).tolist()]
+    other = ids.copy()
+    other[before] ^= 1
+    found = [nats for nats, _ in E.score(net, [(text[:before], text[before:]) for text in (ids, other)], 32)]
+    want = [log_probs(net, text)[before - 1 :].sum().item() for text in (ids, other)]
+    assert found == pytest.approx(want, rel=1e-5) and abs(want[0] - want[1]) > 1e-3
+
+
+def test_the_harness_keeps_prompts_and_scores_every_pair(capsys):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed: pip install -r benchmarks/requirements-harness.txt")
+    net, encoding = random_net(vocab_size=260), bpe()
+    adapter, longest = E.harness_model(net, encoding), E.context_length(net)
+    asked = lambda *pairs: [types.SimpleNamespace(args=pair) for pair in pairs]
+    assert adapter.loglikelihood(asked(*WORD_PAIRS)) == E.score(net, list(WORD_PAIRS.values()), longest)
+    ids = encoding.encode("is cold" * 5).tolist()
+    for most in (1, longest - 1, longest, 10 * longest):
+        prompt = torch.tensor([[256, *ids]])
+        want = net.generate(prompt, min(most, longest), temperature=0, stop_at=256)[0, len(ids) + 1 :]
+        answers = adapter.generate_until(asked(("is cold" * 5, {"max_gen_toks": most})))
+        assert answers == [encoding.decode(want)]
+        assert (f"note: 1 of 1 answers to {longest} tokens" in capsys.readouterr().err) == (most > longest)
+    end = "is cold" * 40
+    long, cut = adapter.generate_until(asked(("a" + end, {"max_gen_toks": 5}),
+                                             (encoding.decode(encoding.encode(end)[1 - longest :]), {"max_gen_toks": 5})))
+    assert long == cut
+    assert f"note: 1 of 2 prompts are cut to their last {longest - 1} tokens" in capsys.readouterr().err
 
 
 def test_scores_do_not_depend_on_the_batch_size(net, monkeypatch):
@@ -567,6 +745,12 @@ def test_questions_from_the_command_line(run, tmp_path):
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     assert "5 questions, acc 1.0000, acc_norm 1.0000 (chance 0.3333)" in evaluate_cli(*words).stdout
     good = path.read_text()
+    raw = {"context": "a\u2028b\u0085c", "choices": ["d\u2029", "e\x1c"], "answer": 0}
+    path.write_text("\ufeff" + good + "\n" + json.dumps(raw, ensure_ascii=False).replace("\\u001c", "\u2028"), encoding="utf-8")
+    assert "6 questions" in evaluate_cli(*words).stdout
+    assert E.read_questions(path)[-1] == raw | {"choices": ["d\u2029", "e\u2028"]}
+    path.write_bytes(b"\xff\xfe" + good.encode("utf-16-le"))
+    assert f"{path} cannot be read" in sentence(evaluate_cli(*words, expect=1))
     two = '{"context": "x", "choices": ["a", "%s"], "answer": %d}'
     for line in ('{"context": "x"}', two % ("b", 2), two % ("", 0), "["):
         path.write_text(good + line + "\n")

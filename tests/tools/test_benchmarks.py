@@ -6,6 +6,7 @@ races, and the scripts at a tiny shape. CPU, no network; Mixtral only if transfo
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -26,7 +27,7 @@ import model  # noqa: E402
 import ops  # noqa: E402
 import train_muon  # noqa: E402
 import zoo  # noqa: E402
-from benchmarks import contenders, floor, gpu, throughput  # noqa: E402
+from benchmarks import contenders, floor, gpu, throughput, toys  # noqa: E402
 from benchmarks.floor import Gemm, Rates, dense_twin, parts_of, step_floor  # noqa: E402
 from benchmarks.throughput import Race, judge  # noqa: E402
 from model import Config, build  # noqa: E402
@@ -442,6 +443,31 @@ def test_gpu_parts_are_timed_with_and_without_kernels(on_cpu, tmp_path, monkeypa
         "steps": [],
     }
     assert "grouped down" in gpu.text(results)
+
+
+@pytest.mark.parametrize("action, options", (
+    ("count", {"halt": ["act", "stick_breaking", "ponder", "threshold"]}),
+    ("route", {"controller": ["linear", "memoryless", "mlp", "lstm", "learned"],
+               "training": ["soft", "straight_through", "anneal"]}),
+    ("recover", {"controller": ["linear", "memoryless", "mlp", "lstm", "learned"],
+                 "training": ["soft", "straight_through", "anneal"]})))  # fmt: skip
+def test_every_choice_of_the_toys_runs(action, options, monkeypatch, capsys):
+    monkeypatch.setattr(toys, "cost", lambda toy, n_BT, rounds=5: (1, 0.001))  # timing takes the longest
+    words = [word for name, values in options.items() for word in (f"--{name}", *values)]
+    monkeypatch.setattr(toys, "held_out", functools.partial(toys.held_out, batches=1))
+    args = toys.parse([action, "--steps", "1", *words])
+    args.function(args)
+    printed = capsys.readouterr().out
+    assert all(value in printed for values in options.values() for value in values) and "nan" not in printed
+
+
+@pytest.mark.parametrize("words", ("count --halt exit", "count --halt none", "route --controller fixed",
+                                   "recover --controller fixed", "route --steps 0", "count --steps -1"))  # fmt: skip
+def test_a_toy_offers_no_choice_that_it_cannot_run(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        toys.parse(words.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("toys.py") and len(error.splitlines()) == 1, error
 
 
 def test_gpu_scripts_name_their_requirements():

@@ -101,3 +101,13 @@ def test_pictures_are_small_and_keep_their_colours(tmp_path):
         assert abs(colours - to_rgb(colour)).max(1).min() < 0.02, colour
     pictures = [path for folder in ("benchmarks", "records", "docs") for path in (ROOT / folder).rglob("*.png")]
     assert len(pictures) > 5 and max(path.stat().st_size for path in pictures) < 150_000
+
+
+@pytest.mark.parametrize("name", ["cost $5 and $x^", "_hidden"])
+def test_a_name_is_shown_as_it_is_and_not_as_mathematics(name, runs, tmp_path, capsys):
+    odd = runs["muon"] | {"name": name}
+    figure = drawn(plots.plot_val_loss, odd, runs["dense"])
+    (label, _) = (text.get_text() for text in figure.legends[0].get_texts())
+    assert label.replace(r"\$", "$").strip().startswith(f"{name}  ")
+    plots.write_plots([odd, runs["dense"]], tmp_path / "plots")
+    assert {f"{name}_expert_load.png", "val_loss.png", "step_time.png"} <= {p.name for p in (tmp_path / "plots").iterdir()}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,7 +24,9 @@ sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402
 from cli import UserError  # noqa: E402
 from logger import Run  # noqa: E402
-from tools import report  # noqa: E402
+from tools import generate, report  # noqa: E402
+from tools.routes import write_analysis  # noqa: E402
+from tools.show import show_runs  # noqa: E402
 
 LAYERS, EXPERTS = 3, 4
 
@@ -205,6 +208,98 @@ def test_follow_from_the_command_line(tmp_path):
     write_run(tmp_path, "adamw")
     assert "--follow shows one run" in script("--out_dir", tmp_path, "--follow", expect=1).stderr
     assert "adamw  step 40/40" in script("--out_dir", tmp_path, "--experiment_name", "adamw", "--follow").stdout
+
+
+def test_following_parses_only_rows_that_are_new(tmp_path, monkeypatch):
+    write_run(tmp_path, "muon", steps=40, end=False)
+    folder, parsed, parse = tmp_path / "muon", [], json.loads
+    monkeypatch.setattr(logger.json, "loads", lambda text: parsed.append(text) or parse(text))
+    reader, status = logger.RunReader(folder), report.Status()
+    assert reader.read() == logger.read_run(folder) and status.update(reader.read())[0].startswith("muon  step 40/40")
+    parsed.clear()
+    with open(folder / "metrics.jsonl", "a") as file:
+        for number, text in enumerate(('{"step": 41, "train/loss": 1.5}\n', '{"step": 42, ', '"event": "end"}\n')):
+            file.write(text)
+            file.flush()
+            lines = status.update(reader.read())
+            assert status.ended == (number == 2)
+    assert [text for text in parsed if '"step"' in text] == ['{"step": 41, "train/loss": 1.5}', '{"step": 42, "event": "end"}']
+    assert "1.5000" in lines[1] and lines[0].startswith("muon  step 42/40")
+    assert lines == report.format_status(logger.read_run(folder))
+
+
+def test_following_starts_over_when_a_resumed_run_replaces_its_rows(tmp_path):
+    write_run(tmp_path, "muon", steps=40)
+    reader, status = logger.RunReader(tmp_path / "muon"), report.Status()
+    status.update(reader.read())
+    assert status.ended
+    kept = [row for row in reader.rows if row["step"] <= 20 and "event" not in row]
+    logger.write_text(tmp_path / "muon/metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    assert status.update(reader.read())[0].startswith("muon  step 20/40") and not status.ended
+    assert status.columns["step"] == [row["step"] for row in kept]
+
+
+# -----------------------------------------------------------------------------
+# A damaged run beside others
+
+
+DAMAGES = {
+    "garbage": lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n\n{}\n"),
+    "text for a number": lambda run: (run / "metrics.jsonl").write_text('{"step": "x"}\n{}\n'),
+    "a list": lambda run: (run / "metrics.jsonl").write_text("[1]\n{}\n"),
+    "a folder": lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+    "half a configuration": lambda run: (run / "config.json").write_text('{"a":'),
+    "another configuration": lambda run: (run / "config.json").write_text('{"parameters": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_log_is_named_and_stops_no_other(damage, tmp_path, capsys):
+    for name in ("bad", "good"):
+        write_run(tmp_path, name)
+    damage(tmp_path / "bad")
+    show_runs(logger.parse(["--out_dir", str(tmp_path), "--html"]))
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines() if line][:2] == ["run", "good"]
+    assert "note: left out, as " in err and str(tmp_path / "bad") in err
+    assert (tmp_path / "plots/report.html").exists()
+    report.follow_report(lambda: [tmp_path / "bad", tmp_path / "good"], tmp_path, tmp_path / "live.html", 0.01)
+    assert '"about":"1 run below' in (tmp_path / "live.html").read_text()
+    with pytest.raises(UserError, match="bad"):
+        show_runs(logger.parse(["--out_dir", str(tmp_path), "--experiment_name", "bad"]))
+
+
+@pytest.mark.parametrize("content", [b"half a file", b"", "without arrays"], ids=str)
+def test_a_damaged_routes_file_is_named_and_stops_no_other(content, tmp_path, capsys):
+    for name in ("bad", "good"):
+        write_run(tmp_path, name)
+        write_routes(tmp_path / name)
+    if content == "without arrays":
+        np.savez(tmp_path / "bad/routes.npz", expert_LTK=np.zeros((2, 3)), layers=0)
+    else:
+        (tmp_path / "bad/routes.npz").write_bytes(content)
+    runs = [logger.read_run(tmp_path / name) for name in ("bad", "good")]
+    bad, good = report.page_data(runs, tmp_path, tmp_path / "report.html")["runs"]
+    assert bad["coactivation"] is None and good["coactivation"] is not None
+    assert "note: no routes of bad, as " in capsys.readouterr().err
+    show_runs(logger.parse(["--out_dir", str(tmp_path), "--routes"]))
+    out, err = capsys.readouterr()
+    assert "good_routes.json" in out and "bad_routes.json" not in out
+    assert f"note: left out, as {tmp_path}/bad/routes.npz" in err
+
+
+def test_the_command_for_missing_routes_is_that_of_the_run(tmp_path):
+    write_run(tmp_path, "my run", data="data/my notes")
+    folder = tmp_path / "my run"
+    command = (f"python model.py --checkpoint '{folder}/checkpoint' --routes '{folder}/routes.npz' "
+               "--data 'data/my notes'")  # fmt: skip
+    (entry,) = report.page_data([logger.read_run(folder)], tmp_path, tmp_path / "report.html")["runs"]
+    assert f"`{command}`" in entry["how_to_get_routes"]
+    with pytest.raises(UserError) as error:
+        write_analysis(folder, tmp_path / "plots")
+    assert f"`{command}`" in str(error.value)
+    words = shlex.split(command)[2:]
+    assert str(generate.parse(words)["routes"]) == f"{folder}/routes.npz"
 
 
 def test_a_sparkline_leaves_out_what_is_not_finite():

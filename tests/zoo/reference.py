@@ -71,8 +71,9 @@ def slow_forward(net, x):
         if letter == "-":
             h = merge(h, 0, terms)
         else:
-            divisor = {"L": 1, "S": 2, "Q": 4, "E": 8}[config.per_layer("window")[i]]
-            turn_qk = functools.partial(turned, speed={"W": divisor / 8, "H": 1, "B": 1}.get(rotary, 0))
+            divisors = [{"L": 1, "S": 2, "Q": 4, "E": 8}[window] for window in config.per_layer("window")]
+            divisor, by_window = divisors[i], divisors[i] / max(divisors)
+            turn_qk = functools.partial(turned, speed={"W": by_window, "H": 1, "B": 1}.get(rotary, 0))
             turn_vo = functools.partial(turned, speed=rotary in "VB")
             source = rms(h)
             if letter in "AK":

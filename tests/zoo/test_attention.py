@@ -9,7 +9,22 @@ import math
 
 import pytest
 import torch
-from helpers import SEED, STEP, TINY, VOCAB, documents_like, far, gradients, logits, rng, slow_visible, text, tiny
+from helpers import (
+    SEED,
+    STEP,
+    TINY,
+    VOCAB,
+    LargestTensor,
+    cached,
+    documents_like,
+    far,
+    gradients,
+    logits,
+    rng,
+    slow_visible,
+    text,
+    tiny,
+)
 
 import model
 import ops
@@ -19,7 +34,7 @@ from ops import norm
 from tools import cost
 from zoo.attention import ROTARIES, scale_queries
 from zoo.gpt import token_numbers
-from zoo.masks import MetaBlockedMask, MetaDenseMask, MetaFlexMask, visible_keys
+from zoo.masks import MetaBlockedMask, MetaDecodeMask, MetaDenseMask, MetaFlexMask, visible_keys
 
 
 def layer_context(net: zoo.GPT, T: int, layer: int = 0, first: int = 0) -> zoo.block.Context:
@@ -154,6 +169,13 @@ def test_wavelet_layers_rotate_by_the_same_angle_within_their_windows():
     assert speeds == [1 / 8, 1 / 4, 1 / 2, 1.0]
     assert len({speed * (96 // model.WINDOWS[letter]) for speed, letter in zip(speeds, "LSQE")}) == 1
     assert [dataclasses.replace(config, rotary="H").rope_spec(layer)[1] for layer in range(4)] == [1.0] * 4
+
+
+@pytest.mark.parametrize("window, want", (("L", [1.0] * 4), ("E", [1.0] * 4), ("LS", [0.5, 1.0] * 2),
+                                          ("SSSE", [0.25, 0.25, 0.25, 1.0]), ("LLLLE", [1.0] * 4)))  # fmt: skip
+def test_the_shortest_window_in_use_has_speed_one(window, want):
+    config = zoo.Config(**TINY | dict(rotary="W", window=window, window_size=96))
+    assert [config.rope_spec(layer)[1] for layer in range(4)] == want
 
 
 # -----------------------------------------------------------------------------
@@ -308,6 +330,31 @@ def test_meta_tokens_are_visible_in_every_mask(T, window, meta, rate):
             )
 
 
+@pytest.mark.parametrize("T, S, window, meta", ((1, 300, 40, 7), (293, 300, 17, 7), (300, 300, 17, 7), (150, 400, 30, 9)))
+def test_queries_behind_a_cache_see_the_meta_tokens(T, S, window, meta):
+    position, doc, window = torch.arange(S), documents_like(2, S, 0.01, T), torch.tensor(window)
+    doc[:, :meta] = -1
+    q, k, v = (torch.randn(2, 2, size, 8, generator=rng(size)) for size in (T, S, S))
+    got, want = (kind(position[-T:], position, doc[:, -T:], doc, window, meta).attend(q, k, v, 0.3)
+                 for kind in (MetaDecodeMask, MetaDenseMask))  # fmt: skip
+    assert got.shape == q.shape and far(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("options", (
+    dict(num_meta_tokens=3), dict(depth="loop", loops=2, halt="act", attn_softmax="ssmax"), dict(depth="routed", loops=2)),
+    ids=str)  # fmt: skip
+def test_a_long_prompt_is_cached_without_a_tensor_of_all_pairs(options):
+    net, T = tiny(n_layer=2, pattern="D", **options).eval(), 800
+    if options.get("halt"):
+        with torch.no_grad():
+            net.halt.weight.normal_(generator=rng(1))
+    x = text(1, T, 3, eots=[(0, 310)])
+    with LargestTensor() as seen:
+        got = cached(net, x, [])
+    assert seen.numel < T * T / 2, f"a tensor of {seen.shape}"
+    assert far(got, logits(net, x)) < 1e-4
+
+
 def test_meta_tokens_have_the_same_noise_in_every_row_and_do_not_change_that_of_others():
     numbers = token_numbers(torch.tensor(100), 2, 7, 3).view(2, 7)
     assert numbers.tolist() == [[-1, -2, -3, 100, 101, 102, 103], [-1, -2, -3, 104, 105, 106, 107]]
@@ -320,7 +367,11 @@ def test_meta_tokens_are_counted_in_flops_and_memory():
     plain, more = (zoo.Config(**TINY | dict(num_meta_tokens=n)) for n in (0, 10))
     T = 40
     keys = 12 * 4 * 10 * 32  # in 4 layers every token has 10 more keys
-    assert model.flops_per_token(more, T) == pytest.approx((model.flops_per_token(plain, T) + keys) * (T + 10) / T)
+    head = 6 * 64 * 32  # no logits are computed of meta-tokens
+    blocks = model.flops_per_token(plain, T) - head
+    assert model.flops_per_token(more, T) == pytest.approx((blocks + keys) * (T + 10) / T + head)
+    tied = dataclasses.replace(more, tie_embeddings=True)
+    assert model.flops_per_token(tied, T) == pytest.approx(model.flops_per_token(more, T))
     assert cost.saved_bytes(more, 512, 10) > cost.saved_bytes(plain, 512, 0) * 1.01
 
 

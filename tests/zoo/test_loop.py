@@ -5,12 +5,16 @@ CPU, no network: `pytest tests/zoo/test_loop.py`.
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    EOT,
     PACKED,
+    SEED,
+    STEP,
     TINY,
     VOCAB,
     check_cache,
@@ -22,7 +26,9 @@ from helpers import (
     gradients,
     logits,
     name_of,
+    norm_error,
     rng,
+    step_loss,
     text,
     tiny,
     trunk_of,
@@ -39,8 +45,9 @@ from cli import UserError
 from ops import norm
 from tools import cost
 from zoo.block import RESIDUALS
-from zoo.halting import HALTS, Ponder
+from zoo.halting import HALTS, HaltState, Ponder
 from zoo.loop import LOOP_KEYS, LoopKeys
+from zoo.stats import neg_entropy
 
 LOOP = dict(depth="loop", loops=3, looped=".oo.", halt_threshold=0.6)
 EXITS = dict(experts="mlp*7,exit*2", top_k=1)
@@ -60,6 +67,15 @@ def halting_net(seed: int = 0, bias: float = -0.5, **changes) -> zoo.GPT:
 def loops_of(net: zoo.GPT, x) -> torch.Tensor:
     """Iterations of each token."""
     return trunk_of(net, x).loops_BT
+
+
+def trunk_stats(net: zoo.GPT) -> list:
+    """Statistics of the MoE layers for some text, with their graph."""
+    trunks, run_blocks = [], net.run_blocks
+    net.run_blocks = lambda *inputs: trunks.append(run_blocks(*inputs)) or trunks[-1]
+    net(text(2, 20, 6), text(2, 20, 7))
+    del net.run_blocks
+    return trunks[0].stats
 
 
 LEAKS = [(halt, keys, "linear") for halt in (*RULES, "exit") for keys in sorted(LOOP_KEYS)]
@@ -142,6 +158,27 @@ def test_ponder_weights_losses_by_halting_probabilities():
         divergence = sum((p * (p / q).log()).mean() for p, q in zip(halts_at, prior))
         found = net(x, y)
     assert far(found.stats["ce"], want) < 1e-5 and far(found.loss, want + 0.3 * divergence) < 1e-5
+
+
+@pytest.mark.parametrize("prior, loops", ((0.9, 46), (0.999, 60), (1e-6, 3)))
+def test_ponders_cost_is_finite_where_its_prior_underflows(prior, loops):
+    """The divergence from the prior, in float64, of a token that halts with probability 1/2 in each iteration."""
+    rule, new = Ponder(zoo.Config(**TINY | LOOP | dict(halt="ponder", ponder_prior=prior, loops=loops))).train(), None
+    with torch.no_grad():
+        rule.weight.zero_(), rule.bias.zero_()
+    rule.bias.requires_grad_()
+    new = torch.randn(1, 2, 32, generator=rng())
+    state = HaltState.initial(new)
+    for loop in range(loops):
+        _, state = rule(new, new, state, loop + 1 == loops, None)
+    halts = [0.5 ** (n + 1) for n in range(loops - 1)] + [0.5 ** (loops - 1)]
+    log_prior = [math.log(prior) + n * math.log1p(-prior) for n in range(loops - 1)]
+    log_prior += [(loops - 1) * math.log1p(-prior)]
+    want = sum(p * (math.log(max(p, 1e-8)) - q) for p, q in zip(halts, log_prior))
+    cost = rule.cost(state, None)
+    assert cost.item() == pytest.approx(want, rel=1e-4)
+    (slope,) = torch.autograd.grad(cost, [rule.bias])
+    assert slope.isfinite() and slope != 0
 
 
 @pytest.mark.parametrize("halt", RULES)
@@ -387,6 +424,73 @@ def test_tokens_that_choose_an_exit_halt_after_that_iteration():
     assert (grads["blocks.3.ffn.router.gate"] != 0).any()
     with pytest.raises(UserError, match="halt is 'exit'; it must be another, or there must be an exit"):
         zoo.Config(**TINY | dict(depth="loop", halt="exit"))
+
+
+PADDED = [dict(halt=halt) for halt in HALTS if halt != "exit"] + [dict(halt="exit", **EXITS)]
+PADDED += [dict(depth="routed", halt="act", loops=4, layer_balance_coef=0.5)]
+PADDED += [dict(depth="stack", importance_coef=0.3, load_coef=0.2, looped="o", halt="none")]
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
+@pytest.mark.parametrize("changes", PADDED, ids=str)
+def test_rows_of_padding_count_in_no_statistic(changes, training):
+    net = halting_net(**dict(entropy_coef=0.1, ponder_coef=0.5) | changes).train(training)
+    x, y = text(4, 24, 6), text(4, 24, 7)
+    x[2:] = EOT
+    net.set_step(SEED, STEP)
+    alone, padded = net(x[:2], y[:2]).stats, net(x, y, real_B=torch.tensor([True, True, False, False])).stats
+    assert alone.keys() == padded.keys() and ("depth/loops" in alone) == (net.config.depth != "stack")
+    assert alone["router_loss"] != 0
+    for name in alone.keys() - {"ce"}:
+        assert far(padded[name], alone[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("score", ("softmax", "sigmoid"))
+def test_no_balance_draws_tokens_into_an_exit_or_out_of_it(score):
+    net = halting_net(halt="exit", looped="o", loops=2, router_score=score, num_shared_experts=1, mlp_ratio=2.0,
+                      entropy_coef=0.1, **EXITS).train()  # fmt: skip
+    net.set_step(SEED, STEP)
+    stats = net(text(2, 20, 6), text(2, 20, 7)).stats
+    for loss in (stats["balance_loss"], sum(map(neg_entropy, trunk_stats(net)))):
+        by_gate = gradients(net, loss)["blocks.3.ffn.router.gate"]
+        assert by_gate[:7].abs().amax(1).min() > 1e-6 and by_gate[7:].abs().max() < 1e-7
+
+
+def test_an_exits_load_moves_no_bias_and_counts_in_no_loss():
+    net = tiny(experts="mlp*3,exit", mlp_ratio=1.0, top_k=1, bias_update_factor=0.1)
+    for counts, direction in (((330, 330, 330, 10), (0, 0, 0, 0)), ((1, 1, 1, 997), (0, 0, 0, 0)),
+                              ((500, 300, 100, 100), (-1, 0, 1, 0))):  # fmt: skip
+        net.bias_LE.zero_()
+        net.balance(torch.tensor([counts] * 4))
+        assert far(net.bias_LE[0], 0.1 * torch.tensor(direction)) < 1e-6, counts
+    losses = []
+    for exits in (0.1, 0.7):
+        load = torch.tensor([0.5, 0.3, 0.2, 0.0]) * (1 - exits) + torch.tensor([0.0, 0.0, 0.0, exits])
+        net.load_WLE.copy_(load)
+        losses.append(net(PACKED).stats["balance_loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    net.load_WLE.copy_(torch.tensor([0.1, 0.1, 0.1, 0.7]))
+    assert net(PACKED).stats["balance_loss"].item() == pytest.approx(1.0)  # as at any even load
+
+
+CUTS = [dict(halt=halt) for halt in (*RULES, "none")] + [dict(halt="exit", **EXITS)]
+CUTS += [dict(depth="routed", halt=halt, loops=4, bias=1.0) for halt in ("none", "act", "stick_breaking")]
+
+
+@pytest.mark.parametrize("changes", CUTS, ids=str)
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(changes):
+    """Though tokens halt: sums are divided by a constant, never by the micro-batch's number of active tokens."""
+    net = halting_net(**dict(balance_coef=0.3, z_coef=0.1, entropy_coef=0.1, n_layer=3, looped=".oo") | changes).train()
+    x, y = text(4, 24, 6), text(4, 24, 7)
+
+    def summed_gradients(rows: int) -> dict:
+        found = [gradients(net, step_loss(net, x[i : i + rows], y[i : i + rows], 24 * i) * rows / 4)
+                 for i in range(0, 4, rows)]  # fmt: skip
+        return {name: sum(part[name] for part in found) for name in found[0]}
+
+    whole, cut = summed_gradients(4), summed_gradients(1)
+    assert max(norm_error(cut[name], g) for name, g in whole.items() if g.norm() > 1e-6) < 3e-5
+    assert norm_error(torch.cat([*map(torch.flatten, cut.values())]), torch.cat([*map(torch.flatten, whole.values())])) < 1e-5
 
 
 def test_the_card_has_the_flops_of_an_iteration():

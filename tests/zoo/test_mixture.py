@@ -247,6 +247,9 @@ def test_a_plain_folder_is_a_mixture_of_one_domain(three):
 
 
 def test_the_core_refuses_a_mixture_in_one_sentence(three):
+    with pytest.raises(UserError, match=rf"{three} is a folder of data folders \(a, b, c\)"):
+        data.load_meta(three)
+    prepare.write_meta(three, data.load_meta(three / "a") | {"domains": list("abc"), "sha256": None, "shards": None})
     for read in (
         data.load_meta,
         data.verify,

@@ -199,6 +199,13 @@ def test_smooth_load_is_the_probability_of_each_choice_under_new_noise():
     assert router.eval()(x, ctx).loss == 0  # undefined without noise
 
 
+def test_router_losses_leave_out_exits():
+    x_E = torch.tensor([3.0, 100.0, 100.0, 5.0])
+    assert squared_variation(x_E, (1, 3)) == squared_variation(x_E[[0, 3]]) == 1 / 16
+    net = tiny(experts="mlp*2,exit*2", top_k=2, importance_coef=0.3, load_coef=0.2)
+    assert net.blocks[0].ffn.router.exits == (2, 4)
+
+
 def test_router_losses_are_added_to_the_training_loss_once_per_layer():
     plain, both = (tiny(**coefs).train() for coefs in ({}, dict(importance_coef=0.3, load_coef=0.2)))
     x = text(2, 20, 1)

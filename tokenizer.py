@@ -148,28 +148,28 @@ RENEWED_BYTES = 2**25  # of text that one Tokenizer of gigatoken encodes: its ca
 
 
 def faster(encode: Callable, load: Callable, special: Iterable[str] = ()) -> Callable | None:
-    """gigatoken's encoder of UTF-8 bytes, or None unless it is installed and has the ids of `encode` on corner cases.
+    """gigatoken's encoder of UTF-8 bytes, if it is installed and has the ids of `encode` on corner cases, else None.
 
     load: function of the module gigatoken that returns a Tokenizer. special: texts of special tokens."""
     probe = " ".join([PROBE, *special]).encode()
-    try:
-        import gigatoken
-        tokenizer, num_bytes = load(gigatoken), 0
-    except (ImportError, RuntimeError, ValueError):  # it refuses models and pre-tokenizers that it does not know
-        return None
+    tokenizer, num_bytes = None, RENEWED_BYTES
 
     def encode_fast(text: bytes) -> np.ndarray:
         nonlocal tokenizer, num_bytes
         if not text.isascii():
             text = text.decode("utf-8", "replace").encode()
-            if NEW_CHARACTERS.search(text.translate(None, ASCII).decode()):
+            if NEW_CHARACTERS.search(text.translate(None, ASCII).decode()):  # most of a text is ASCII, quick to drop
                 return encode(text)
         num_bytes += len(text)
         if num_bytes > RENEWED_BYTES:
             tokenizer, num_bytes = load(gigatoken), len(text)
         return tokenizer.encode(text)
 
-    return encode_fast if np.array_equal(encode_fast(probe), encode(probe)) else None
+    try:
+        import gigatoken
+        return encode_fast if np.array_equal(encode_fast(probe), encode(probe)) else None
+    except Exception:  # it is not installed, or refuses a model or pre-tokenizer, with errors of no common base class
+        return None
 
 
 def rank_loader(vocab: list[bytes]) -> Callable:

@@ -147,7 +147,7 @@ def parse(argv):
     add = parser.add_argument_group("shards").add_argument
     add("--shards", type=at_least(1, 104), metavar="N", help="fineweb: training shards of 100M tokens (default 9)")
     add("--shard_tokens", type=at_least(2, 2**31), metavar="N", help="tokens per shard (default 100_000_000)")
-    add("--num_proc", type=at_least(1, 1025), metavar="N", help="processes (default one per core)")
+    add("--num_proc", type=at_least(1, 1025), metavar="N", help="processes, without gigatoken (default one per core)")
     add("--split_seed", type=at_least(0), metavar="N", help="another choice of validation documents (default 0)")
 
     argv = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]

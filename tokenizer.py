@@ -242,38 +242,47 @@ def json_encoding(path: str | Path) -> Encoding:
         state = without_loss(json.loads(Path(path).read_text(encoding="utf-8")))
         vocab, eot_token = vocabulary(state)
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+        tokenizer.encode_special_tokens = True  # in a text they are ordinary text
     if len(vocab) > MAX_VOCAB:
         raise UserError(f"{path} has {len(vocab):,} ids, and shards hold at most {MAX_VOCAB:,}: choose another one")
     loses_text = UserError(f"{path} does not keep every byte of a text, so bits per byte would be wrong: "
                            "choose a byte-level tokenizer, one with byte fallback, or --encoding bpe")  # fmt: skip
-    id_of = {text: i for i, text in enumerate(vocab)}
-    if any(bytes([byte]) not in id_of for byte in range(256)):
+    if not {bytes([byte]) for byte in range(256)} <= set(vocab):
         raise loses_text
-    tokenizer.encode_special_tokens = True  # in a text they are ordinary text
 
     def encode(text: bytes) -> np.ndarray:
         return np.array(tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, np.int64)
 
-    not_special = [token for token in state["added_tokens"] if not token["special"]]
-    ordinary, added = json.dumps(state | {"added_tokens": not_special}), [t["content"] for t in state["added_tokens"]]
-    fast = faster(encode, lambda gigatoken: gigatoken.Tokenizer.from_json(ordinary), added)
+    fast = faster(encode, json_loader(state), [token["content"] for token in state["added_tokens"]])
     to_ids = fast or encode
-    special = [token["content"] for token in state["added_tokens"] if token["special"]]
-    inside_special = "|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in special if text[1:])
-    literal_blank = [id_of[bytes([byte])] for byte in BLANK.encode()]
-
-    def encode_literally(text: bytes) -> np.ndarray:
-        """SentencePiece's vocabulary holds its stand-in for a blank and its special tokens as ordinary strings."""
-        parts = [re.split(inside_special, part) for part in text.decode("utf-8", "replace").split(BLANK)]
-        first, *others = ([to_ids(piece.encode()) for piece in part] for part in parts)
-        return np.concatenate([*first, *(ids for part in others for ids in (literal_blank, *part))])
-
-    encode_all = to_ids if is_byte_level(state) else encode_literally
+    to_ids = to_ids if is_byte_level(state) else without_stand_ins(to_ids, state, vocab)
     text = json.dumps(state, ensure_ascii=False, indent=1)
-    encoding = Encoding(str(path), vocab, eot_token, encode_all, text, is_fast=bool(fast))
+    encoding = Encoding(str(path), vocab, eot_token, to_ids, text, is_fast=bool(fast))
     if encoding.decode_bytes(encoding.encode(PROBE)) != PROBE.encode():
         raise loses_text
     return encoding
+
+
+def json_loader(state: dict) -> Callable:
+    """Function of the module gigatoken: Tokenizer of a tokenizer.json, without special tokens, to be ordinary text."""
+    text = json.dumps(state | {"added_tokens": [token for token in state["added_tokens"] if not token["special"]]})
+    return lambda gigatoken: gigatoken.Tokenizer.from_json(text)
+
+
+def without_stand_ins(encode: Callable, state: dict, vocab: list[bytes]) -> Callable:
+    """`encode` for SentencePiece's vocabularies, which hold special tokens and BLANK as ordinary strings.
+
+    A text is cut inside the special tokens that it holds, and a BLANK in it becomes its three bytes."""
+    special = [token["content"] for token in state["added_tokens"] if token["special"] and token["content"][1:]]
+    inside = re.compile("|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in special) or r"(?!)")
+    blank = [vocab.index(bytes([byte])) for byte in BLANK.encode()]
+
+    def encode_parts(text: bytes) -> np.ndarray:
+        parts = [inside.split(part) for part in text.decode("utf-8", "replace").split(BLANK)]
+        first, *others = ([encode(piece.encode()) for piece in part] for part in parts)
+        return np.concatenate([*first, *(ids for part in others for ids in (blank, *part))])
+
+    return encode_parts
 
 
 def files(path: str | Path) -> dict[str, str]:
@@ -290,7 +299,10 @@ def without_loss(state: dict) -> dict:
     Dropped: normalisation, a blank put before the text, tokens put around it, padding, dropout. Without an end-of-text
     token, <|endoftext|> is added."""
     state = state | {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
-    state["model"] = {**state["model"], "dropout": None} if state["model"]["type"] == "BPE" else state["model"]
+    if state["model"]["type"] == "BPE":
+        if state["model"].get("continuing_subword_prefix"):  # tokenizers would panic
+            raise ValueError("it has a continuing_subword_prefix")
+        state["model"] = {**state["model"], "dropout": None}
     if not is_byte_level(state):
         state["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
     for part in components(state["pre_tokenizer"]):

@@ -138,7 +138,11 @@ def test_more_ids_than_uint16_holds_are_refused(tmp_path):
         tokenizer.get_encoding(tmp_path / "large.json")
 
 
-@pytest.mark.parametrize("text", ("", "{", "[1]", "{}", '{"model": 3}', json.dumps({"model": {"type": "BPE"}})))
+WITH_PREFIX = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "continuing_subword_prefix": "##"}})
+
+
+@pytest.mark.parametrize("text", ("", "{", "[1]", "{}", '{"model": 3}', json.dumps({"model": {"type": "BPE"}}),
+                                  WITH_PREFIX))
 def test_a_damaged_file_is_one_sentence(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="is no tokenizer.json of Hugging Face .*choose another --encoding"):

@@ -158,7 +158,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
 
 def memory_bytes(device_type: str) -> int:
     """All memory of this machine, or of the current GPU."""
-    if device_type == "cuda":
+    if device_type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

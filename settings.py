@@ -85,7 +85,8 @@ def is_resumed(folder: Path, resume: bool, world: World) -> bool:
     """Whether the run in `folder` continues: with --resume, or if torchrun restarted this process.
 
     A job's first attempt may have ended before it made the folder, so with --resume of nothing a scheduler's job starts
-    the run. Raises UserError for it elsewhere, as the name is likely mistyped."""
+    the run. Raises UserError for it elsewhere, as the name is likely mistyped, and for a folder that cannot be made."""
+    logger.check_writable(folder)
     if resume and not folder.exists():
         scheduler = next((name for variable, name in SCHEDULERS.items() if os.environ.get(variable)), None)
         if scheduler is None:

@@ -821,7 +821,6 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
-    logger.check_writable(folder)
     if fresh:
         logger.refuse_existing(folder)
     if resume:

@@ -98,7 +98,7 @@ def test_flags_override_the_preset_in_both_spellings(words, capsys):
     (("--top_k", "9"), ("top_k", "at most num_experts = 8"), 1),
     (("--mlp_ratio", "inf"), ("mlp_ratio",), 1),
     (("--seq_len", "-5"), ("seq_len",), 2),
-    (("--checkpoint", "/no/such/folder"), ("/no/such/folder", "no checkpoint"), 1),
+    (("--checkpoint", "/no/such/folder"), ("--preset names a model", "leave --preset or --checkpoint out"), 1),
 ), ids=str)  # fmt: skip
 def test_a_bad_flag_stops_with_one_sentence(words, message, expect, capsys):
     status, out, err = run_main(capsys, "--preset", "cpu", *words)

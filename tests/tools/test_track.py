@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_records import RULES, corpus, lines_of, refused, run_track, tiny, tiny_command  # noqa: F401  (fixtures)
 
+import model
 import train_muon
 from benchmarks import track
 from cli import UserError
@@ -62,7 +63,8 @@ def mine(folder):
 # Scripts
 
 
-def test_the_recipe_is_the_one_that_a_script_passes_to_main(scripts):
+def test_the_recipe_is_the_one_that_a_script_passes_to_main(scripts, monkeypatch):
+    monkeypatch.setattr(model, "ROUTERS", dict(model.ROUTERS))  # my_router.py adds an entry
     recipe, config, _ = track.find_recipe(str(scripts / "my_router.py"), ["--router", "prior"])
     assert recipe.name == "muon" and config.router == "prior"
     assert track.find_recipe(str(scripts / "train_lion.py"), [])[0].name == "lion"

@@ -412,7 +412,7 @@ def test_active_parameters_of_routed_attention_are_those_that_a_token_uses():
 
 
 def test_tokens_that_choose_an_exit_halt_after_that_iteration():
-    net, x = halting_net(halt="exit", looped="o", loops=3, window="L", **EXITS).eval(), text(2, 20, 6)
+    net, x = halting_net(halt="exit", looped="o", loops=3, window="L", **EXITS).eval(), text(2, 20, 5)
     chosen, depth = [], loops_of(net, x)
     for block in net.blocks:
         block.ffn.register_forward_hook(lambda module, args, out: chosen.append(out[1][0].exits_T))
@@ -447,7 +447,7 @@ def test_rows_of_padding_count_in_no_statistic(changes, training):
 
 @pytest.mark.parametrize("score", ("softmax", "sigmoid"))
 def test_no_balance_draws_tokens_into_an_exit_or_out_of_it(score):
-    net = halting_net(halt="exit", looped="o", loops=2, router_score=score, num_shared_experts=1, mlp_ratio=2.0,
+    net = halting_net(halt="exit", looped="o", loops=1, router_score=score, num_shared_experts=1, mlp_ratio=2.0,
                       entropy_coef=0.1, **EXITS).train()  # fmt: skip
     net.set_step(SEED, STEP)
     stats = net(text(2, 20, 6), text(2, 20, 7)).stats

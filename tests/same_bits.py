@@ -393,7 +393,7 @@ def compare_models(trees: dict, folder: Path, cases: list[str], at_once: int) ->
 # -----------------------------------------------------------------------------
 # Whole runs
 
-FLAGS = """--preset cpu --device cpu --experiment_name run --num_iterations 50 --n_embd 64 --head_dim 32
+FLAGS = """--preset cpu --device cpu --experiment_name run --num_iterations 50 --pattern M --n_embd 64 --head_dim 32
            --ngram_rows 1024 --bucket_mb 0.1 --seq_len 256 --batch_tokens 2048 --micro_batch_tokens 512 --val_every 25
            --val_tokens 4096 --sample_tokens 8 --warmup_steps 1""".split()
 LOOPED = "--depth loop --loops 2 --looped .oo. --halt act"

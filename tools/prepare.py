@@ -129,7 +129,7 @@ def parse(argv):
     add("--out", metavar="DIR", help="folder of the shards (default data/<source>)")
     names = " ".join(tokenizer.ENCODINGS)
     add("--encoding", metavar="NAME", help=f"{names}, bpe (trained here), tokenizer.json (default gpt2)")
-    add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 4096)")
+    add("--vocab_size", type=at_least(257, 2**16 + 1), metavar="N", help="ids of --encoding bpe (default 2000)")
     add("--max_tokens", type=at_least(2), metavar="N", help="train and val together, for each domain (default all)")
     add = parser.add_argument_group("files and domains").add_argument
     add("--glob", nargs="+", metavar="G", help="names of files to read in folders, such as '*.py' (default all text)")
@@ -411,5 +411,5 @@ SOURCES = {  # name: (function of the flags and a folder, the flags it takes)
     "domains": (prepare_domains, TOKENISED + ("domains", "path", "glob", "text_field", "tokens_field", "source_tag")),
 }
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-DEFAULTS = {"encoding": "gpt2", "vocab_size": 4096, "shards": 9, "shard_tokens": 100_000_000, "num_proc": NUM_CORES,
+DEFAULTS = {"encoding": "gpt2", "vocab_size": 2000, "shards": 9, "shard_tokens": 100_000_000, "num_proc": NUM_CORES,
             "split_seed": 0, "split_name": "train", "text_field": "text"}

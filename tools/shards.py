@@ -229,7 +229,7 @@ def slices(shards, start, stop):
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation of text that has too few documents to be split by hash alone
 
-ROW_TOKENS = 2048  # seq_len of preset cpu
+ROW_TOKENS = 1024  # seq_len of preset cpu
 MIN_CUT = 256  # tokens; no shorter document is cut in two
 MAX_MOVED = 1000  # documents at most
 

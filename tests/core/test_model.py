@@ -1370,7 +1370,7 @@ def test_every_preset_builds_and_counts(preset):
         counts["active"] < counts["total"] and model.flops_per_token(config, config.window_size) > 6 * counts["matrix"]
     )
     if preset == "cpu":
-        assert counts["total"] == 11_227_154 and model.flops_per_token(config, 2048) == 7_250_976
+        assert counts["total"] == 8_514_578 and model.flops_per_token(config, 2048) == 9_186_336
 
 
 # -----------------------------------------------------------------------------

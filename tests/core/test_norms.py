@@ -23,7 +23,7 @@ from logger import PhaseTimer  # noqa: E402
 from train_muon import MUON, Exchange, Session, random_batches, train_step  # noqa: E402
 
 FLAGS = """--preset cpu --device cpu --vocab_size 64 --eot_token 63 --n_layer 2 --n_embd 32 --n_head 1 --head_dim 32
-    --value_embeds 1 --num_experts 4 --attention AK --ngrams 2 --ngram_rows 64 --window L --window_size 64
+    --value_embeds 1 --num_experts 4 --pattern M --attention AK --ngrams 2 --ngram_rows 64 --window L --window_size 64
     --dtype fp32 --ns_dtype fp32 --seq_len 32 --batch_tokens 384 --num_iterations 100 --bucket_mb 0""".split()
 KINDS = {"embed", "expert", "head", "matrix", "ngram_embed", "router", "scalar", "value_embed"}
 KEYS = {f"norm/{quantity}/{kind}" for quantity in ("grad", "update") for kind in KINDS}

@@ -55,6 +55,7 @@ TINY_MODEL = dict(
     value_embeds=1,
     num_experts=4,
     mlp_ratio=4.0,
+    pattern="M",
     attention="AK",
     ngrams="2",
     ngram_rows=64,

@@ -41,7 +41,7 @@ WORDS = "alpha beta gamma delta epsilon".split()
 BYTES = tokenizer.get_encoding("bytes")
 IN_CORE = ({}, dict(tie_embeddings=True), dict(pattern="D"), dict(head="fp8"))  # changes that model.Config has too
 TINY = dict(vocab_size=257, eot_token=256, n_layer=2, n_embd=32, n_head=2, head_dim=16, num_experts=4, top_k=2,
-            value_embeds=1, window="L", window_size=64, ngrams="2", ngram_rows=64, dtype="fp32")  # fmt: skip
+            value_embeds=1, pattern="M", window="L", window_size=64, ngrams="2", ngram_rows=64, dtype="fp32")  # fmt: skip
 
 
 def python(*words, expect=0, **env):

@@ -64,7 +64,7 @@ def test_the_script_prints_a_card():
     words = [sys.executable, ROOT / "model.py", "--preset", "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
-    assert "11,227,154 total" in done.stdout and "router linear" in done.stdout and "7,250,976 training" in done.stdout
+    assert "8,514,578 total" in done.stdout and "router linear" in done.stdout and "9,186,336 training" in done.stdout
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -86,7 +86,7 @@ def test_every_dtype_has_a_card(dtype, capsys):
 )
 def test_flags_override_the_preset_in_both_spellings(words, capsys):
     status, out, _ = run_main(capsys, "--preset", "cpu", *words, "--seq-len", "64")
-    assert status == 0 and "2 (MKE MKE)" in out and "64 tokens per row" in out
+    assert status == 0 and "2 (DKE DKE)" in out and "64 tokens per row" in out
 
 
 @pytest.mark.parametrize("words, message, expect", (

@@ -229,7 +229,7 @@ def run_well(*words):
     assert status == 0, err
 
 
-SMALL = """--preset cpu --device cpu --n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128
+SMALL = """--preset cpu --device cpu --pattern M --n_embd 32 --n_head 2 --head_dim 16 --window_size 128 --seq_len 128
            --batch_tokens 512 --num_iterations 2 --value_embeds 0 --sample_tokens 0 --val_tokens 128""".split()
 
 

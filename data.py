@@ -1,6 +1,6 @@
 """Token shards, and the loader that reads them for training.
 
-    python data.py --source python --encoding bytes    # shards of the Python source of the installed torch; no download
+    python data.py --source python --encoding bpe      # shards of the Python source of the installed torch; no download
     python data.py --help                              # all sources of text
 
 All that training needs lives here, on numpy and torch alone: shards, a folder of shards, the loader, validation
@@ -40,7 +40,7 @@ def as_data_error(sentence, *kinds):
 
 def prepare_commands(folder):
     """Commands that fill a folder with shards, for the end of an error message."""
-    sources = ("--source python --encoding bytes", "--source fineweb")
+    sources = ("--source python --encoding bpe", "--source fineweb")
     return " or ".join(f"`python data.py {source} --out {folder}`" for source in sources)
 
 

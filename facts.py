@@ -195,7 +195,7 @@ def sample(session) -> tuple[list[int], list[int]]:
     batches = session.recipe.data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)
     first = next(batches)
     prompt = first.inputs_BT[:, : (first.targets_BT >= 0).sum()]  # without padding, if the text is short
-    ids = session.model.generate(prompt, hp.sample_tokens, temperature=0.8, seed=hp.seed)[0].tolist()
+    ids = session.model.generate(prompt, hp.sample_tokens, temperature=1.0, top_p=0.9, seed=hp.seed)[0].tolist()
     return ids[: prompt.size(1)], ids[prompt.size(1) :]
 
 

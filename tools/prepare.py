@@ -1,7 +1,7 @@
 """Text to token shards: the command line of data.py.
 
     python data.py                                              # FineWeb, GPT-2 tokens: 9 shards of 100M (internet)
-    python data.py --source python --encoding bytes             # the Python source of the installed torch: no download
+    python data.py --source python --encoding bpe               # the Python source of the installed torch: no download
     python data.py --source files --path notes/ more.jsonl.gz   # your own text, .jsonl and .parquet, also .gz .xz .zst
     python data.py --source files --path src/ --glob "*.py" "*.md"   # files of these names alone
     python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000

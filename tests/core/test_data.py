@@ -390,7 +390,7 @@ def test_a_missing_folder_is_answered_with_those_that_exist(tmp_path, monkeypatc
 
 def test_loader_refuses_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="python data.py --source python --encoding bytes --out .*gone"):
+    with pytest.raises(UserError, match="python data.py --source python --encoding bpe --out .*gone"):
         Loader(tmp_path / "gone", seq_len=8, batch_rows=1, micro_rows=1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no token shards"):

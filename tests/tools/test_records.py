@@ -740,7 +740,7 @@ def test_every_track_s_commands_are_those_of_its_files(name):
     args = prepare.parse(shlex.split(rules["prepare"])[2:])
     assert (args.source, args.encoding) == (rules["source"], rules["encoding"])
     assert (
-        rules["data"] == f"data/{args.source}"
+        rules["data"] == (args.out or f"data/{args.source}")
         or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()
     )
 

@@ -245,9 +245,8 @@ def test_buckets_leave_in_the_planned_order_on_every_rank(name, world):
 
 def parsed(name: str):
     [one] = [jobs[name] for jobs in JOBS.values() if name in jobs]
-    config, hp, _ = train_muon.parse(
-        train_recipe(one), flags(train_recipe(one), experiment_name=name, **one["values"] | {"resume": None})
-    )
+    values = one["values"] | dict(resume=None, vocab_size=257, eot_token=256)  # a run takes these two from its data
+    config, hp, _ = train_muon.parse(train_recipe(one), flags(train_recipe(one), experiment_name=name, **values))
     return config, hp
 
 
@@ -571,7 +570,7 @@ def test_two_hosts_in_network_namespaces_train_the_run_of_one(two_hosts, shards,
     finish_agents(agents)
     assert_near_series(series(tmp_path / "muon", "train/loss"), series(whole_batch(MUON)[0], "train/loss"), 1e-5)
     assert_near(state_of(tmp_path / "muon"), state_of(whole_batch(MUON)[0]), 1e-4)
-    config, hp, _ = train_muon.parse(MUON, words)
+    config, hp, _ = train_muon.parse(MUON, [*words, "--vocab_size=257", "--eot_token=256"])  # of the data
     plan = cost.plan(config, hp, MUON, 2)
     least = LAYOUT_RUNS["muon"]["num_iterations"] * (plan["sent_bytes"] + plan["rows_bytes"])
     assert received_bytes(two_hosts[1][0], two_hosts[1][2]) > least  # it all went over the cable

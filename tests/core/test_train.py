@@ -2162,7 +2162,7 @@ def test_every_flag_says_what_it_is(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for text in (
         "steps; 0 = at the end only (default 125)",
-        "tiled over depth: M = mixture of experts, D = dense MLP (default 'M')",
+        "tiled over depth: M = mixture of experts, D = dense MLP (default 'DDDM')",
     ):
         assert text in said
     own = {"experiment_name", "preset", "world_size"}  # with a default, but no field

@@ -563,7 +563,7 @@ def test_a_small_validation_set_is_said_with_its_number(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(f"document {i}" for i in range(40)))
     meta, printed = prepare_files(capsys, tmp_path / "out", "--path", tmp_path / "a.txt")
     compared = meta["splits"]["val"]["tokens"] - 1
-    assert f"warning: files: validation compares {compared} tokens: 0.0 rows of 2,048" in printed and 5 < compared < 60
+    assert f"warning: files: validation compares {compared} tokens: 0.0 rows of 1,024" in printed and 5 < compared < 60
 
 
 def test_rows_of_the_warning_are_those_of_preset_cpu():

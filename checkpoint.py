@@ -18,7 +18,7 @@ from torch import Tensor
 
 import model
 from cli import UserError, file_sha256
-from data import TOKENIZER, in_folder
+from data import TOKENIZER, in_folder, is_tokenizer
 from distributed import World, slab_view
 from guards import OTHER_RATES, Ended, gather_objects
 from logger import Run
@@ -156,7 +156,7 @@ class Saver:
 
     def __init__(self, folder: Path, exchange, world: World, encoding: str = "bytes"):
         self.folder, self.exchange, self.world, self.store = folder, exchange, world, world.store()
-        self.tokenizer = Path(encoding).read_bytes() if Path(encoding).suffix == ".json" else None  # lies beside ranks'
+        self.tokenizer = Path(encoding).read_bytes() if is_tokenizer(encoding) else None  # a file of each checkpoint
         self.thread, self.error, self.last_good, self.abandoned = None, None, None, threading.Event()
 
     def save(self, step: int, facts: dict, log: Run):
@@ -309,7 +309,7 @@ def sync_folder(folder: Path):
 
 
 def latest_valid_checkpoint(folder: Path, world: World) -> tuple[Path | None, dict, list[str]]:
-    """The newest checkpoint whose files match its manifest, that manifest, and the faults of newer checkpoints.
+    """The newest checkpoint with files that match its manifest, that manifest, and the faults of newer checkpoints.
 
     (None, {}, []) if there is no checkpoint. The ranks share the work. Raises Ended if there are some and none is
     valid."""

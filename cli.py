@@ -177,7 +177,7 @@ def explain_unknown(words: list[str], known: list[str]) -> str:
 
 
 def scripts_with(flag: str) -> list[str]:
-    """Scripts whose sources define the flag, as a field of a dataclass or by name."""
+    """Scripts that define the flag in their sources, as a field of a dataclass or by name."""
     defined = re.compile(rf'^    {flag}: .+ = |"--{flag}"', re.M)
     root = Path(__file__).parent
     sources = {script: [root / file for file in files] for script, files in SCRIPTS.items()}
@@ -291,7 +291,7 @@ def seed_number(text: str) -> int:
 
 
 def rank_count(text: str) -> int:
-    """A flag's type: a number of ranks, whose parts are listed one by one."""
+    """A flag's type: a number of ranks; a plan lists the part of each."""
     return whole_number(text, 1, 2**14)
 
 

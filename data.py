@@ -125,9 +125,14 @@ def load_meta(folder):
     return in_folder(UNKNOWN_META | (read_meta_json(folder) or GPT2_META), folder)
 
 
+def is_tokenizer(encoding):
+    """Whether an encoding is the path of a tokenizer.json, not a name."""
+    return Path(encoding or "").suffix == ".json"
+
+
 def stored_name(encoding):
     """The name of an encoding in meta.json, config.json and manifests: TOKENIZER for a path, as the file is copied."""
-    return TOKENIZER if str(encoding).endswith(".json") else encoding
+    return TOKENIZER if is_tokenizer(encoding) else encoding
 
 
 def in_folder(facts, folder):

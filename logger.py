@@ -448,7 +448,7 @@ def has_evaluation(folder, step: int) -> bool:
 def read_rows(path, numeric=NUMERIC_KEYS) -> list[dict]:
     """The rows of a metrics.jsonl, without a last line cut off by a kill. Raises UserError for other damaged lines.
 
-    numeric: keys whose values must be numbers.
+    numeric: keys with values that must be numbers.
     """
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")

@@ -57,7 +57,7 @@ def check_for_cuda(config: Config, hp, row_tokens: int):
             raise UserError(f"{name} is {value}; {legal}")
     if config.head_dim < 16:
         raise UserError(f"head_dim is {config.head_dim}; on CUDA it must be at least 16")
-    block, max_masked = model.FlexMask.BLOCK, 8192  # tokens of a row whose pairs all fit into a mask
+    block, max_masked = model.FlexMask.BLOCK, 8192  # tokens of a row; a mask of all its pairs still fits
     if row_tokens % block and row_tokens > max_masked:
         name = "seq_len" if row_tokens == hp.seq_len else "seq_len + num_meta_tokens"
         legal = f"on CUDA it must be a multiple of {block} beyond {max_masked}"
@@ -98,20 +98,16 @@ def is_resumed(folder: Path, resume: bool, world: World) -> bool:
 
 def saved_fields(folder: Path, recipe) -> dict:
     """Every field of the run in `folder`, but its out_dir; {} without a config.json. Raises UserError."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
-    saved = logger.read_json(path)
-    check_same_script(saved, recipe, path)
+    saved = logger.read_config(folder)
+    check_same_script(saved, recipe, folder / "config.json")
     fields = current_fields(saved.get("model", {})) | saved.get("hyperparameters", {})
     return {field: value for field, value in fields.items() if field != "out_dir"}
 
 
 def check_resumable(folder: Path, config: Config, hp, recipe):
     """Raises UserError for a run that has ended and lost its checkpoint, and for one that began with other settings."""
-    path = folder / "config.json"
-    if path.exists():
-        check_same_run(logger.read_json(path), config, hp, recipe, path)
+    if saved := logger.read_config(folder):
+        check_same_run(saved, config, hp, recipe, folder / "config.json")
     if logger.has_ended(folder) and not checkpoints(folder / "checkpoint"):
         mend = f"restore {folder}/checkpoint, or start another --experiment_name"
         raise UserError(f"{folder} has ended, and its checkpoint is gone, so nothing can be resumed; {mend}")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError
-from data import TOKENIZER, as_data_error
+from data import TOKENIZER, as_data_error, is_tokenizer
 
 ENCODINGS = ("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 
@@ -29,7 +29,7 @@ def get_encoding(name):
 
     tiktoken downloads its merge ranks once, into TIKTOKEN_CACHE_DIR. Raises UserError for an unknown name, for ids that
     do not fit uint16, and if the ranks are not there."""
-    if Path(name).suffix == ".json":
+    if is_tokenizer(name):
         return json_encoding(name)
     if name == "bytes":
         vocab = [bytes([i]) for i in range(256)] + [b""]
@@ -114,7 +114,7 @@ def request_timeout(seconds=3):
 
 
 MAX_BLANKS = 2**18  # tiktoken's regular expression fails between 500,000 and 1,000,000 blanks in a row
-EDGE_TOKENS = 64    # at the end of a part, whose ids may depend on the text that follows
+EDGE_TOKENS = 64    # at the end of a part; their ids may depend on the text that follows
 
 
 def encode_in_parts(text, encode, vocab):

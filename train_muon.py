@@ -170,7 +170,7 @@ def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.reshape(-1, *G.shape[-2:]).to(dtype)
     exponent = X.abs().amax((-2, -1), keepdim=True).float().frexp().exponent
-    X = X * torch.exp2(-exponent.clamp(min=0)).to(dtype)  # entries below 1, with the same digits: 4th powers overflow
+    X = X * torch.exp2(-exponent.clamp(min=0)).to(dtype)  # exact; 4th powers of entries above 1 could overflow
     wide = X.size(-2) <= X.size(-1)
     X = X if wide else X.mT
 

@@ -100,13 +100,13 @@ def score(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list
 
 
 def in_parts(pair: tuple[list[int], list[int]], size: int) -> list[tuple[list[int], list[int]]]:
-    """(ids before, `size` ids at most) whose second parts together are the pair's second one."""
+    """Pairs (ids before, at most `size` ids); their second parts, one after another, are that of the given pair."""
     before, after = pair
     return [(before + after[:start], after[start : start + size]) for start in range(0, len(after), size)]
 
 
 def score_parts(model, pairs: list[tuple[list[int], list[int]]], longest: int) -> list[tuple[float, bool]]:
-    """As score(), of pairs whose second parts are not empty and fit."""
+    """As score(), of pairs with a second part that is not empty and fits."""
     found, order = [None] * len(pairs), sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     while order:
         width = min(longest, sum(map(len, pairs[order[0]])) - 1)
@@ -247,10 +247,8 @@ def measure_bpb(model, encoding, args):
             )
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        print(
-            f"{path}: {bits:.4f} bits per byte, {size:,} bytes, {tokens:,} tokens in {time.perf_counter() - began:.1f} s",
-            flush=True,
-        )
+        seconds = time.perf_counter() - began
+        print(f"{path}: {bits:.4f} bits per byte, {size:,} bytes, {tokens:,} tokens in {seconds:.1f} s", flush=True)
 
 
 def measure_choices(model, encoding, args):
@@ -258,9 +256,8 @@ def measure_choices(model, encoding, args):
         questions = read_questions(path)
         shares = answer_questions(model, encoding, questions)
         chance = sum(1 / len(question["choices"]) for question in questions) / len(questions)
-        print(
-            f"{path}: {len(questions):,} questions, acc {shares['acc']:.4f}, acc_norm {shares['acc_norm']:.4f} (chance {chance:.4f})"
-        )
+        found = f"acc {shares['acc']:.4f}, acc_norm {shares['acc_norm']:.4f} (chance {chance:.4f})"
+        print(f"{path}: {len(questions):,} questions, {found}")
 
 
 def measure_harness(model, encoding, args):

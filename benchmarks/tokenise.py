@@ -4,8 +4,8 @@
     python benchmarks/tokenise.py --path code/ --encoding data/python/tokenizer.json      # a tokenizer.json
 
 In turns, each round: the whole command `data.py --source files` with gigatoken and without it (reading, encoding,
-writing, checksums, gzip and xz of the validation text), then tiktoken, tokenizers, gigatoken and riptoken, whichever are
-installed, on the same documents in memory. Ids are compared by their sha256: those of data.py with those it makes
+writing, checksums, gzip and xz of the validation text), then tiktoken, tokenizers, gigatoken and riptoken, those that
+are installed, on the same documents in memory. Ids are compared by their sha256: those of data.py with those it makes
 without gigatoken, those of a library with tiktoken's, or tokenizers' for a tokenizer.json. The table has medians:
 seconds, seconds of CPU (user and system, which another load on the machine changes less), tokens and bytes per second.
 Memory is that of all processes together, pages that they share counted once for each, looked up every 50 ms; Linux
@@ -130,7 +130,7 @@ def loaders(encoding: tokenizer.Encoding) -> dict:
 
 
 def ranks_as_json(encoding: tokenizer.Encoding) -> dict:
-    """Contents of a tokenizer.json with the ids of an encoding of tiktoken, whose order of merges is that of ids."""
+    """Contents of a tokenizer.json with the ids of an encoding of tiktoken: ids are in the order of merges."""
     ranks = {text: i for i, text in enumerate(encoding.vocab) if text}
     stand_in = {byte: character for character, byte in tokenizer.STAND_INS.items()}
     written = lambda text: "".join(stand_in[byte] for byte in text)
@@ -160,7 +160,8 @@ def read_documents(paths: list[str], encoding: tokenizer.Encoding) -> list[tuple
 
 def table(results: dict[str, list[Measured]], num_bytes: int) -> str:
     """Markdown, medians of the rounds."""
-    lines = ["| libraries in one thread | seconds | CPU seconds | million tokens/s | MB/s | MiB | ids |", "|---|---|---|---|---|---|---|"]
+    columns = ("libraries in one thread", "seconds", "CPU seconds", "million tokens/s", "MB/s", "MiB", "ids")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     library = next((name for name in ("tiktoken", "tokenizers") if name in results), REFERENCE)
     for name, rounds in results.items():
         expected = results[REFERENCE if name.startswith("data.py") else library][0].digests
@@ -180,12 +181,12 @@ def main():
     parser = Parser(prog="tokenise.py", description="data.py and libraries of tokenizers, in turns.")
     parser.add_argument("--path", nargs="+", required=True, help="text files or folders")
     parser.add_argument("--encoding", default="gpt2", help="of tiktoken, or the path of a tokenizer.json")
-    parser.add_argument("--num_proc", type=positive, help="processes of data.py without gigatoken (default one per core)")
+    parser.add_argument("--num_proc", type=positive, help="of data.py without gigatoken (default one per core)")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--commands_alone", action="store_true", help="measure data.py alone, without the libraries")
     args = parser.parse_args()
     args.path = [str(Path(path).resolve()) for path in args.path]
-    args.encoding = str(Path(args.encoding).resolve()) if Path(args.encoding).suffix == ".json" else args.encoding
+    args.encoding = str(Path(args.encoding).resolve()) if data.is_tokenizer(args.encoding) else args.encoding
     results = {}
     encoding = tokenizer.get_encoding(args.encoding)
     documents = read_documents(args.path, encoding)

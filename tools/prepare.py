@@ -172,7 +172,7 @@ def requested(args, flags):
     without = {"num_proc"} | ({"glob"} if args.glob is None else set())
     without |= set() if args.encoding == "bpe" else {"vocab_size"}
     request = {flag: getattr(args, flag) for flag in ("source", *flags) if flag not in without}
-    if Path(args.encoding).suffix == ".json" and Path(args.encoding).exists():
+    if data.is_tokenizer(args.encoding) and Path(args.encoding).exists():
         request["tokenizer_sha256"] = file_sha256(args.encoding)
     return request
 

@@ -142,7 +142,7 @@ def open_encoding(args, folder, open_sources):
         max_bytes = TRAINED_BYTES // len(open_sources)
         texts = (text for part in parts for text in training_texts(part, args.split_seed, max_bytes, max_read))
         text = tokenizer.train_bpe(texts, args.vocab_size)
-    elif Path(args.encoding).suffix == ".json":
+    elif data.is_tokenizer(args.encoding):
         text = get_encoding(args.encoding).json
     else:
         return get_encoding(args.encoding)

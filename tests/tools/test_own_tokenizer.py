@@ -51,7 +51,7 @@ def shards(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(shards, tmp_path_factory) -> Path:
-    """A tiny run whose data folder is gone."""
+    """A tiny run; its data folder is gone."""
     folder = tmp_path_factory.mktemp("run")
     moved = shutil.copytree(shards, folder / "shards")
     run = train(folder, data=moved, num_iterations=4, sample_tokens=8, ns_dtype="fp32", vocab_size=None, eot_token=None)

@@ -3,7 +3,7 @@
     python data.py                                              # FineWeb, GPT-2 tokens: 9 shards of 100M (internet)
     python data.py --source python --encoding bpe               # the Python source of the installed torch: no download
     python data.py --source files --path notes/ more.jsonl.gz   # your own text, .jsonl and .parquet, also .gz .xz .zst
-    python data.py --source files --path src/ --glob "*.py" "*.md"   # files of these names alone
+    python data.py --source files --path src/ code.zip --glob "*.py" "*.md"   # files of these names alone
     python data.py --source hf --dataset allenai/c4 --subset en --max_tokens 1_000_000_000
     python data.py --source hf --dataset NAME --tokens_field input_ids   # a data set that already holds GPT-2 ids
     python data.py --source arithmetic --encoding bytes --max_tokens 4_000_000   # problems of known difficulty

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,7 @@ def without_bom(text):
 
 
 def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None):
-    """Documents of files, and of the files below folders: .jsonl, .parquet, and any other that holds text.
+    """Documents of files, and of those below folders and in .zip and .whl archives: .jsonl, .parquet, any other text.
 
     Raises UserError for a path that is not there, and for a named file that is not text, unless the encoding is
     `bytes`."""
@@ -127,7 +128,7 @@ def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--path {path} is not a file or folder: correct the path")
-        found, others = list_files(path, globs)
+        found, others = in_archives(*list_files(path, globs), globs)
         if not found:
             seen = f" (left out: {count_kinds(others)})" if others else ""
             raise UserError(f"--path {path} holds no file to read{seen}: name other files or folders")
@@ -135,7 +136,7 @@ def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None
     facts = {"files": 0, "left_out": left_out}
     named, as_bytes = {Path(path) for path in paths}, encoding.name == "bytes"
     fields = dict(encoding=encoding, text_field=text_field, tokens_field=tokens_field)
-    unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError)
+    unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError, *NO_ARCHIVE)
 
     def documents():
         for path in files:
@@ -161,7 +162,7 @@ def read_files(paths, encoding, text_field="text", tokens_field=None, globs=None
 def list_files(path, globs=None):
     """([the file itself, or the files below a folder, sorted], Counter of what is left out, by kind).
 
-    globs: patterns of the names to read, or of paths below the folder if they hold a slash."""
+    globs: patterns of the names to read, or of paths below the folder if they hold a slash. Archives are kept."""
     files, left_out = [], collections.Counter()
     if not path.is_dir():
         return [path], left_out
@@ -180,11 +181,44 @@ def list_files(path, globs=None):
                 left_out["hidden files"] += 1
             elif not (folder / name).is_file():
                 left_out["special files or broken links"] += 1
-            elif globs and not any(fnmatch.fnmatchcase(below if "/" in glob else name, glob) for glob in globs):
+            elif not (is_archive(folder / name) or matches(below, globs)):
                 left_out["outside --glob"] += 1
             else:
                 files.append(folder / name)
     return sorted(files), +left_out
+
+
+def matches(path, globs):
+    """Whether one of the patterns, if there are any, matches the name, or the whole path where it holds a slash."""
+    name = path.rpartition("/")[2]
+    return not globs or any(fnmatch.fnmatchcase(path if "/" in glob else name, glob) for glob in globs)
+
+
+NO_ARCHIVE = (zipfile.BadZipFile, RuntimeError)  # damaged; encrypted, or compressed in a way unknown to Python
+
+
+def is_archive(path):
+    return path.suffix.lower() in (".zip", ".whl")
+
+
+def in_archives(files, left_out, globs=None):
+    """list_files' result with the members of each archive, sorted by name, in its place."""
+    found, left_out = [], left_out.copy()
+    for path in files:
+        if not is_archive(path):
+            found.append(path)
+            continue
+        mend = f"{path} cannot be read ({{error}}): mend it or leave it out of --path"
+        with as_data_error(mend, OSError, *NO_ARCHIVE):
+            archive = zipfile.Path(path)
+        for name in sorted(name for name in archive.root.namelist() if not name.endswith("/")):
+            if any(part.startswith(".") for part in name.split("/")):
+                left_out["hidden files"] += 1
+            elif not matches(name, globs):
+                left_out["outside --glob"] += 1
+            else:
+                found.append(archive / name)
+    return found, +left_out
 
 
 def raise_error(error):
@@ -313,17 +347,22 @@ def cut(text, rest):
     return [*pieces, text[start:]]
 
 
-def open_zst(path):
+def open_zst(file):
     import pyarrow  # a dependency of datasets; it reads zstandard
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}  # of other names: read_text
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
 
 
+@contextlib.contextmanager
 def open_file(path):
-    return OPENERS.get(path.suffix.lower(), lambda path: open(path, "rb"))(path)
+    """A file or a member of an archive, decompressed, whose peek reaches SNIFFED_BYTES."""
+    raw = path.open("rb")
+    file = io.BufferedReader(raw, SNIFFED_BYTES) if isinstance(path, zipfile.Path) else raw
+    with file, OPENERS.get(path.suffix.lower(), contextlib.nullcontext)(file) as text:
+        yield text
 
 
 def reader_of(path):

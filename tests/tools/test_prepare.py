@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,42 @@ def test_every_file_that_is_text_is_read_and_others_are_counted(tmp_path, capsys
 
 
 UNICODE = "na\u00efve \u4e2d\u6587 \U0001f600\r\nline\n" * 9000
+
+
+def test_archives_are_read_as_the_folders_they_hold(tmp_path, capsys):
+    names = "a.py", "pkg/b.py", "pkg/notes.md", "pkg/rows.jsonl", "pkg/table.json.gz", ".hidden/c.py", "pkg/image.png"
+    folder, wheels = tmp_path / "folder", tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "pkg-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            path, text = folder / name, f"text of {name} ".encode() * 100
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"text": text.decode()}).encode() if path.suffix == ".jsonl" else text
+            text = gzip.compress(text) if path.suffix == ".gz" else text + b"\0" * (path.suffix == ".png")
+            path.write_bytes(text)
+            archive.writestr(name, text)
+    ours, _ = prepare_files(capsys, tmp_path / "of_archive", "--path", wheels)
+    theirs, _ = prepare_files(capsys, tmp_path / "of_folder", "--path", folder)
+    assert [shard["sha256"] for shard in ours["shards"]] == [shard["sha256"] for shard in theirs["shards"]]
+    assert ours["files"] == 5 and ours["left_out"] == {"binary": 1, "hidden files": 1}
+
+    globbed, _ = prepare_files(capsys, tmp_path / "glob", "--path", wheels, "--glob", "*.md", "pkg/*.py")
+    joined = b"".join(texts(tmp_path / "glob"))
+    assert [name for name in names if f"text of {name}".encode() in joined] == ["pkg/b.py", "pkg/notes.md"]
+    assert globbed["left_out"] == {"hidden files": 1, "outside --glob": 4}
+    prepare.main(["--source", "files", "--encoding", "bytes", "--path", str(wheels), "--out", str(tmp_path / "of_archive")])
+    assert "is ready" in capsys.readouterr().out
+
+    (wheels / "damaged.zip").write_bytes((wheels / "pkg-1.0-py3-none-any.whl").read_bytes()[:-100])
+    assert "damaged.zip cannot be read (File is not a zip file)" in refusal(capsys, tmp_path / "no", "--path", wheels)
+
+
+def test_an_archive_whose_member_is_damaged_is_named(tmp_path, capsys):
+    path = tmp_path / "code.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.py", b"x = 1\n" * 100)
+    path.write_bytes(path.read_bytes().replace(b"x = 1\nx = 1", b"x = 2\nx = 2", 1))
+    assert "code.zip/a.py cannot be read (Bad CRC-32" in refusal(capsys, tmp_path / "no", "--path", path)
 
 
 @pytest.mark.parametrize("name", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])

@@ -519,7 +519,6 @@ class ExpertRanks(NamedTuple):
 ALL_HERE = ExpertRanks()
 
 
-@torch.compiler.disable
 def expert_all_to_all(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     """experts(rows, ends) for experts spread over the ranks of `group`: rows travel to their expert's rank and back.
 
@@ -608,11 +607,12 @@ class MoE(nn.Module):
         self.ranks, self.router = ranks, ROUTERS[config.router](config)
         self.experts = EXPERTS[config.experts](config, config.num_experts // ranks.size)
         self.shared = MLP(config.shared_width, config.n_embd) if config.num_shared_experts else None
+        self.all_to_all = torch.compiler.disable(expert_all_to_all) if ranks.size > 1 else None  # imports the compiler
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouteStats]]:
         route, experts = self.router(x_BTD, ctx), self.experts
-        if self.ranks.size > 1:
-            experts = functools.partial(expert_all_to_all, self.ranks.group, experts)
+        if self.all_to_all is not None:
+            experts = functools.partial(self.all_to_all, self.ranks.group, experts)
         y_TD, counts_E = dispatch(x_BTD.flatten(0, 1), route, experts)
         y_BTD = y_TD.view_as(x_BTD)
         if self.shared is not None:

@@ -70,6 +70,7 @@ class MoE(nn.Module):
             first += count
         self.shared = SHARED[config.shared](config) if config.num_shared_experts else None
         self.routed_scale = routed_scale(config)
+        self.all_to_all = torch.compiler.disable(exchange_rows) if ranks.size > 1 else None
 
     def forward(self, x_BTD: Tensor, ctx):
         valid_T = None if ctx.valid_BT is None else ctx.valid_BT.flatten()
@@ -90,7 +91,7 @@ class MoE(nn.Module):
         return self.add_shared(sum(ys[1:], ys[0]).view_as(x_BTD), x_BTD, ctx), [stats]
 
     def across_ranks(self, experts):
-        return functools.partial(exchange_rows, self.ranks.group, experts) if self.ranks.size > 1 else experts
+        return experts if self.all_to_all is None else functools.partial(self.all_to_all, self.ranks.group, experts)
 
     def add_shared(self, routed_BTD: Tensor, x_BTD: Tensor, ctx) -> Tensor:
         if self.routed_scale != 1:
@@ -144,7 +145,6 @@ def run_masked(experts, count: int, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     return torch.where(own_R1, experts(torch.where(own_R1, rows_RD, 0), ends_E[:count].clone()), 0)
 
 
-@torch.compiler.disable
 def exchange_rows(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     """model.expert_all_to_all of the rows with an expert; the others come last, and their outputs are zeros."""
     count = int(ends_E[-1])

@@ -97,6 +97,18 @@ def test_a_package_imports_the_core_and_itself(file):
     assert not foreign, f"{package} imports the core and {package} alone"
 
 
+@pytest.mark.parametrize("module, theirs", [("model", {"torch"}), ("train_muon", {"torch", "numpy"}), ("logger", set())])
+def test_an_import_reads_no_other_package_and_not_the_compiler(module, theirs):
+    """torch._dynamo alone would be more than a second of every `--help`."""
+    needed = " ".join(f"import {name};" for name in sorted(theirs))
+    script = f"import sys; {needed} before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    new = set(done.stdout.split())
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"tools"}
+    foreign = {name.partition(".")[0] for name in new} - ours - theirs - sys.stdlib_module_names
+    assert module in new and not foreign and "torch._dynamo" not in new, sorted(new)
+
+
 def test_no_imports_form_a_cycle():
     graph = {module: imports_of(module) - {module} for module in MODULES}
     while graph:  # take modules away whose imports are all taken

@@ -2,12 +2,15 @@
 
     python benchmarks/ladder.py predict --active 20M --tokens 600M --experts 32 --tax 1.2
     python benchmarks/ladder.py predict --active 20M --tokens 600M --experts 32 --tax 1.2 --law published
+    python benchmarks/ladder.py best --flops 1e15 --experts 32 --tax 1.2 --head 0.4M
     python benchmarks/ladder.py fit                              # the law, a size left out, and the picture
     python benchmarks/ladder.py fit --points theirs.csv          # another ladder: active,tokens,experts,loss
     python benchmarks/ladder.py run                              # the runs of ladder/plan.json that are missing: hours
 
 predict  answers from the fit, without running anything: losses of the dense twin and of the mixture, the speed-up in
          seconds, and the length of training from which it is above 1.
+best     compares the two kinds at equal FLOPs, each at the size that suits it best: a twin of another size may beat the
+         mixture where a twin of its own size does not.
 fit      prints the coefficients with their intervals, how well each size is predicted without its own points, and draws
          ladder.png beside the points.
 run      trains two models at a time, one thread each, and adds a line per run to ladder/points.csv. The same command
@@ -98,6 +101,20 @@ class Law(NamedTuple):
         tokens = np.geomspace(1e5, 1e13, 2000)
         slower = self.speed_up(active, tokens, experts, tax) < 1
         return math.inf if slower[-1] else tokens[slower.nonzero()[0].max() + 1] if slower.any() else tokens[0]
+
+    def best(self, flops, experts, tax, head):
+        """The least loss after 6 (N + head) D tax = flops, with the N and D that reach it; `head` is its parameters."""
+        active = np.geomspace(1e4, 1e11, 3000)
+        tokens = flops / (6 * tax * (active + head))
+        loss = self.loss(active, tokens, experts)
+        i = loss.argmin()
+        return float(loss[i]), float(active[i]), float(tokens[i])
+
+    def speed_up_at_best(self, flops, experts, tax, head):
+        """FLOPs that the dense model needs at its best sizes for the mixture's loss at its best size, over `flops`."""
+        loss, tried = self.best(flops, experts, tax, head)[0], flops * np.geomspace(1e-3, 1e3, 300)
+        reached = [self.best(dense_flops, 1, 1.0, head)[0] for dense_flops in tried]
+        return float(np.interp(-loss, -np.array(reached), tried)) / flops
 
 
 def published_law() -> Law:
@@ -215,28 +232,47 @@ def show_fit(args):
     draw(points, law, args.points.with_name("ladder.png"), args.tax)
 
 
+def chosen_law(args) -> tuple[Law, list[Law]]:
+    """The law of args.law, and what its intervals are taken from: nothing for the published one."""
+    if args.law == "published":
+        return published_law(), []
+    points = read_points(args.points)
+    law = fit(points)
+    return law, refits(points, law)
+
+
+def show(name: str, answer, law: Law, others: list[Law], shown=lambda value: f"{value:.3f}"):
+    """Print answer(law), and its interval over other laws."""
+    line = f"{name}: {shown(answer(law))}"
+    if others:
+        low, high = interval([answer(other) for other in others])
+        line += f"   {COVERED:.0%}: [{shown(low)}, {shown(high)}]"
+    print(line)
+
+
 def predict(args):
-    law, others = published_law(), []
-    if args.law == "fit":
-        points = read_points(args.points)
-        law = fit(points)
-        others = refits(points, law)
+    law, others = chosen_law(args)
     question = args.active, args.tokens, args.experts
     print(f"loss: dense {law.loss(*question[:2], 1):.4f}, {args.experts} experts {law.loss(*question):.4f}")
-    answers = {f"speed-up in seconds at a tax of {args.tax:g}": lambda law: float(law.speed_up(*question, args.tax)),
-               "tokens from which it is above 1": lambda law: law.break_even(args.active, args.experts, args.tax)}
-    for name, answer in answers.items():
-        shown = (lambda value: f"{value:.3f}") if "speed" in name else number
-        line = f"{name}: {shown(answer(law))}"
-        if others:
-            low, high = interval([answer(other) for other in others])
-            line += f"   {COVERED:.0%}: [{shown(low)}, {shown(high)}]"
-        print(line)
+    show(f"speed-up in seconds at a tax of {args.tax:g}", lambda law: float(law.speed_up(*question, args.tax)), law, others)
+    show("tokens from which it is above 1", lambda law: law.break_even(args.active, args.experts, args.tax), law, others,
+         number)  # fmt: skip
     if args.law == "fit":
+        points = read_points(args.points)
         for name, value in (("active", args.active), ("tokens", args.tokens), ("experts", args.experts)):
             low, high = points[name].min(), points[name].max()
             if not low <= value <= high:
                 say(f"note: {name} {number(value)} is outside the ladder, {number(low)} to {number(high)}")
+
+
+def best(args):
+    law, others = chosen_law(args)
+    for experts, tax in ((1, 1.0), (args.experts, args.tax)):
+        loss, active, tokens = law.best(args.flops, experts, tax, args.head)
+        kind = f"{experts} experts" if experts > 1 else "dense"
+        print(f"{kind}: loss {loss:.4f} with {number(active)} active parameters after {number(tokens)} tokens")
+    question = args.flops, args.experts, args.tax, args.head
+    show(f"speed-up in seconds at a tax of {args.tax:g}", lambda law: law.speed_up_at_best(*question), law, others)
 
 
 def draw(points: dict[str, np.ndarray], law: Law, path: Path, tax: float):
@@ -368,13 +404,17 @@ def parse(argv: list[str] | None = None):
     calls = tuple(line.strip().partition("  #")[0] for line in __doc__.splitlines() if line.startswith("    python "))
     parser = Parser(prog="ladder.py", description=__doc__.splitlines()[0], examples=calls)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in (("predict", predict), ("fit", show_fit), ("run", run)):
+    for name, function in (("predict", predict), ("best", best), ("fit", show_fit), ("run", run)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--points", type=Path, default=LADDER / "points.csv", help="CSV file of the runs")
         if name == "predict":
             command.add_argument("--active", type=count, required=True, help="active parameters outside tables and head")
             command.add_argument("--tokens", type=count, required=True, help="training tokens")
+        if name == "best":
+            command.add_argument("--flops", type=count, required=True, help="of the training, tax included")
+            command.add_argument("--head", type=count, required=True, help="parameters of the head, which count as time")
+        if name in ("predict", "best"):
             command.add_argument("--experts", type=at_least_two, required=True)
             command.add_argument("--law", choices=("fit", "published"), default="fit")
         if name != "run":

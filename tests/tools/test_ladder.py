@@ -57,6 +57,16 @@ def test_a_speed_up_is_the_twins_tokens_over_the_taxed_ones():
     assert TRUTH.speed_up(1e5, 1e12, 32, 1.0) == math.inf  # below the least loss of so small a twin
 
 
+def test_each_kind_at_its_best_size():
+    loss, active, tokens = TRUTH.best(1e15, 16, 1.2, 4e5)
+    assert math.isclose(6 * 1.2 * (active + 4e5) * tokens, 1e15) and math.isclose(TRUTH.loss(active, tokens, 16), loss)
+    for other in (active / 1.3, active * 1.3):
+        assert TRUTH.loss(other, 1e15 / (6 * 1.2 * (other + 4e5)), 16) > loss
+    speed_up = TRUTH.speed_up_at_best(1e15, 16, 1.2, 4e5)
+    assert math.isclose(TRUTH.best(speed_up * 1e15, 1, 1.0, 4e5)[0], loss, rel_tol=1e-3)
+    assert math.isclose(TRUTH.speed_up_at_best(1e15, 1, 1.25, 4e5), 1 / 1.25, rel_tol=1e-2)
+
+
 def test_the_fit_finds_the_law_of_the_points():
     exact = ladder.fit(synthetic_points(0.0))
     for question in ((2e5, 5e6, 1), (8e5, 5e7, 16), (1e6, 2e8, 32)):

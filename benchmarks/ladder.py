@@ -57,7 +57,7 @@ E_START, E_MAX = 2.1, 294.0
 PUBLISHED = {  # E: m, mu, n, nu of m N^-mu + n D^-nu + 1.3637, nats per token (2502.05172)
     1: (30.364, 0.1817, 53.984, 0.1965), 8: (21.833, 0.1676, 119.91, 0.2338),
     16: (19.016, 0.1617, 167.51, 0.2494), 32: (16.542, 0.1557, 234.67, 0.2652)}  # fmt: skip
-EXPONENTS = ("ln a", "delta", "alpha", "gamma", "ln b", "omega", "beta", "zeta", "ln c")
+COEFFICIENTS = ("ln a", "delta", "alpha", "gamma", "ln b", "omega", "beta", "zeta", "ln c")
 
 
 def log_effective(experts):
@@ -67,7 +67,7 @@ def log_effective(experts):
 
 
 class Law(NamedTuple):
-    """Coefficients in the order of EXPONENTS; N and D count in units of `active` and `tokens`."""
+    """Coefficients in the order of COEFFICIENTS; N and D count in units of `active` and `tokens`."""
 
     theta: np.ndarray
     active: float = 1.0
@@ -82,6 +82,10 @@ class Law(NamedTuple):
 
     def loss(self, active, tokens, experts):
         return sum(self.terms(active, tokens, experts))
+
+    def losses(self, points: dict[str, np.ndarray]) -> np.ndarray:
+        """Of every point."""
+        return self.loss(points["active"], points["tokens"], points["experts"])
 
     def dense_tokens(self, active, loss):
         """Tokens after which the dense twin has this loss; inf if never."""
@@ -151,16 +155,16 @@ def read_points(path: Path) -> dict[str, np.ndarray]:
 def fit(points: dict[str, np.ndarray], start: Law | None = None) -> Law:
     """The law of least squared relative errors. Raises UserError for points that cannot determine it."""
     varied = {name: len(np.unique(points[name])) for name in COLUMNS[:3]}
-    if len(points["loss"]) <= len(EXPONENTS) or min(varied.values()) < 2:
+    if len(points["loss"]) <= len(COEFFICIENTS) or min(varied.values()) < 2:
         there = ", ".join(f"{count} of {name}" for name, count in varied.items())
         raise UserError(f"{len(points['loss'])} points with values {there}: the law needs at least "
-                        f"{len(EXPONENTS) + 1}, and two values of each; run more of the ladder")
+                        f"{len(COEFFICIENTS) + 1}, and two values of each; run more of the ladder")
     try:
         from scipy.optimize import least_squares
     except ImportError:
         raise UserError("the fit needs scipy: `pip install scipy`") from None
     units = [math.exp(np.log(points[name]).mean()) for name in ("active", "tokens")]
-    residuals = lambda theta: np.log(Law(theta, *units).loss(*(points[name] for name in COLUMNS[:3])) / points["loss"])
+    residuals = lambda theta: np.log(Law(theta, *units).losses(points) / points["loss"])
     middle = math.exp(np.log(points["loss"]).mean())
     starts = [start.theta] if start else [
         np.array([math.log(middle * size), -0.1, -0.2, 0.01, math.log(middle * text), 0.1, -0.25, -0.01,
@@ -174,9 +178,9 @@ def fit(points: dict[str, np.ndarray], start: Law | None = None) -> Law:
 
 def refits(points: dict[str, np.ndarray], law: Law, count: int = REFITS) -> list[Law]:
     """Laws fitted to the fitted losses plus residuals drawn again, widened for the coefficients they were fitted with."""
-    fitted, generator = law.loss(*(points[name] for name in COLUMNS[:3])), np.random.default_rng(0)
+    fitted, generator = law.losses(points), np.random.default_rng(0)
     residuals = np.log(points["loss"] / fitted)
-    residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - len(EXPONENTS)))
+    residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - len(COEFFICIENTS)))
     draws = generator.choice(residuals, (count, len(residuals)))
     return [fit(points | {"loss": fitted * np.exp(draw)}, start=law) for draw in draws]
 
@@ -194,14 +198,16 @@ def without(points: dict[str, np.ndarray], active: float) -> tuple[dict, dict]:
             {name: values[this] for name, values in points.items()})  # fmt: skip
 
 
+def error_of(law: Law, points: dict[str, np.ndarray]) -> float:
+    """Root mean squared relative error."""
+    return math.sqrt(np.mean(np.log(law.losses(points) / points["loss"]) ** 2))
+
+
 def left_out(points: dict[str, np.ndarray]) -> dict[float, float]:
-    """Active parameters -> root mean squared relative error of a law that was fitted to all other sizes."""
-    errors = {}
-    for active in np.unique(points["active"]):
-        others, these = without(points, active)
-        law = fit(others)
-        errors[active] = math.sqrt(np.mean(np.log(law.loss(*(these[name] for name in COLUMNS[:3])) / these["loss"]) ** 2))
-    return errors
+    """Active parameters -> error of a law that was fitted to all other sizes, of which there must be two."""
+    sizes = np.unique(points["active"])
+    parts = {active: without(points, active) for active in sizes if len(sizes) > 2}
+    return {active: error_of(fit(others), these) for active, (others, these) in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,11 +226,9 @@ def show_fit(args):
     points = read_points(args.points)
     law = fit(points)
     others = refits(points, law)
-    fitted = law.loss(*(points[name] for name in COLUMNS[:3]))
-    error = math.sqrt(np.mean(np.log(points["loss"] / fitted) ** 2))
-    print(f"{len(fitted)} points, root mean squared relative error {error:.2%}; "
+    print(f"{len(points['loss'])} points, root mean squared relative error {error_of(law, points):.2%}; "
           f"N in units of {number(law.active)}, D of {number(law.tokens)}")
-    for i, name in enumerate(EXPONENTS):
+    for i, name in enumerate(COEFFICIENTS):
         low, high = interval([other.theta[i] for other in others])
         print(f"{name:6} {law.theta[i]:8.4f}   [{low:.4f}, {high:.4f}]")
     for active, missed in left_out(points).items():
@@ -284,8 +288,8 @@ def draw(points: dict[str, np.ndarray], law: Law, path: Path, tax: float):
         figure.set_size_inches(4.6 * len(counts), 4.4)
         axes = np.atleast_1d(figure.subplots(1, len(counts), sharey=True))
         for ax, experts in zip(axes, counts):
-            for of_law, colour, label in ((law, plots.COLOURS[0], "this ladder"), (published_law(), plots.COLOURS[1], "2502.05172")):
-                ratio = np.minimum(of_law.speed_up(active[:, None], tokens, experts, tax), 9)
+            for drawn, colour, label in zip((law, published_law()), plots.COLOURS, ("this ladder", "2502.05172")):
+                ratio = np.minimum(drawn.speed_up(active[:, None], tokens, experts, tax), 9)
                 lines = ax.contour(tokens, active, ratio, [0.8, 0.9, 1, 1.25, 1.5, 2], colors=colour,
                                    linewidths=[1, 1, 2.5, 1, 1, 1])  # fmt: skip
                 ax.clabel(lines, fontsize=8)
@@ -328,7 +332,8 @@ def run(args):
         with open(args.points, newline="") as file:
             done = {(row["size"], *(int(row[name]) for name in Rung._fields[1:4])) for row in csv.DictReader(file)}
     wanted = rungs(plan)
-    missing = [rung for rung in wanted if rung[:4] not in done and (not args.sizes or rung.size in args.sizes)]
+    missing = [rung for rung in wanted if rung[:4] not in done and rung.tokens <= args.tokens
+               and (not args.sizes or rung.size in args.sizes) and (not args.experts or rung.experts in args.experts)]
     say(f"{len(missing)} of {len(wanted)} runs are missing")
     with ThreadPoolExecutor(args.together) as pool:
         try:
@@ -422,6 +427,8 @@ def parse(argv: list[str] | None = None):
         else:
             command.add_argument("--plan", type=Path, default=LADDER / "plan.json")
             command.add_argument("--sizes", nargs="+", help="some of the plan's sizes")
+            command.add_argument("--experts", nargs="+", type=positive, help="some of the plan's numbers of experts")
+            command.add_argument("--tokens", type=count, default=math.inf, help="no run of more tokens")
             command.add_argument("--together", type=positive, default=2, help="runs at a time, one thread each")
     return parser.parse_args(argv)
 

@@ -51,7 +51,7 @@ def test_a_speed_up_is_the_twins_tokens_over_the_taxed_ones():
     assert math.isclose(TRUTH.loss(active, speed_up * tax * tokens, 1), TRUTH.loss(active, tokens, experts), rel_tol=1e-9)
     even = TRUTH.break_even(active, experts, tax)
     assert TRUTH.speed_up(active, even * 1.02, experts, tax) > 1 > TRUTH.speed_up(active, even / 1.02, experts, tax)
-    useless = TRUTH._replace(theta=np.where(np.isin(ladder.EXPONENTS, ("delta", "gamma", "omega", "zeta")), 0, TRUTH.theta))
+    useless = TRUTH._replace(theta=np.where(np.isin(ladder.COEFFICIENTS, ("delta", "gamma", "omega", "zeta")), 0, TRUTH.theta))
     assert math.isclose(useless.speed_up(active, tokens, experts, tax), 1 / tax)
     assert useless.break_even(active, experts, tax) == math.inf
     assert TRUTH.speed_up(1e5, 1e12, 32, 1.0) == math.inf  # below the least loss of so small a twin

@@ -189,13 +189,17 @@ def validation_text(session, encoding: tokenizer.Encoding) -> bytes:
     return encoding.decode_bytes(ids)[: data.COMPRESSED_BYTES]
 
 
+# preset cpu repeats 17% of its runs of 8 ids so, 41% at 1.0 and 0.9; its training text repeats 9%
+SAMPLE_RULES = {"temperature": 1.1, "top_p": 0.9}
+
+
 def sample(session) -> tuple[list[int], list[int]]:
     """Ids: the beginning of the validation text, and the model's continuation."""
     hp, device = session.hp, session.world.device
     batches = session.recipe.data.validation_batches(hp.data, seq_len=min(32, hp.seq_len), rows=1, device=device)
     first = next(batches)
     prompt = first.inputs_BT[:, : (first.targets_BT >= 0).sum()]  # without padding, if the text is short
-    ids = session.model.generate(prompt, hp.sample_tokens, temperature=1.0, top_p=0.9, seed=hp.seed)[0].tolist()
+    ids = session.model.generate(prompt, hp.sample_tokens, **SAMPLE_RULES, seed=hp.seed)[0].tolist()
     return ids[: prompt.size(1)], ids[prompt.size(1) :]
 
 

@@ -12,6 +12,7 @@ import torch
 import tokenizer
 from cli import Parser, UserError, add_flags, command_line, given_flags, positive, seed_number
 from distributed import memory_bytes
+from facts import SAMPLE_RULES
 from model import DTYPES, PRESETS, Config
 from tools import cost, hub, routes
 
@@ -48,8 +49,9 @@ def parse(argv: list[str] | None = None) -> dict:
                         help="length of the sample")
     parser.add_argument("--num_samples", "--num-samples", type=positive, default=1,
                         help="continuations, sampled at once")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top_p", "--top-p", type=float, default=1.0,
+    parser.add_argument("--temperature", type=float, default=SAMPLE_RULES["temperature"],
+                        help="0 takes the likeliest token")
+    parser.add_argument("--top_p", "--top-p", type=float, default=SAMPLE_RULES["top_p"],
                         help="sample from the likeliest tokens with this total probability")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the sample")
     parser.add_argument("--ignore_eot", "--ignore-eot", action="store_true", help="continue after the end of a text")

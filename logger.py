@@ -83,7 +83,7 @@ class Run:
                     if (row.get("step") or 0) <= resume_step and row.get("event") != "end"]
             write_text(metrics, _to_lines(kept))
         self._write_header(sources, resume_step)
-        write_text(self.path / "config.json", json.dumps(finite_or_none(config), indent=2, default=str) + "\n")
+        write_text(self.path / "config.json", json.dumps(for_json(config), indent=2, default=str) + "\n")
         self._sinks = [SINKS[name][0](module, self.path, config, resume_step) for name, module in modules.items()]
 
     def print(self, line):
@@ -220,7 +220,7 @@ def _lock_folder(folder):
 
 
 def _to_lines(rows) -> str:
-    return "".join(json.dumps(finite_or_none(row), allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(for_json(row), allow_nan=False) + "\n" for row in rows)
 
 
 def _to_host(value):
@@ -267,7 +267,7 @@ class TensorBoard:
     def __init__(self, tensorboard, folder, config: dict, resume_step: int | None):
         first_step = None if resume_step is None else resume_step + 1
         self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        text = json.dumps(finite_or_none(config), indent=1, default=str)
+        text = json.dumps(for_json(config), indent=1, default=str)
         self.writer.add_text("config", f"```json\n{text}\n```", resume_step or 0)
 
     def write(self, row: dict):
@@ -299,7 +299,7 @@ class WandB:
             run_id = id_file.read_text(encoding="utf-8").strip()
         project = os.environ.get("WANDB_PROJECT", "modded-nanomoe")
         self.run = self.wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder),
-                                   config=finite_or_none(config))
+                                   config=for_json(config))
 
     def write(self, row: dict):
         values = {}
@@ -589,9 +589,10 @@ def read_json(path) -> dict:
         raise UserError(f"{path} is no JSON object ({error}); restore it or delete it") from error
 
 
-def finite_or_none(value):
-    """`value`, also nested dicts and lists, with None in place of NaN and infinity, which JSON does not know."""
-    return _map_nested(lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, value)
+def for_json(value):
+    """`value`, also nested: None for NaN and infinity, and of fractions 9 digits, which tell fp32 numbers apart."""
+    short = lambda number: float(f"{number:.9g}") if math.isfinite(number) else None
+    return _map_nested(lambda leaf: short(leaf) if isinstance(leaf, float) and leaf % 1 else leaf, value)
 
 
 def _map_nested(function, value):

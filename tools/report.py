@@ -18,7 +18,7 @@ from logger import (
     TABLE,
     RunReader,
     explain_os_errors,
-    finite_or_none,
+    for_json,
     get_columns,
     get_final_row,
     make_folder,
@@ -92,7 +92,7 @@ def write_report(runs, out_dir, page, live: bool | None = None, poll_seconds: fl
     numbers = page_data(runs, out_dir, page)
     if live:
         numbers["live"] = {"file": data_file.name, "seconds": poll_seconds}
-    data = json.dumps(finite_or_none(numbers), allow_nan=False, separators=(",", ":"))
+    data = json.dumps(for_json(numbers), allow_nan=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # no text of a run may open or close a script element
     plotly = get_plotlyjs().replace("</script", "<\\/script")
     html = html.replace("/* SCRIPT */", script).replace("/* PLOTLY */", plotly)

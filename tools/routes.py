@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 from cli import UserError, write_atomically
-from logger import finite_or_none, make_folder, read_config, write_text
+from logger import for_json, make_folder, read_config, write_text
 from tools.plots import COLOURS, draw_matrix, open_figure
 
 PROBLEM_KINDS = ("chain", "sum")  # see data.difficulty
@@ -35,7 +35,7 @@ def write_analysis(run_folder, folder):
 
     make_folder(folder)
     report = folder / f"{run_folder.name}_routes.json"
-    write_text(report, json.dumps(finite_or_none(found), indent=1) + "\n")
+    write_text(report, json.dumps(for_json(found), indent=1) + "\n")
     print(report)
     for name, key, plot in (
         ("layers", "use_by_step", plot_layers),

@@ -727,8 +727,11 @@ def test_a_corpus_of_files_is_pinned_by_its_shards(tmp_path, corpus):
     assert track.pinned_corpus(rules, folder)["corpus_sha256"] == pin
     meta["shards"][0]["sha256"] = "0" * 64
     assert track.shards_sha256(meta) != pin
+    other = rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}}
     with pytest.raises(UserError, match="run `python data.py --source files --path x.txt --out"):
-        track.pinned_corpus(rules | {"corpus_sha256": {ANY_TORCH: "f" * 64}}, folder)
+        track.pinned_corpus(other, folder)
+    with pytest.raises(UserError, match="run `python -m pip download x && python data.py"):
+        track.pinned_corpus(other | {"download": "python -m pip download x"}, folder)
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "records").glob("*/track.json")))
@@ -739,6 +742,8 @@ def test_every_track_s_commands_are_those_of_its_files(name):
     assert rules["device"] in ("cpu", "cuda") and rules["val_tokens"] % hp.seq_len == 0
     args = prepare.parse(shlex.split(rules["prepare"])[2:])
     assert (args.source, args.encoding) == (rules["source"], rules["encoding"])
+    for word in rules.get("download", "").split():
+        assert not word.startswith("records/") or (ROOT / word).is_file()
     assert (
         rules["data"] == (args.out or f"data/{args.source}")
         or f"--out {rules['data']}" in (ROOT / f"records/{name}/README.md").read_text()

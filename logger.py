@@ -590,9 +590,9 @@ def read_json(path) -> dict:
 
 
 def for_json(value):
-    """`value`, also nested: None for NaN and infinity, and of fractions 9 digits, which tell fp32 numbers apart."""
-    short = lambda number: float(f"{number:.9g}") if math.isfinite(number) else None
-    return _map_nested(lambda leaf: short(leaf) if isinstance(leaf, float) and leaf % 1 else leaf, value)
+    """`value`, also nested: None for NaN and infinity; 9 digits, as fp32 has, of fractions that are no date."""
+    short = lambda x: None if not math.isfinite(x) else float(f"{x:.9g}") if x % 1 and abs(x) < 1e6 else x
+    return _map_nested(lambda leaf: short(leaf) if isinstance(leaf, float) else leaf, value)
 
 
 def _map_nested(function, value):

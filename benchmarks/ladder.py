@@ -231,6 +231,8 @@ def show_fit(args):
     for i, name in enumerate(COEFFICIENTS):
         low, high = interval([other.theta[i] for other in others])
         print(f"{name:6} {law.theta[i]:8.4f}   [{low:.4f}, {high:.4f}]")
+    if min(len(np.unique(points[name])) for name in COLUMNS[:3]) < 3:
+        say("note: two values of size, tokens or experts do not determine how the loss curves between and beyond them")
     for active, missed in left_out(points).items():
         print(f"{number(active)} active parameters, predicted from the other sizes: error {missed:.2%}")
     draw(points, law, args.points.with_name("ladder.png"), args.tax)

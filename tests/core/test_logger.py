@@ -202,6 +202,14 @@ def test_values_of_all_kinds_and_nan(open_run):
     ]
 
 
+def test_fractions_keep_the_digits_of_fp32_and_dates_and_counts_all_of_theirs():
+    fractions = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    kept = logger.for_json({"load": fractions.tolist()})["load"]
+    assert torch.equal(torch.tensor(kept), fractions) and max(len(str(value)) for value in kept) <= 14
+    exact = [1_764_500_000.123456, 11_943_530_201_088.0, 393_217, -0.5, True, "text", None]
+    assert logger.for_json(exact) == exact and logger.for_json([math.nan, -math.inf]) == [None, None]
+
+
 def test_flush_returns_each_row_once(open_run):
     run = open_run()
     run.log({"step": 0})

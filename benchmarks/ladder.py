@@ -16,15 +16,15 @@ fit      prints the coefficients with their intervals, how well each size is pre
 run      trains two models at a time, one thread each, and adds a line per run to ladder/points.csv. The same command
          goes on where it was cut off.
 
-The law (Ludziejewski et al. 2502.05172): loss = a Ê^δ N^(α + γ ln Ê) + b Ê^ω D^(β + ζ ln Ê) + c, for N active parameters
-outside the tables and the head, D training tokens and E experts, where 1 / Ê = 1 / (E - 1 + 1 / (1/2.1 - 1/294)) + 1/294.
-E = 1 is the dense twin. These two constants reproduce the paper's coefficients at E = 1, 8, 16 and 32 to 0.06%.
+The law (Ludziejewski et al. 2502.05172): loss = a Ê^δ N^(α + γ ln Ê) + b Ê^ω D^(β + ζ ln Ê) + c, for N active
+parameters outside the tables and the head, D training tokens and E experts; 1 / Ê = 1 / (E - 1 + 1 / (1/2.1 - 1/294)) +
+1/294. E = 1 is the dense twin. These two constants reproduce the paper's coefficients at E = 1, 8, 16 and 32 to 0.06%.
 
 A tax is the time of the mixture's step over that of its dense twin's, which has the same active parameters. If the twin
 needs D' tokens for the loss of the mixture after D, then the speed-up in seconds is D' / (tax D). The unit of a loss is
 free: here it is bits per byte, in the paper nats per token.
 
-Intervals hold 90% of 200 fits to the fitted losses plus residuals drawn again. They do not cover a law that is wrong."""
+Intervals hold 90% of 200 fits to the fitted losses plus residuals drawn again. They do not cover a wrong law."""
 
 import csv
 import math
@@ -73,15 +73,20 @@ class Law(NamedTuple):
     active: float = 1.0
     tokens: float = 1.0
 
-    def terms(self, active, tokens, experts):
-        """The term of the size, that of the data, and the constant."""
-        (ln_a, delta, alpha, gamma, ln_b, omega, beta, zeta, ln_c), x = self.theta, log_effective(experts)
-        of_size = np.exp(ln_a + delta * x + (alpha + gamma * x) * np.log(np.asarray(active) / self.active))
-        of_data = np.exp(ln_b + omega * x + (beta + zeta * x) * np.log(np.asarray(tokens) / self.tokens))
-        return of_size, of_data, math.exp(ln_c)
-
     def loss(self, active, tokens, experts):
-        return sum(self.terms(active, tokens, experts))
+        ln_b, slope = self.of_data(experts)
+        return self.floor(active, experts) + np.exp(ln_b + slope * np.log(np.asarray(tokens) / self.tokens))
+
+    def floor(self, active, experts):
+        """The loss after any number of tokens: the term of the size and the constant."""
+        (ln_a, delta, alpha, gamma, *_, ln_c), x = self.theta, log_effective(experts)
+        of_size = np.exp(ln_a + delta * x + (alpha + gamma * x) * np.log(np.asarray(active) / self.active))
+        return of_size + math.exp(ln_c)
+
+    def of_data(self, experts):
+        """Logarithm of the term of the data at D = `tokens`, and its slope over ln D."""
+        (ln_b, omega, beta, zeta), x = self.theta[4:8], log_effective(experts)
+        return ln_b + omega * x, beta + zeta * x
 
     def losses(self, points: dict[str, np.ndarray]) -> np.ndarray:
         """Of every point."""
@@ -89,12 +94,9 @@ class Law(NamedTuple):
 
     def dense_tokens(self, active, loss):
         """Tokens after which the dense twin has this loss; inf if never."""
-        of_size, _, constant = self.terms(active, self.tokens, 1)
-        left = np.maximum(np.asarray(loss) - of_size - constant, 0)
-        _, _, _, _, ln_b, omega, beta, zeta, _ = self.theta
-        x = log_effective(1)
+        left, (ln_b, slope) = np.maximum(loss - self.floor(active, 1), 0), self.of_data(1)
         with np.errstate(divide="ignore", over="ignore"):
-            return self.tokens * np.exp((np.log(left) - ln_b - omega * x) / (beta + zeta * x))
+            return self.tokens * np.exp((np.log(left) - ln_b) / slope)
 
     def speed_up(self, active, tokens, experts, tax):
         """Seconds of the dense twin over those of the mixture, to the mixture's loss after `tokens`."""
@@ -146,8 +148,8 @@ def read_points(path: Path) -> dict[str, np.ndarray]:
         try:
             columns[name] = np.array([float(row[name]) for row in rows])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} needs a number above 0 in column {name!r} of every row") from None
-        if not (columns[name] > 0).all() or not np.isfinite(columns[name]).all():
+            columns[name] = np.array(math.nan)
+        if not ((columns[name] > 0) & np.isfinite(columns[name])).all():
             raise UserError(f"{path} needs a number above 0 in column {name!r} of every row")
     return columns
 
@@ -177,7 +179,7 @@ def fit(points: dict[str, np.ndarray], start: Law | None = None) -> Law:
 
 
 def refits(points: dict[str, np.ndarray], law: Law, count: int = REFITS) -> list[Law]:
-    """Laws fitted to the fitted losses plus residuals drawn again, widened for the coefficients they were fitted with."""
+    """Laws fitted to the fitted losses plus residuals drawn again, widened for the coefficients of the fit."""
     fitted, generator = law.losses(points), np.random.default_rng(0)
     residuals = np.log(points["loss"] / fitted)
     residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - len(COEFFICIENTS)))
@@ -238,47 +240,47 @@ def show_fit(args):
     draw(points, law, args.points.with_name("ladder.png"), args.tax)
 
 
-def chosen_law(args) -> tuple[Law, list[Law]]:
-    """The law of args.law, and what its intervals are taken from: nothing for the published one."""
+def chosen_laws(args) -> list[Law]:
+    """The law of args.law, and behind it the laws of its intervals; none behind the published one."""
     if args.law == "published":
-        return published_law(), []
+        return [published_law()]
     points = read_points(args.points)
     law = fit(points)
-    return law, refits(points, law)
+    for name in COLUMNS[:3]:
+        value, low, high = getattr(args, name, points[name].min()), points[name].min(), points[name].max()
+        if not low <= value <= high:
+            say(f"note: {name} {number(value)} is outside the ladder, {number(low)} to {number(high)}")
+    return [law, *refits(points, law)]
 
 
-def show(name: str, answer, law: Law, others: list[Law], shown=lambda value: f"{value:.3f}"):
-    """Print answer(law), and its interval over other laws."""
-    line = f"{name}: {shown(answer(law))}"
+def show(name: str, laws: list[Law], answer, shown=lambda value: f"{value:.3f}"):
+    """Print the answer of the first law, and its interval over the others."""
+    value, *others = map(answer, laws)
+    line = f"{name}: {shown(value)}"
     if others:
-        low, high = interval([answer(other) for other in others])
+        low, high = interval(others)
         line += f"   {COVERED:.0%}: [{shown(low)}, {shown(high)}]"
     print(line)
 
 
 def predict(args):
-    law, others = chosen_law(args)
-    question = args.active, args.tokens, args.experts
-    print(f"loss: dense {law.loss(*question[:2], 1):.4f}, {args.experts} experts {law.loss(*question):.4f}")
-    show(f"speed-up in seconds at a tax of {args.tax:g}", lambda law: float(law.speed_up(*question, args.tax)), law, others)
-    show("tokens from which it is above 1", lambda law: law.break_even(args.active, args.experts, args.tax), law, others,
-         number)  # fmt: skip
-    if args.law == "fit":
-        points = read_points(args.points)
-        for name, value in (("active", args.active), ("tokens", args.tokens), ("experts", args.experts)):
-            low, high = points[name].min(), points[name].max()
-            if not low <= value <= high:
-                say(f"note: {name} {number(value)} is outside the ladder, {number(low)} to {number(high)}")
+    laws, question = chosen_laws(args), (args.active, args.tokens, args.experts)
+    dense, mixture = (laws[0].loss(args.active, args.tokens, experts) for experts in (1, args.experts))
+    print(f"loss: dense {dense:.4f}, {args.experts} experts {mixture:.4f}")
+    speed_up = lambda law: float(law.speed_up(*question, args.tax))
+    show(f"speed-up in seconds at a tax of {args.tax:g}", laws, speed_up)
+    even = lambda law: law.break_even(args.active, args.experts, args.tax)
+    show("tokens from which it is above 1", laws, even, number)
 
 
 def best(args):
-    law, others = chosen_law(args)
+    laws = chosen_laws(args)
     for experts, tax in ((1, 1.0), (args.experts, args.tax)):
-        loss, active, tokens = law.best(args.flops, experts, tax, args.head)
+        loss, active, tokens = laws[0].best(args.flops, experts, tax, args.head)
         kind = f"{experts} experts" if experts > 1 else "dense"
         print(f"{kind}: loss {loss:.4f} with {number(active)} active parameters after {number(tokens)} tokens")
     question = args.flops, args.experts, args.tax, args.head
-    show(f"speed-up in seconds at a tax of {args.tax:g}", lambda law: law.speed_up_at_best(*question), law, others)
+    show(f"speed-up in seconds at a tax of {args.tax:g}", laws, lambda law: law.speed_up_at_best(*question))
 
 
 def draw(points: dict[str, np.ndarray], law: Law, path: Path, tax: float):
@@ -360,8 +362,9 @@ def train(rung: Rung, plan: dict) -> dict:
     if rung.tokens % hp.batch_tokens:
         raise UserError(f"{rung.tokens} tokens are no multiple of batch_tokens = {hp.batch_tokens}; mend the plan")
     with tempfile.TemporaryDirectory() as folder:
-        settings = dict(data=plan["data"], seed=rung.seed, num_iterations=steps, val_tokens=plan["val_tokens"],
-                        val_every=0, checkpoint_every=0, sample_tokens=0, out_dir=folder, experiment_name=name)  # fmt: skip
+        settings = dict(data=plan["data"], val_tokens=plan["val_tokens"], seed=rung.seed, num_iterations=steps,
+                        val_every=0, checkpoint_every=0, sample_tokens=0, out_dir=folder,
+                        experiment_name=name)  # fmt: skip
         words = [*rung.flags, *(f"--{flag}={value}" for flag, value in settings.items())]
         done = subprocess.run([sys.executable, "train_muon.py", *words], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -369,8 +372,8 @@ def train(rung: Rung, plan: dict) -> dict:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"run {name} failed: {reason}")
         final = logger.get_final_row(logger.read_run(Path(folder) / name)["rows"], "val/bpb")
-    return dict(size=rung.size, active=active_parameters(config), experts=rung.experts, tokens=rung.tokens, seed=rung.seed,
-                loss=round(final["val/bpb"], 5), step_ms=round(1000 * final["train_time"] / steps, 1),
+    return dict(size=rung.size, active=active_parameters(config), experts=rung.experts, tokens=rung.tokens,
+                seed=rung.seed, loss=round(final["val/bpb"], 5), step_ms=round(1000 * final["train_time"] / steps, 1),
                 flags=shlex.join(rung.flags))  # fmt: skip
 
 
@@ -416,11 +419,11 @@ def parse(argv: list[str] | None = None):
         command.set_defaults(function=function)
         command.add_argument("--points", type=Path, default=LADDER / "points.csv", help="CSV file of the runs")
         if name == "predict":
-            command.add_argument("--active", type=count, required=True, help="active parameters outside tables and head")
+            command.add_argument("--active", type=count, required=True, help="parameters outside tables and head")
             command.add_argument("--tokens", type=count, required=True, help="training tokens")
         if name == "best":
             command.add_argument("--flops", type=count, required=True, help="of the training, tax included")
-            command.add_argument("--head", type=count, required=True, help="parameters of the head, which count as time")
+            command.add_argument("--head", type=count, required=True, help="its parameters, which take time too")
         if name in ("predict", "best"):
             command.add_argument("--experts", type=at_least_two, required=True)
             command.add_argument("--law", choices=("fit", "published"), default="fit")

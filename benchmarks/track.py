@@ -173,8 +173,9 @@ def pinned_corpus(track: dict, folder: Path) -> dict:
     corpus = meta.get("corpus_sha256") or shards_sha256(meta)
     wanted = {"source": track["source"], "encoding": track["encoding"], "max_tokens": None, "split_seed": 0}
     if corpus != pinned or wanted.items() - meta["request"].items():
-        commands = [*filter(None, [track.get("download")]), f"{track['prepare']} --out {folder}"]
-        mend = f"remove it and run `{' && '.join(commands)}`; other text serves runs without --record"
+        download = f"{track['download']} && " if "download" in track else ""
+        commands = f"{download}{track['prepare']} --out {folder}"
+        mend = f"remove it and run `{commands}`; other text serves runs without --record"
         raise UserError(f"{folder} does not hold the corpus pinned for torch {version}, whole; {mend}")
     return {"torch": version, "corpus_sha256": corpus}
 

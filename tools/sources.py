@@ -358,7 +358,7 @@ OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
 
 @contextlib.contextmanager
 def open_file(path):
-    """A file or a member of an archive, decompressed, whose peek reaches SNIFFED_BYTES."""
+    """A file or a member of an archive, decompressed; its peek reaches SNIFFED_BYTES."""
     raw = path.open("rb")
     file = io.BufferedReader(raw, SNIFFED_BYTES) if isinstance(path, zipfile.Path) else raw
     with file, OPENERS.get(path.suffix.lower(), contextlib.nullcontext)(file) as text:

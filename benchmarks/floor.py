@@ -1,7 +1,8 @@
 """The least time that a training step can take on this machine: what each part must compute and move, at the rates
-measured here.
+measured here; and the time that a real step takes.
 
-    python benchmarks/floor.py                                          # 8 experts, GPT-2's vocabulary, 4,096 tokens, AdamW
+    python benchmarks/floor.py                                          # preset cpu: Muon, 4,096 tokens in rows of 1,024
+    python benchmarks/floor.py --shape gpt2                             # 8 experts, GPT-2's vocabulary, AdamW, rows of 512
     python benchmarks/floor.py --shape bytes --tokens 16384 --optimizer muon
     python benchmarks/floor.py --shape gpt2 --num_experts 64 --mlp_ratio 2 --json floor.json
 
@@ -21,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,14 +31,16 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import Parser, add_flags, command_line, positive  # noqa: E402
-from model import DTYPES, Config, build, mean_keys, parameter_rule  # noqa: E402
+import model  # noqa: E402
+from cli import Parser, add_flags, command_line, positive, whole_number  # noqa: E402
+from model import DTYPES, Config, build, flops_per_token, mean_keys, parameter_rule  # noqa: E402
 from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
 COMMON = dict(
     n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512
 )
 SHAPES = {
+    "cpu": model.PRESETS["cpu"],
     "gpt2": Config(**COMMON, vocab_size=50304, eot_token=50256),
     "bytes": Config(**COMMON, vocab_size=256, eot_token=255),
 }
@@ -410,7 +414,43 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
 
 
 # -----------------------------------------------------------------------------
+# The step
+
+
+def measured(configs: list[Config], tokens: int, seq_len: int, optimizer: str, turns: int) -> list[float]:
+    """Seconds of a real step of each model on random tokens: medians over turns of nine steps, the first not counted."""
+    from benchmarks.contenders import Work, ours  # which import this file
+
+    steps = [ours(optimizer, lambda config: config)(Work(config, tokens, seq_len, tokens))[0] for config in configs]
+    seconds = [[] for _ in configs]
+    for turn in range(turns + 1):
+        for step, times in zip(steps, seconds):
+            for i in range(9 * turn, 9 * turn + 9):
+                began = time.perf_counter()
+                step(i)
+                times.append(time.perf_counter() - began)
+    counted = [[t for i, t in enumerate(times) if i >= 9 and i % 9] for times in seconds]  # the first turn warms up
+    return [statistics.median(times) for times in counted]
+
+
+def comparison(config: Config, costs: list[Cost], rates: Rates, tokens: int, seq_len: int, seconds: list[float]) -> str:
+    """The measured step, and the dense twin's, against the floor."""
+    share = flops_per_token(config, seq_len) * tokens / seconds[0] / rates.matmul
+    return (
+        f"measured {1000 * seconds[0]:.1f} ms per step, {seconds[0] / sum(cost.floor for cost in costs):.2f} times the "
+        f"floor, {share:.1%} of the matmul rate; MoE / dense twin {seconds[0] / seconds[1]:.3f}"
+    )
+
+
+# -----------------------------------------------------------------------------
 # Command line
+
+DEFAULTS = {"cpu": (4096, 1024, "muon")}  # shape -> tokens, seq_len, optimizer
+OTHERS = (8 * 512, 512, "adamw")
+
+
+def zero_or_more(text: str) -> int:
+    return whole_number(text, 0)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -418,16 +458,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="floor.py", description="The least time of a training step, part by part, at the rates of this machine."
     )
-    parser.add_argument("--shape", choices=list(SHAPES), default="gpt2")
-    parser.add_argument("--tokens", type=positive, default=8 * 512, help="per optimizer step")
-    parser.add_argument("--seq_len", "--seq-len", type=positive, default=512)
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
+    parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--tokens", type=positive, help="per optimizer step (default 4096)")
+    parser.add_argument("--seq_len", "--seq-len", type=positive, help="(default 1024 for cpu, else 512)")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), help="(default muon for cpu, else adamw)")
     parser.add_argument(
         "--rounds", type=positive, default=3, help="of measuring; the best counts, as others may use the machine"
     )
+    parser.add_argument("--turns", type=zero_or_more, default=5, help="of nine real steps; 0 = the floor alone")
     parser.add_argument("--json", type=Path, help="write rates and parts there")
     add_flags(parser, Config)
     args = parser.parse_args(argv)
+    tokens, seq_len, optimizer = DEFAULTS.get(args.shape, OTHERS)
+    args.tokens, args.seq_len = args.tokens or tokens, args.seq_len or seq_len
+    args.optimizer = args.optimizer or optimizer
     args.config = dataclasses.replace(
         SHAPES[args.shape], **{f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     )
@@ -444,6 +488,9 @@ def main():
         rates = measure_rates(DTYPES[args.config.dtype], gemms).or_better(rates)
     costs, dense = floor(args.config, *step, rates), floor(twin, *step, rates)
     print(table(costs, rates, args.tokens, dense))
+    if args.turns:
+        seconds = measured([args.config, twin], *step, args.turns)
+        print(comparison(args.config, costs, rates, args.tokens, args.seq_len, seconds))
     if args.json:
         rows = [
             c.part._asdict()

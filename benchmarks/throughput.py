@@ -374,7 +374,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="Tokens/s, share of the matmul rate and memory, against Mixtral, nanoGPT and the dense twin.",
     )
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=["mixtral"])
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["gpt2", "bytes"])
     parser.add_argument(
         "--contenders",
         nargs="+",

@@ -279,11 +279,8 @@ def script(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(floor, "measure_rates", lambda *_: RATES)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["floor.py", *f"--shape bytes {SMALL} --tokens 128 --optimizer muon --json {tmp_path / 'floor.json'}".split()],
-    )
+    words = f"--shape bytes {SMALL} --tokens 128 --optimizer muon --turns 0 --json {tmp_path / 'floor.json'}"
+    monkeypatch.setattr(sys, "argv", ["floor.py", *words.split()])
     floor.main()
     out, written = capsys.readouterr().out, json.loads((tmp_path / "floor.json").read_text())
     for part in written["parts"]:
@@ -292,6 +289,28 @@ def test_floor_prints_parts_and_their_sum(tmp_path, monkeypatch, capsys):
     assert f"at the floor {1000 * step:.1f} ms per step, {128 / step:,.0f} tokens/s" in out
 
 
+def test_floor_compares_a_real_step_with_the_floor(monkeypatch, capsys):
+    monkeypatch.setattr(floor, "measure_rates", lambda *_: RATES)
+    monkeypatch.setattr(floor, "measured", lambda configs, *_: [0.5 * len(config.pattern) for config in configs])
+    words = f"{SMALL} --n_layer 4 --window_size 64 --tokens 128"
+    monkeypatch.setattr(sys, "argv", ["floor.py", *words.split()])
+    floor.main()
+    out, config = capsys.readouterr().out, floor.parse(words.split()).config
+    least, flops_of_step = step_floor(config, 128, 64, "muon", RATES), 128 * model.flops_per_token(config, 64)
+    assert config.pattern == "DDDM" and config.ngrams == "23"  # preset cpu
+    assert f"measured 2000.0 ms per step, {2 / least:.2f} times the floor" in out
+    assert f"{flops_of_step / 2 / 1e12:.1%} of the matmul rate; MoE / dense twin 4.000" in out
+
+
+def test_a_measured_step_is_a_step_of_training(monkeypatch):
+    seen, train_step = [], train_muon.train_step
+    note = lambda session, *words: seen.append(session.model.config.pattern) or train_step(session, *words)
+    monkeypatch.setattr(train_muon, "train_step", note)
+    moe, dense = floor.measured([SHAPES["experts"], SHAPES["dense"]], TOKENS, SEQ_LEN, "muon", turns=1)
+    assert seen == 2 * (9 * ["M"] + 9 * ["D"]) and moe > 0 and dense > 0
+
+
+@pytest.mark.slow
 def test_throughput_from_end_to_end(tmp_path):
     names = "moe_adamw dense_muon nanogpt_bf16"
     done = script(
@@ -382,6 +401,7 @@ def on_cpu(monkeypatch, tmp_path):
     return args, []
 
 
+@pytest.mark.slow
 def test_every_row_of_the_gpu_table_is_measured_beside_its_reference(on_cpu):
     args, saved = on_cpu
     assert gpu.step_rows(args, RATES, saved.append) == []
@@ -406,6 +426,7 @@ def test_every_row_of_the_gpu_table_is_measured_beside_its_reference(on_cpu):
     )  # as before the plain row
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_named_and_affects_no_other(on_cpu, monkeypatch):
     """Failures are a loss that is not finite and a model that cannot be built."""
     args, saved = on_cpu
@@ -491,6 +512,7 @@ def benchmark(name: str, *words) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
     prepare.main(
         ["--source", "arithmetic", "--encoding", "bytes", "--max_tokens", "30000", "--out", str(tmp_path / "shards")]
@@ -510,6 +532,7 @@ def test_arithmetic_trains_compares_and_evaluates_loops(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_domains_trains_switches_experts_off_and_compares(tmp_path):
     for name in ("birds", "web"):
         (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{name} {i * i} says {i}" for i in range(400)))

@@ -137,15 +137,17 @@ def plot_expert_load(figure, runs):
     columns, uniform = min(4, layers), 1 / experts
     rows = math.ceil(layers / columns)
     figure.set_size_inches(1.6 + 3.2 * columns, 1.2 + 2 * rows)
-    for layer in range(layers):
-        ax = figure.add_subplot(rows, columns, layer + 1)
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for ax in axes[layers:]:
+        ax.remove()
+    for layer, ax in enumerate(axes[:layers]):
         # Twice and half the uniform share are equally far from it; the floor keeps an unused expert on the scale.
         image = ax.pcolormesh(edges, np.arange(experts + 1) - 0.5, np.maximum(load_SLE[:, layer].T, 1e-9),
                               norm="log", vmin=uniform / 4, vmax=uniform * 4, cmap="RdBu_r")
         ax.grid(visible=False)
         ax.set_title(f"MoE layer {layer}", fontsize=11, loc="left")
         ax.set_yticks(range(0, experts, max(1, experts // 8)))
-        ax.invert_yaxis()
+    axes[0].invert_yaxis()  # of all, as they share it
     shares = [uniform * factor for factor in (1 / 4, 1 / 2, 1, 2, 4)]
     bar = figure.colorbar(image, ax=figure.axes, extend="both", aspect=30)
     bar.set_ticks(shares, labels=[f"{100 * share:.3g}%" for share in shares])

@@ -222,6 +222,8 @@ def cut_slabs(config: Config) -> list[Slab]:
             rows, cols = sorted(p.shape[-2:])
             names = [f"{name}[{i}]" for i in range(len(p))] if p.ndim == 3 else [name]
             cost = 2 * rows**2 * (2 * cols + rows)  # FLOPs of one Newton-Schulz iteration
+        elif kinds[name] == "ngram_embed":  # whole: a step touches few of its rows
+            names, cost = [name], 0
         else:
             blocks = min(MAX_ROW_BLOCKS, max(8, p.numel() // 2**16))
             edges = [len(p) * i // blocks for i in range(blocks + 1)]
@@ -248,6 +250,11 @@ class Bucket(NamedTuple):
         return max(lengths.values())
 
     @property
+    def is_rows(self) -> bool:
+        """Whether it is an n-gram table, of which the touched rows travel."""
+        return self.slabs[0].kind == "ngram_embed"
+
+    @property
     def padding(self) -> float:
         """Padded elements per real one."""
         return self.part * len(self.ranks) / sum(slab.numel for slab in self.slabs) - 1
@@ -257,7 +264,7 @@ def bucket_bytes(slabs: list[Slab]) -> int:
     return 4 * sum(slab.numel for slab in slabs)
 
 
-BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3}  # then the embedding
+BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3, "ngram_embeds": 5}  # embedding: 4
 
 
 def backward_order(slab: Slab) -> tuple[int, int]:
@@ -273,7 +280,8 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
     """All slabs in buckets, in the order in which they leave, with the owner of each slab.
 
     A bucket closes after a block (or a table) if it has bucket_mb MiB in fp32 and little padding. An expert travels
-    among the ranks that hold it: every expert_parallel-th. A slab with one holder does not travel."""
+    among the ranks that hold it: every expert_parallel-th. A slab with one holder does not travel. An n-gram table is
+    a bucket of its own, at the end."""
 
     def holders(slab: Slab) -> tuple[int, ...]:
         if slab.kind != "expert":
@@ -292,7 +300,9 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
             del waiting[ranks]
             work = work_after
 
-    for _, unit in itertools.groupby(sorted(cut_slabs(config), key=backward_order), key=backward_order):
+    slabs = sorted(cut_slabs(config), key=backward_order)
+    tables = [slab for slab in slabs if slab.kind == "ngram_embed"]
+    for _, unit in itertools.groupby(slabs[: len(slabs) - len(tables)], key=backward_order):
         for slab in unit:
             waiting.setdefault(holders(slab), []).append(slab)
         large = [ranks for ranks, slabs in waiting.items() if bucket_bytes(slabs) >= bucket_mb * 2**20]
@@ -301,7 +311,8 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
                 close(ranks, MAX_PADDING)
     for ranks in list(waiting):
         close(ranks, math.inf)
-    return buckets
+    everyone = tuple(range(world_size))
+    return buckets + [Bucket(everyone, (table,), (i % world_size,)) for i, table in enumerate(tables)]
 
 
 def assign_owners(slabs: list[Slab], ranks: tuple[int, ...], work: collections.Counter) -> list[int]:

@@ -124,6 +124,7 @@ class Norms:
             self._add(1, kind, before[kind])
 
     def _add(self, quantity: int, kind: str, tensors: list[torch.Tensor]):
+        tensors = [tensor.values() if tensor.is_sparse else tensor for tensor in tensors]
         square = torch.stack(torch._foreach_norm(tensors)).double().square().sum()
         self.squares[quantity, self.kinds.index(kind)] += square
 

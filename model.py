@@ -654,9 +654,9 @@ class Output(NamedTuple):
 class GPT(nn.Module):
     """Tokens to logits or loss. forward changes nothing but the cache; the training loop calls set_step and balance."""
 
-    block_type = Block
-    cache_type = KVCache
+    block_type, cache_type = Block, KVCache
     encoding: str | None = None  # data.py's name of the tokens' encoding, set when a checkpoint is loaded
+    sparse_tables = False  # whether gradients of n-gram tables are sparse, set by train_muon.Exchange
 
     def __init__(self, config: Config, ranks: ExpertRanks = ALL_HERE):
         super().__init__()
@@ -730,7 +730,7 @@ class GPT(nn.Module):
         recent = slice(1 - max(lengths, default=1) - T, None)
         hashes = ops.ngram_hashes(ids_BS[:, recent], doc_BS[:, recent], max(lengths)) if lengths else []
         for n, table in zip(lengths, self.ngram_embeds):
-            x_BTD = x_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table)
+            x_BTD = x_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table, sparse=self.sparse_tables)
         return x_BTD.to(DTYPES[self.config.dtype])
 
     def layer_value_embeds(self, ids_BT: Tensor) -> list[Tensor]:

@@ -54,6 +54,7 @@ from guards import AsyncHostCopy, Ended, StepFlags, agree, agree_on, check_healt
 from logger import PhaseTimer, Run
 from model import DTYPES, GPT, Config
 from ops import kernel_on_cuda
+from rows import RowAdamW, gather_rows
 from terminal import LastingStream, Progress, say
 
 # -----------------------------------------------------------------------------
@@ -252,15 +253,15 @@ def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
 # Optimizers and schedules: rates are pure functions of the step
 
 def make_optimizers(tensors: dict[str, list[Tensor]], hp: MuonConfig) -> list[torch.optim.Optimizer]:
-    """AdamW and Muon over this rank's slabs, given by kind; only those with any."""
+    """Both AdamWs and Muon over this rank's slabs, given by kind; only those with any."""
     matrices = [dict(params=tensors[kind], base_lr=hp.muon_lr) for kind in ("matrix", "expert") if tensors.get(kind)]
     muon = [Muon(matrices, weight_decay=hp.weight_decay, ns_dtype=DTYPES[hp.ns_dtype])] if matrices else []
-    return adamw(adamw_groups(tensors, hp), hp) + muon
+    return row_adamw(tensors, hp) + adamw(adamw_groups(tensors, hp), hp) + muon
 
 
 def adamw_groups(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[dict]:
-    """AdamW's groups of the kinds that are not matrices; schedules scale `base_lr`."""
-    kinds = ("embed", "ngram_embed", "value_embed", "head", "router", "scalar")
+    """AdamW's groups of the kinds that are neither matrices nor n-gram tables; schedules scale `base_lr`."""
+    kinds = ("embed", "value_embed", "head", "router", "scalar")
     return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
 
 
@@ -268,6 +269,12 @@ def adamw(groups: list[dict], hp: TrainConfig) -> list[torch.optim.Optimizer]:
     """[AdamW], or [] without groups."""
     options = dict(lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)
     return [torch.optim.AdamW(groups, **options)] if groups else []
+
+
+def row_adamw(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[torch.optim.Optimizer]:
+    """[RowAdamW] of the n-gram tables, or []."""
+    groups = [dict(params=tensors["ngram_embed"], base_lr=hp.ngram_embed_lr)] if tensors.get("ngram_embed") else []
+    return [RowAdamW(groups, betas=(hp.beta1, hp.beta2))] if groups else []
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: TrainConfig, scale: float):
@@ -335,6 +342,7 @@ class Transfer:
             received = self.recv_buf[place].view(value.shape) if self.travels and owner == world.rank else None
             self.slabs.append(LocalSlab(slab, parameter, part, value, sent, received))
         self.parameters = list({id(local.parameter): local.parameter for local in self.slabs}.values())
+        self.owner = bucket.owners[0]
         self.owned = [local for local, owner in zip(self.slabs, bucket.owners) if owner == world.rank]
         self.others = [local for local, owner in zip(self.slabs, bucket.owners) if owner != world.rank]
         self.optimizers = []
@@ -392,6 +400,40 @@ class Transfer:
         copy_all([local.value for local in self.others], [local.in_send_buf for local in self.others])
 
 
+class RowTransfer(Transfer):
+    """An n-gram table on one of its ranks: the rows that a step touched travel, with their numbers.
+
+    Host and ranks wait for each other twice: for the number of rows of each rank, and for the rows. These gradients are
+    the last of backward, so there is little to hide that behind."""
+
+    def send_gradients(self):
+        (parameter,) = self.parameters
+        grad, parameter.grad = parameter.grad, None
+        row_R, grad_RD = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, parameter.size(1))
+        if grad is not None:  # else no token reached the table on this rank
+            grad = grad.coalesce()
+            row_R, grad_RD = grad.indices()[0], grad.values()
+        if self.travels:
+            row_R, grad_RD = gather_rows(row_R, grad_RD, self.group)
+        self.grad = torch.sparse_coo_tensor(row_R[None], grad_RD, parameter.shape, check_invariants=False).coalesce()
+
+    def receive_gradients(self):
+        for local in self.owned:
+            local.value.grad = self.grad
+
+    def send_values(self):
+        (local,), (row_U,) = self.slabs, self.grad.indices()
+        local.value.grad = None
+        if self.travels:
+            self.rows_UD = local.value.index_select(0, row_U)
+            self.work = dist.broadcast(self.rows_UD, src=self.owner, group=self.group, async_op=True)
+
+    def receive_values(self):
+        self.wait()
+        for local in self.others:
+            local.value.index_copy_(0, self.grad.indices()[0], self.rows_UD)
+
+
 class Exchange:
     """Every bucket of this rank, in the order in which all ranks send them.
 
@@ -402,7 +444,9 @@ class Exchange:
     def __init__(self, net: GPT, world: World, bucket_mb: float = 0.0, overlap: bool = True):
         self.world, self.model, self.overlap = world, net, overlap
         buckets = make_buckets(net.config, world.size, world.expert_parallel, bucket_mb)
-        self.transfers = [Transfer(bucket, net, world, overlap) for bucket in buckets if world.rank in bucket.ranks]
+        net.sparse_tables = True  # of n-grams: their gradients hold the touched rows
+        self.transfers = [(RowTransfer if bucket.is_rows else Transfer)(bucket, net, world, overlap)
+                          for bucket in buckets if world.rank in bucket.ranks]  # fmt: skip
         self.reducing, self.sent, self.totals_work = False, 0, None
         if world.size > 1 and overlap:
             for transfer in self.transfers:

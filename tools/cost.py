@@ -85,12 +85,15 @@ def plan(config: Config, hp, recipe, world_size: int) -> dict:
     """Bytes and FLOPs of one step on the busiest of world_size ranks.
 
     Rings send (W-1)/W of a buffer twice: out as gradients, back as values. With experts shared by N ranks, k rows per
-    token and routed layer travel, of which (N-1)/N leave the rank at even load: out and back, forward and backward."""
+    token and routed layer travel, of which (N-1)/N leave the rank at even load: out and back, forward and backward. Of
+    an n-gram table the rows of a rank's tokens go to all others, and the new ones back from the owner: a row for each
+    token is the most there can be."""
     parts = hp.expert_parallel
     buckets = make_buckets(config, world_size, parts, hp.bucket_mb)
     ring, held, state, newton_schulz = ([0] * world_size for _ in range(4))
+    dense = [bucket for bucket in buckets if not bucket.is_rows]
     for bucket in buckets:
-        sent, numel = 2 * 4 * bucket.part * (len(bucket.ranks) - 1), bucket_bytes(bucket.slabs) // 4
+        sent, numel = 2 * 4 * bucket.part * (len(bucket.ranks) - 1) * (bucket in dense), bucket_bytes(bucket.slabs) // 4
         for rank in bucket.ranks:
             ring[rank] += sent
             held[rank] += numel
@@ -98,15 +101,17 @@ def plan(config: Config, hp, recipe, world_size: int) -> dict:
             state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.is_matrix else 2)
             newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.is_matrix
 
-    numel = sum(bucket_bytes(bucket.slabs) for bucket in buckets) // 4
+    numel, numel_dense = (sum(bucket_bytes(bucket.slabs) for bucket in some) // 4 for some in (buckets, dense))
     tokens = hp.batch_tokens / world_size
+    row_bytes = [8 + 4 * config.n_embd, 4 * config.n_embd * world_size]  # a token's number and gradient; its new row
     rows = 4 * tokens * config.top_k * routed_runs(config) * config.n_embd * DTYPES[config.dtype].itemsize
     return {
         "parameters": numel,
         "held": max(held),
-        "all_reduce_bytes": round(2 * 4 * numel * (world_size - 1) / world_size),
+        "all_reduce_bytes": round(2 * 4 * numel_dense * (world_size - 1) / world_size),
         "sent_bytes": max(ring),
         "rows_bytes": round(rows * (parts - 1) / parts),
+        "table_bytes": round(tokens * sum(row_bytes) * (world_size - 1) * (len(buckets) - len(dense))),
         "optimizer_bytes": max(state),
         "optimizer_bytes_total": sum(state),
         "newton_schulz_flops": max(newton_schulz),
@@ -138,6 +143,7 @@ def plan_text(config: Config, hp, recipe, world_size: int) -> str:
         "sent per step": f"{mib(p['sent_bytes'])} per rank: a plain all-reduce's {mib(p['all_reduce_bytes'])} "
                          f"{sign} {mib(abs(extra))} of {reason}",
         "rows exchanged": f"{mib(p['rows_bytes'])} per rank and step at even load",
+        "rows of n-grams": f"at most {mib(p['table_bytes'])} per rank and step",
         "optimizer state": f"{mib(p['optimizer_bytes'])} per rank, {mib(p['optimizer_bytes_total'])} in the world",
         "Newton-Schulz": f"{p['newton_schulz_flops'] / 1e9:,.2f} GFLOPs per rank and step, "
                          f"{100 * p['newton_schulz_flops'] / p['model_flops']:.2f}% of forward + backward; "

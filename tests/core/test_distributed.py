@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from fault_injection import INJECTIONS, ODD
+from slow import all_but
 from test_train import (  # noqa: F401  (fixtures are used by name)
     CONFIGS,
     LAYOUT_RUN,
@@ -127,11 +128,15 @@ JOBS = {  # ranks -> name -> job; a job may resume what an earlier one left
 }
 
 
+FAST = {"muon2", "muon2_sync", "muon2_parts2", *PLANTED, *(f"{name}_sync" for name in PLANTED)}
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, shards):  # noqa: F811
-    """ranks -> the folder in which the jobs of that many ranks ran. What needs two ranks' checkpoints asks for two
-    first."""
+def world(request, tmp_path_factory, shards):  # noqa: F811
+    """ranks -> the folder in which the jobs of that many ranks ran, the jobs of FAST alone if no slow test is asked for.
+    What needs two ranks' checkpoints asks for two first."""
     out = tmp_path_factory.mktemp("ranks")
+    every = any(item.get_closest_marker("slow") for item in request.session.items)
 
     @once
     def get(ranks: int) -> Path:
@@ -142,7 +147,9 @@ def world(tmp_path_factory, shards):  # noqa: F811
         )
         copies = lambda name, one: one["copy"] and [str(out / one["copy"][0]), str(out / name)]
         listed = {
-            name: one | {"words": words(name, one), "copy": copies(name, one)} for name, one in JOBS[ranks].items()
+            name: one | {"words": words(name, one), "copy": copies(name, one)}
+            for name, one in JOBS[ranks].items()
+            if every or name in FAST
         }
         (out / f"jobs{ranks}.json").write_text(json.dumps(listed))
         done = torchrun(ranks, ROOT / "tests/core/worker.py", out, timeout=300)
@@ -178,14 +185,14 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", all_but(FAST, EQUAL))
 def test_any_number_of_ranks_trains_the_run_of_one(name, world, whole_batch):  # noqa: F811
     recipe = ADAMW if name.startswith("adamw") else MUON
     job = Seen(world, name)
     assert_same_run(job.run, job.gradients, whole_batch(recipe))
 
 
-@pytest.mark.parametrize("name", [name for jobs in JOBS.values() for name in jobs])
+@pytest.mark.parametrize("name", all_but(FAST, [name for jobs in JOBS.values() for name in jobs]))
 def test_ranks_hold_bit_identical_copies_after_every_step(name, world):
     job, [(_, one)] = Seen(world, name), [(ranks, jobs[name]) for ranks, jobs in JOBS.items() if name in jobs]
     steps = one["values"]["num_iterations"] - 10 * ("_from2" in name)
@@ -195,7 +202,7 @@ def test_ranks_hold_bit_identical_copies_after_every_step(name, world):
 SYNCHRONOUS = [name for jobs in JOBS.values() for name in jobs if name.endswith("_sync")]
 
 
-@pytest.mark.parametrize("name", SYNCHRONOUS)
+@pytest.mark.parametrize("name", all_but(FAST, SYNCHRONOUS))
 def test_overlapped_equals_synchronous_bit_by_bit(name, world):
     sync, overlapped = Seen(world, name), Seen(world, name.removesuffix("_sync"))
     assert differing(state_of(sync.run), state_of(overlapped.run)) == []
@@ -205,12 +212,14 @@ def test_overlapped_equals_synchronous_bit_by_bit(name, world):
         assert one["order"] == other["order"] and len(one["order"]) > 3
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_the_same_bit_by_bit(world):
     one, two = Seen(world, "muon2"), Seen(world, "muon2_again")
     assert differing(state_of(one.run), state_of(two.run)) == []
     assert untimed(one.run) == untimed(two.run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16_2", "bf16_2_parts2"])
 def test_in_bf16_losses_stay_within_a_hundredth(name, world, shards, tmp_path):  # noqa: F811
     run = train(tmp_path, data=shards, **JOBS[2]["bf16_2"]["values"])
@@ -221,20 +230,20 @@ def test_in_bf16_losses_stay_within_a_hundredth(name, world, shards, tmp_path): 
 # When buckets leave, what they weigh, among whom they travel
 
 
-@pytest.mark.parametrize("name", ["muon2", "muon3", "muon4_parts2"])
+@pytest.mark.parametrize("name", all_but(FAST, ["muon2", "muon3", "muon4_parts2"]))
 def test_the_first_bucket_leaves_before_half_of_backward_is_done(name, world):
     for seen in Seen(world, name).seen:
         assert len(seen["first_send"]) == STEPS and seen["parameters"] > 10
         assert all(0 < there < seen["parameters"] / 2 for there in seen["first_send"]), seen["first_send"]
 
 
-@pytest.mark.parametrize("name", ["muon2_sync", "muon4_sync"])
+@pytest.mark.parametrize("name", all_but(FAST, ["muon2_sync", "muon4_sync"]))
 def test_without_overlap_nothing_leaves_before_the_end_of_backward(name, world):
     for seen in Seen(world, name).seen:
         assert all(there == 0 for there in seen["first_send"])  # no hook was asked
 
 
-@pytest.mark.parametrize("name", ["muon2", "muon3", "muon4", "muon4_parts2", "muon4_parts4"])
+@pytest.mark.parametrize("name", all_but(FAST, ["muon2", "muon3", "muon4", "muon4_parts2", "muon4_parts4"]))
 def test_buckets_leave_in_the_planned_order_on_every_rank(name, world):
     job = Seen(world, name)
     config, hp = parsed(name)
@@ -263,7 +272,7 @@ PLANNED = [
 ]
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", all_but(FAST, PLANNED))
 def test_the_plan_predicts_the_bytes_that_are_sent(name, world):
     job, (config, hp) = Seen(world, name), parsed(name)
     plan = cost.plan(config, hp, MUON, job.ranks)
@@ -275,6 +284,7 @@ def test_the_plan_predicts_the_bytes_that_are_sent(name, world):
     assert rows == pytest.approx(plan["rows_bytes"], rel=0.02 if name.startswith("hash") else 0.25)
 
 
+@pytest.mark.slow
 def test_the_plan_predicts_the_optimizer_s_memory(world):
     for name in ("muon2", "muon3", "adamw2", "muon4_parts2"):
         (config, hp), job = parsed(name), Seen(world, name)
@@ -315,6 +325,7 @@ def test_the_plan_prints_without_data_or_ranks(monkeypatch):
     assert status != 0 and "world_size" in err
 
 
+@pytest.mark.slow
 def test_an_expert_travels_only_among_the_ranks_that_hold_it(world):
     for name, parts in (("muon4_parts2", 2), ("muon4_parts4", 4), ("muon2_parts2", 2), ("muon4", 1)):
         job, experts = Seen(world, name), 4
@@ -345,7 +356,7 @@ def test_ranks_hold_only_their_experts_and_start_from_the_same_values(parts):
 # Odd gradients and odd loads
 
 
-@pytest.mark.parametrize("name", [*PLANTED, "plant0_parts2", "plant1_parts2"])
+@pytest.mark.parametrize("name", all_but(FAST, [*PLANTED, "plant0_parts2", "plant1_parts2"]))
 def test_what_is_missing_on_some_ranks_counts_as_zero(name, world, shards, tmp_path, monkeypatch):  # noqa: F811
     """Two ranks against one with two micro-batches, the same oddity planted into the second half of the batch."""
     gradients, plant = {}, PLANTED[name.partition("_")[0]]
@@ -369,6 +380,7 @@ def test_an_expert_that_no_rank_uses_stands_still(world):
     assert not torch.equal(net.blocks[0].ffn.experts.up[1], start.blocks[0].ffn.experts.up[1])
 
 
+@pytest.mark.slow
 def test_more_ranks_than_matrices(world, shards, tmp_path):  # noqa: F811
     """A dense layer has six matrices, three of them in QKV; with three ranks no bucket divides evenly."""
     values = JOBS[3]["muon3_small"]["values"]
@@ -396,6 +408,7 @@ def test_more_ranks_than_matrices(world, shards, tmp_path):  # noqa: F811
 RESUMED = [name for jobs in JOBS.values() for name in jobs if "_from2" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_checkpoint_of_two_ranks_goes_on_anywhere(name, world, whole_batch):  # noqa: F811
     job, straight = Seen(world, name), Seen(world, "muon2_parts2" if name.endswith("_parts2") else "muon2")
@@ -411,6 +424,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_anywhere(name, world, whole_batch):  
     )
 
 
+@pytest.mark.slow
 def test_at_the_same_number_of_ranks_it_goes_on_bit_by_bit(world):
     job, straight = Seen(world, "muon2_from2"), Seen(world, "muon2")
     assert differing(state_of(job.run), state_of(straight.run)) == []
@@ -428,6 +442,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_alone(source, world, shards, tmp_path
     assert_near(state_of(run), state_of(straight), 1e-4)
 
 
+@pytest.mark.slow
 def test_one_rank_s_checkpoint_is_continued_by_three(shards, tmp_path, whole_batch):  # noqa: F811
     run, whole = Path(shutil.copytree(whole_batch(MUON)[0], tmp_path / "muon")), whole_batch(MUON)[0]
     shutil.rmtree(run / "checkpoint/step_000030")
@@ -487,6 +502,7 @@ def finish_agents(agents: list[subprocess.Popen], timeout=100):
                 os.killpg(agent.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_agents_on_the_loopback_train_the_run_of_one(shards, tmp_path, whole_batch):  # noqa: F811
     words = flags(MUON, data=shards, out_dir=tmp_path, **LAYOUT_RUNS["muon"])
     endpoint = f"127.0.0.1:{free_port()}"
@@ -496,6 +512,7 @@ def test_two_agents_on_the_loopback_train_the_run_of_one(shards, tmp_path, whole
     assert json.loads((tmp_path / "muon/config.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_a_host_that_loses_its_rank_is_joined_by_the_other_one_anew(shards, tmp_path):  # noqa: F811
     """Each agent counts its own restarts alone, and the store still holds what the dead left there."""
     words = flags(
@@ -560,6 +577,7 @@ def received_bytes(host: str, end: str) -> int:
     return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_two_hosts_in_network_namespaces_train_the_run_of_one(two_hosts, shards, tmp_path, whole_batch):  # noqa: F811
     words = flags(MUON, data=shards, out_dir=tmp_path, expert_parallel=2, **LAYOUT_RUNS["muon"])
     endpoint = f"{two_hosts[0][1]}:29400"
@@ -607,6 +625,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(shards, tmp_path, monkey
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step_000003", "step_000006"]
 
 
+@pytest.mark.slow
 def test_the_selection_bias_moves_alike_on_one_rank_and_on_two(world, shards, tmp_path):  # noqa: F811
     """Its update is a sign, so an expert with exactly its share must not go up on one layout and stay on another."""
     run, job = train(tmp_path, data=shards, **JOBS[2]["muon2_bias"]["values"]), Seen(world, "muon2_bias")
@@ -614,6 +633,7 @@ def test_the_selection_bias_moves_alike_on_one_rank_and_on_two(world, shards, tm
     assert torch.equal(*biases) and biases[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEPTHS)
 def test_loops_and_pools_train_on_two_ranks_as_on_one(name, world, shards, tmp_path):  # noqa: F811
     run, job = train(tmp_path, ZOO_MUON, data=shards, **JOBS[2][name]["values"]), Seen(world, name)
@@ -623,6 +643,7 @@ def test_loops_and_pools_train_on_two_ranks_as_on_one(name, world, shards, tmp_p
     assert all(0 < count <= 3 for count in loops) and (name != "depth2_loop" or loops[0] == 2)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_hand_over_their_gradients_one_by_one(world):
     """Each compiled block is one node of the backward graph; the first buckets leave between two of them, without and
     with an exchange of rows."""

@@ -124,6 +124,7 @@ def test_every_block_is_marked(page):
         assert not mark.startswith("python") or len(body.splitlines()) < 30, "an idea fits into thirty lines"
 
 
+@pytest.mark.slow
 def test_the_readmes_blocks_run(clone, ran):
     for path in """data/python/meta.json logs/muon/run.log logs/muon/checkpoint logs/adamw/metrics.jsonl
                    logs/plots/val_loss.png logs/plots/report.html data/notes/meta.json logs/notes/checkpoint""".split():
@@ -136,6 +137,7 @@ def last_loss(run: dict) -> float:
     return [row["train/loss"] for row in run["rows"] if "train/loss" in row][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_a_pages_blocks_run(page, clone, ran):
     run_page(PAGES[page], clone, ran)
@@ -207,6 +209,7 @@ def test_ci_runs_the_readmes_commands():
     install, test = (next(line for line in lines if word in line) for word in ("requirements.txt", "pytest"))
     strip = lambda line: line.replace("--quiet ", "").strip()
     assert strip(install.split("&&")[0]) in strip(ci) and strip(test) in strip(ci)
+    assert test.split("&&")[1].strip() + " --slow" in ci.splitlines()
 
 
 # -----------------------------------------------------------------------------

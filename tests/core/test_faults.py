@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slow import all_but
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import faults  # noqa: E402
@@ -33,7 +34,10 @@ def lab():
         yield lab
 
 
-@pytest.mark.parametrize("name", CHEAP)
+FAST = ("nan_gradient", "ranks_differ_in_rate", "read_only", "damaged_headers", "damaged_tokens")
+
+
+@pytest.mark.parametrize("name", all_but(FAST, CHEAP))
 def test_row(name, lab):
     try:
         faults.ROWS[name].run(lab)
@@ -41,6 +45,7 @@ def test_row(name, lab):
         pytest.skip(str(reason))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damages, count", [(faults.CHECKPOINT_DAMAGE, 6), (faults.MANIFEST_DAMAGE, 8)], ids=["tensors", "manifest"]
 )
@@ -48,22 +53,27 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(damages, coun
     faults.damaged(lab, damages, count)
 
 
+@pytest.mark.slow
 def test_a_run_ends_the_same_whenever_it_is_killed(lab):
     faults.kills(lab, 1, 4)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_by_itself(lab):
     faults.torchrun_restarts(lab, (1,))
 
 
+@pytest.mark.slow
 def test_a_dead_rank_is_named(lab):
     faults.dead_rank(lab, 1, resumed=False)
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_is_named(lab):
     faults.sleeping_rank(lab, 0)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(lab):
     try:
         faults.full_disk(lab, 1, (1.5,))

@@ -26,6 +26,7 @@ native = pytest.mark.skipif(
 plain_nll, plain_quantise = ops.softcap_nll.__wrapped__, ops.quantise.__wrapped__
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="here the kernels are tested directly")
 def test_the_kernels_in_tritons_interpreter():
     """The interpreter has to be chosen before triton is imported."""

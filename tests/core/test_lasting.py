@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slow import all_but
 from test_distributed import free_port
 from test_train import WORDS, flags, write_data
 from torch.distributed.run import parse_args
@@ -51,7 +52,7 @@ def saved(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in checkpoints(folder / "run/checkpoint")]
 
 
-@pytest.mark.parametrize("redirection", ("| head -1", ">&-", ">&- 2>&-", "2>&1 | true"))
+@pytest.mark.parametrize("redirection", all_but(["| head -1"], ["| head -1", ">&-", ">&- 2>&-", "2>&1 | true"]))
 def test_a_dead_terminal_ends_no_run(shards, tmp_path, redirection):
     words = flags(MUON, data=shards, out_dir=tmp_path, experiment_name="run", val_every=2, num_iterations=4)
     command = " ".join([sys.executable, "train_muon.py", *(f"'{word}'" for word in words), redirection])
@@ -69,6 +70,7 @@ def test_a_stream_without_a_reader_drops_its_text():
     LastingStream(None).write("nothing")
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_saved_before_the_last_evaluation(shards, tmp_path):
     """The folder of the data is renamed during the run, so the evaluation fails; the weights are there."""
     data = shutil.copytree(shards, tmp_path / "data")
@@ -83,7 +85,11 @@ def test_the_last_checkpoint_is_saved_before_the_last_evaluation(shards, tmp_pat
     assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [300] and rows(tmp_path)[-1]["event"] == "end"
 
 
-@pytest.mark.parametrize("number", (signal.SIGHUP, signal.SIGINT, signal.SIGTERM), ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    all_but([signal.SIGTERM], [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]),
+    ids=lambda number: number.name,
+)
 def test_every_signal_ends_with_a_checkpoint_and_repeats_count_once(shards, tmp_path, number):
     process = start(tmp_path, shards, num_iterations=10**5)
     wait_for(lambda: any("train/loss" in row for row in rows(tmp_path)))
@@ -108,6 +114,7 @@ def test_a_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
     assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_signal_interrupts_an_evaluation(shards, tmp_path):
     """An evaluation of some 10,000 rows of two tokens, one by one, takes much longer than the answer."""
     process = start(tmp_path, shards, num_iterations=4, seq_len=2, batch_tokens=4, micro_batch_tokens=2, val_every=2)
@@ -135,6 +142,7 @@ def test_torchrun_waits_for_the_checkpoint_nearly_until_the_job_is_killed():
     assert seconds_left - 30 < parse_args([*words, "train_muon.py"]).shutdown_timeout < seconds_left
 
 
+@pytest.mark.slow
 def test_the_slurm_recipe_starts_stops_and_resumes(shards, tmp_path):
     """The first attempt died before it made the folder; the second is signalled, and the third goes on from there."""
     for name, line in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():

@@ -86,6 +86,7 @@ def test_they_are_logged_every_25th_step_and_change_no_bit_of_training(monkeypat
     assert ends[0] == ends[1] == ends[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ({}, {"expert_parallel": 2}), ids=("replicated", "expert_parallel"))
 def test_two_ranks_log_the_norms_of_the_whole_model(tmp_path, changes):
     session, next_step = make_session(top_k=4)  # of 4: rounding changes no route

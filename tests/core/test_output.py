@@ -273,6 +273,7 @@ def test_a_run_on_a_terminal(shards, tmp_path):
 # Long silent work
 
 
+@pytest.mark.slow
 def test_long_work_is_named_when_it_begins(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(train_muon, "compile_model", lambda *args: "compiled")
     main = lambda: train_muon.main(train_muon.MUON)
@@ -301,6 +302,7 @@ def test_work_that_is_not_done_is_not_named(shards, tmp_path):
 # The end of a run
 
 
+@pytest.mark.slow
 def test_the_commands_at_the_end_of_a_run_work_when_pasted(shards, tmp_path):
     out_dir = tmp_path / "my logs"
     recipe = train_muon.MUON

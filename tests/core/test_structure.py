@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WIDTH = 120  # columns
 BUDGETS = {  # file -> lines
-    "model.py": 1030, "ops.py": 560, "train_muon.py": 950, "train_adamw.py": 70, "train_zoo.py": 60, "data.py": 600,
+    "model.py": 1030, "ops.py": 560, "train_muon.py": 980, "train_adamw.py": 70, "train_zoo.py": 60, "data.py": 600,
     "logger.py": 650, "checkpoint.py": 400, "guards.py": 250,
 }  # fmt: skip
 ZOO_BUDGET = 302

@@ -22,7 +22,7 @@ import checkpoint  # noqa: E402
 import facts  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
-from train_muon import Exchange, Transfer  # noqa: E402
+from train_muon import Exchange, RowTransfer, Transfer  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
 
 RECIPES = {"muon": train_muon.MUON, "adamw": train_adamw.ADAMW, "zoo": ZOO_MUON}
@@ -85,19 +85,20 @@ def spy_all_to_all(output, source, received=None, sent=None, group=None):
 
 
 dist.all_to_all_single = spy_all_to_all
-receive, send, finish, begin, arrived = (
-    Transfer.receive_gradients,
-    Transfer.send_gradients,
+finish, begin, arrived = (
     Exchange.finish,
     Exchange.begin_reduce,
     Exchange.on_grad_ready,
 )
 
 
-def spy_receive(self):
-    receive(self)
-    if spies.steps == 0:
-        spies.gradients |= {local.slab.name: local.value.grad.clone() for local in self.owned}
+def spied_receive(receive):
+    def spy(self):
+        receive(self)
+        if spies.steps == 0:
+            spies.gradients |= {local.slab.name: local.value.grad.to_dense().clone() for local in self.owned}
+
+    return spy
 
 
 def spy_begin(self, totals):
@@ -120,12 +121,15 @@ def spy_arrived(self, transfer, parameter):
     arrived(self, transfer, parameter)
 
 
-def spy_send(self):
-    if spies.first_send[-1] is None:
-        spies.first_send[-1] = exchange.there
-    if spies.steps == 0:
-        spies.order.append(self.slabs[0].slab.name)
-    send(self)
+def spied_send(send):
+    def spy(self):
+        if spies.first_send[-1] is None:
+            spies.first_send[-1] = exchange.there
+        if spies.steps == 0:
+            spies.order.append(self.slabs[0].slab.name)
+        send(self)
+
+    return spy
 
 
 def spy_finish(self):
@@ -142,7 +146,8 @@ def spy_finish(self):
         spies.apart.append(spies.steps)
 
 
-Transfer.receive_gradients, Transfer.send_gradients = spy_receive, spy_send
+for kind in (Transfer, RowTransfer):
+    kind.receive_gradients, kind.send_gradients = spied_receive(kind.receive_gradients), spied_send(kind.send_gradients)
 Exchange.finish, Exchange.begin_reduce, Exchange.on_grad_ready = spy_finish, spy_begin, spy_arrived
 
 facts.matmul_rate = lambda *_: 1e11  # half a second of matmuls per job

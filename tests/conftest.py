@@ -1,5 +1,6 @@
-"""One thread for every test and for what it starts: tensors are small, files are tested side by side, and threads would
-wait for one another."""
+"""One thread for every test and for what it starts, the option --slow, and GPT-2's ranks.
+
+Tensors are small and files are tested side by side, so more threads would wait for one another."""
 
 import importlib.metadata
 import os
@@ -7,9 +8,20 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported; runs are compared bit by bit, so whatever the shell says
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the shell's value would change bits of runs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and no others")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Choose the fast tests, or with --slow the slow ones; a test that the command line names is run in any case."""
+    if any("::" in word for word in config.args):
+        return
+    chosen = [item for item in items if config.getoption("--slow") == (item.get_closest_marker("slow") is not None)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 @pytest.fixture

@@ -345,6 +345,7 @@ def test_a_seed_that_no_generator_takes_is_one_sentence(seed, run):
     assert "argument --seed: " in sentence(model_cli("--checkpoint", run, "--seed", seed, expect=2))
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_tried_once(tmp_path):
     """By a connection alone; no request is sent, and the libraries of the Hub make none."""
     with socket.socket() as closed:
@@ -488,6 +489,7 @@ def fake_hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_model_is_uploaded_and_downloaded(fake_hub, run, net):
     done = python("model.py", "--checkpoint", run / "checkpoint", "--push_to_hub", "me/tiny", **fake_hub.env)
     assert "/me/tiny/commit/" in done.stdout
@@ -505,6 +507,7 @@ def test_a_model_is_uploaded_and_downloaded(fake_hub, run, net):
     assert python("-c", code, **fake_hub.env).stdout.split() == ["bytes", str(net.load_WLE.double().sum().item())]
 
 
+@pytest.mark.slow
 def test_an_unknown_model_and_an_unreachable_hub_are_one_sentence(fake_hub, run):
     assert "hf://me/none cannot be loaded" in sentence(
         python("model.py", "--checkpoint", "hf://me/none", expect=1, **fake_hub.env)
@@ -514,6 +517,7 @@ def test_an_unknown_model_and_an_unreachable_hub_are_one_sentence(fake_hub, run)
     assert "me/tiny cannot be uploaded" in sentence(done)
 
 
+@pytest.mark.slow
 def test_training_does_not_import_the_packages_of_the_hub(tmp_path):
     packages = {"huggingface_hub", "safetensors", "plotly", "wandb", "tensorboard"}
     code = f"import sys, train_muon; print({packages} & set(sys.modules))"
@@ -772,6 +776,7 @@ metadata: {{version: 1}}
 """
 
 
+@pytest.mark.slow
 def test_the_harness_runs_tasks_of_every_kind(run, tmp_path):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed: pip install -r benchmarks/requirements-harness.txt")
@@ -811,6 +816,7 @@ def test_the_harness_runs_tasks_of_every_kind(run, tmp_path):
     assert found["words_perplexity", "bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_missing_harness_is_one_sentence(run):
     code = ("import sys; sys.modules['lm_eval'] = None; from benchmarks import evaluate; "
             f"sys.argv[1:] = ['harness', '--checkpoint', {str(run / 'checkpoint')!r}, '--tasks', 'hellaswag']; "

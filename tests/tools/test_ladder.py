@@ -137,6 +137,7 @@ def test_a_mixture_and_its_twin_have_the_same_active_parameters():
     assert all(len(counts) == 1 for counts in by_size.values())
 
 
+@pytest.mark.slow
 def test_run_adds_the_missing_runs_and_no_others(tmp_path, capsys):
     plan = {"data": write_data(tmp_path / "data", WORDS["greek"]), "val_tokens": 256, "seeds": [0],
             "flags": "--preset cpu --batch_tokens 256 --seq_len 128 --n_layer 2 --n_head 1 --head_dim 16 --value_embeds 0 --mlp_ratio 2",

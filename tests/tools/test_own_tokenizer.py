@@ -127,6 +127,7 @@ def test_a_damaged_tokenizer_of_a_checkpoint_is_not_used(run, tmp_path):
         checkpoint.load_model_from_run(copy / "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_shared_folder_holds_the_tokenizer_of_transformers(run, tmp_path, monkeypatch):
     hub.save(hub.load(run), tmp_path / "shared")
     shared = Path(shutil.move(tmp_path / "shared", tmp_path / "moved"))

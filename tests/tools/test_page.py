@@ -93,6 +93,7 @@ def test_a_run_can_be_hidden(page):
     assert list(page.traces("val/bpb")) == ["muon", "adamw", "dense"]
 
 
+@pytest.mark.slow
 def test_the_page_follows_runs_and_keeps_zoom_and_choices(driver, tmp_path):
     def log(run, steps):
         for step in steps:
@@ -160,6 +161,7 @@ def test_following_ended_runs_writes_the_page_and_an_interrupt_leaves_one_that_w
     assert '"live":null' in page.read_text() and '"live":null' in (tmp_path / "plots/report_data.js").read_text()
 
 
+@pytest.mark.slow
 def test_ten_runs_are_under_6_mb_and_open_within_two_seconds(driver, tmp_path, capsys):
     for seed in range(10):
         write_run(tmp_path, f"run{seed}", steps=1000, seed=seed, norms=True)
@@ -258,6 +260,7 @@ def test_light_dark_and_a_narrow_screen(page):
     assert widths[0] <= widths[1] == 360 and 300 < widths[2] <= 360
 
 
+@pytest.mark.slow
 def test_one_run_and_fifty(driver, tmp_path):
     write_run(tmp_path / "one", "muon", sample=None)
     script("--out_dir", tmp_path / "one", "--html")

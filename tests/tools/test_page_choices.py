@@ -50,6 +50,7 @@ def test_a_click_on_a_heading_sorts_and_another_turns_the_order(seeds):
     assert seeds.names() == ["deep", "moe_a", "moe_b", "moe_c", "other", "young"]
 
 
+@pytest.mark.slow
 def test_the_filter_takes_names_and_settings_and_all_and_none_act_on_what_it_passes(seeds):
     curves = lambda: list(seeds.traces("train/loss"))
     seeds.set("filter", "MOE")
@@ -66,6 +67,7 @@ def test_the_filter_takes_names_and_settings_and_all_and_none_act_on_what_it_pas
     assert seeds.names() == curves() == [] and seeds.visible("#which option, #samples pre, #differences td") == []
 
 
+@pytest.mark.slow
 def test_a_hidden_run_is_hidden_everywhere(seeds):
     everywhere = lambda: (list(seeds.traces("train/loss")), seeds.visible("#differences th")[1:],
                           seeds.visible("#which option"), seeds.visible("#samples p"))  # fmt: skip
@@ -103,6 +105,7 @@ def test_seeds_of_one_setting_become_a_mean_and_a_band(seeds):
     assert list(seeds.traces("train/loss")) == ["deep", "other", "young"]
 
 
+@pytest.mark.slow
 def test_seeds_that_are_not_equally_long_are_averaged_up_to_the_end_of_the_shortest(driver, tmp_path):
     for seed, last in enumerate((20, 30)):
         with Run(tmp_path, f"s{seed}", config={"seed": seed, "n_layer": 4}, sources=[]) as run:
@@ -146,6 +149,7 @@ def test_a_run_under_the_pointer_stands_out_in_the_table_and_in_the_curves(seeds
     assert lit() == [] and looks()[:5] == normal[:5]
 
 
+@pytest.mark.slow
 def test_compressors_are_level_lines_in_the_chart_of_bits_per_byte(seeds):
     lines = lambda: {name: xy for name, xy in seeds.traces("val/bpb").items() if name[:2] in ("gz", "xz")}
     assert lines() == {"gzip 2.6000": ([0, 40], [2.6, 2.6]), "xz 2.4000": ([0, 40], [2.4, 2.4]),
@@ -157,6 +161,7 @@ def test_compressors_are_level_lines_in_the_chart_of_bits_per_byte(seeds):
     assert "val/gzip_bpb" not in seeds.js("return numbers.others.flat()")
 
 
+@pytest.mark.slow
 def test_norms_have_a_chart_for_each_kind_of_parameter_if_they_were_logged(seeds, tmp_path):
     seeds.js("document.getElementById('norms').open = true")
     time.sleep(0.3)
@@ -168,6 +173,7 @@ def test_norms_have_a_chart_for_each_kind_of_parameter_if_they_were_logged(seeds
     assert Page(seeds.driver, seeds.path).visible("#norms") == []
 
 
+@pytest.mark.slow
 def test_what_is_shown_downloads_as_csv(seeds, tmp_path):
     def download(button, name):
         seeds.click(button)

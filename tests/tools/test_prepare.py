@@ -688,6 +688,7 @@ def test_fineweb_downloads_checks_and_resumes(tmp_path, gpt2):
 # Processes, interruption, flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["gpt2", "bpe"])
 def test_neither_processes_nor_gigatoken_change_the_shards(tmp_path, gpt2, encoding):
     """Every file is equal, byte by byte, meta.json too."""
@@ -944,6 +945,7 @@ def test_out_may_be_a_link_and_no_module_missing_is_a_traceback(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_tokenising_compares_the_ids_of_all_libraries(gpt2, tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"The number {i} has the square {i * i}.\n" * 20)

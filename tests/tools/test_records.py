@@ -542,6 +542,7 @@ def test_the_curve_pairs_seeds_at_every_length_that_both_rows_have(tiny):
     assert "no runs are named C" in refused("curve", "--track", folder, "A", "C")
 
 
+@pytest.mark.slow
 def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     folder, launched = tiny
     short = lambda name, *words: ("short", "--record", "--track", folder, "--name", name, "--seeds", *words)
@@ -579,6 +580,7 @@ def test_short_runs_fill_their_seconds_and_are_compared_in_pairs(tiny, corpus):
     assert lines_of(folder)[3]["val/bpb"] == [None] and lines_of(folder)[3]["seeds"] == [0]
 
 
+@pytest.mark.slow
 def test_full_records_from_the_first_row_to_the_table(tiny, corpus, monkeypatch):
     folder, launched = tiny
     first, second = folder / "2026-01-01_Dense", folder / "2026-01-02_MoE"
@@ -686,6 +688,7 @@ def test_what_the_track_does_not_allow_is_refused(tiny, corpus, tmp_path, monkey
         track.parse(["short", "--name", "x", "--seeds", "0"])
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_one_types_it(tmp_path, corpus):
     """Processes of its own, from another directory than the repository's."""
     pinned = {sources.torch_version(): "a" * 64}

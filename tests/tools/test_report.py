@@ -97,6 +97,7 @@ def script(*words, expect=0):
 # The numbers of the page
 
 
+@pytest.mark.slow
 def test_long_runs_are_averaged_and_fifty_runs_stay_small(tmp_path):
     for i in range(50):
         write_run(tmp_path, f"run{i:02}", steps=600, seed=i, sample="x" * 1000)
@@ -380,6 +381,7 @@ def test_wandb_gets_the_same_rows_and_a_resumed_run_keeps_its_id(tmp_path, monke
     assert started[0]["id"] == started[1]["id"] != started[2]["id"] and started[0]["config"]["model"]["n_layer"] == 4
 
 
+@pytest.mark.slow
 def test_wandb_itself_takes_it_offline(tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     code = f"from test_report import write_run; write_run({str(tmp_path)!r}, 'muon', sinks=['wandb'])"
@@ -391,6 +393,7 @@ def test_wandb_itself_takes_it_offline(tmp_path):
     assert list((tmp_path / "muon/wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", list(logger.SINKS))
 def test_a_missing_package_is_named_before_anything_is_written(package, tmp_path):
     module = logger.SINKS[package][1]

@@ -233,6 +233,7 @@ SMALL = """--preset cpu --device cpu --pattern M --n_embd 32 --n_head 2 --head_d
            --batch_tokens 512 --num_iterations 2 --value_embeds 0 --sample_tokens 0 --val_tokens 128""".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags, pictures", (
     ("train_zoo.py", ["--depth", "routed", "--identity_layers", "1", "--looped", ".oo."],
      {"layers", "loops", "difficulty"}),
@@ -273,6 +274,7 @@ def test_evaluations_save_their_routes(tmp_path):
     assert status != 0 and err.count("\n") == 1 and "step_000001.npz cannot be read" in err
 
 
+@pytest.mark.slow
 def test_routes_without_checkpoint_or_data_are_one_sentence(tmp_path):
     for words, flag in (((), "--checkpoint"), (("--checkpoint", tmp_path), "--data")):
         status, _, err = run("model.py", "--routes", tmp_path / "routes.npz", *words)

@@ -513,6 +513,7 @@ def test_a_scheme_stops_for_the_reason_that_its_rows_show():
 # The script
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_table_rows_and_picture(tmp_path):
     words = (
         "--models 12x768-dense 12x768-e8k2 --world_sizes 2 1 3 512 --scaling strong --json rows.json --out picture.png"

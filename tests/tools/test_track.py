@@ -85,6 +85,7 @@ def test_a_script_that_does_not_train_is_refused_in_one_sentence(tiny, scripts, 
     assert not launched
 
 
+@pytest.mark.slow
 def test_scripts_of_a_user_run_in_processes_of_their_own(tmp_path, corpus, scripts):
     pinned = {sources.torch_version(): "a" * 64}
     (tmp_path / "track.json").write_text(json.dumps(RULES | dict(val_tokens=128, threads=1, corpus_sha256=pinned)))
@@ -167,6 +168,7 @@ def test_names_of_the_track_can_be_compared_with_those_of_the_user(tiny, tmp_pat
     assert "5.0000" in run_track("compare", "--record", "--track", folder, "theirs", "both")[1]
 
 
+@pytest.mark.slow
 def test_a_length_may_be_given_as_seconds_instead_of_in_the_name(tiny, corpus):
     folder, _ = tiny
     for name, pattern in (("A", "M"), ("B", "D")):

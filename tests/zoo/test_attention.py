@@ -25,6 +25,7 @@ from helpers import (
     text,
     tiny,
 )
+from slow import but_every
 
 import model
 import ops
@@ -421,13 +422,13 @@ def test_the_norm_pattern_is_per_layer():
 # Compilation: graphs that torch.compile traces, without code generation
 
 
-@pytest.mark.parametrize("changes, kinds", (
+@pytest.mark.parametrize("changes, kinds", but_every(9, (
     (dict(attention="A"), 1), (dict(attention="KS"), 2), (dict(attention="LA", attn_softmax="ssmax"), 2),
     (dict(attention="R", norms="U"), 1),
     (dict(rotary="HVBW", qk_norm="none"), 4), (dict(num_meta_tokens=4, norms="R"), 1),
     (dict(depth="loop", loops=3, norms="RP"), 2),
     (dict(depth="loop", loops=2, residual="average", looped=".oo."), 2),  # behind it the number of terms is a tensor
-    (dict(router="attention", experts="mlp*3,constant"), 1)))  # fmt: skip
+    (dict(router="attention", experts="mlp*3,constant"), 1))))  # fmt: skip
 def test_layers_of_one_kind_share_one_graph_whatever_the_routes(changes, kinds):
     """A graph without breaks, which other tokens or another step do not compile again."""
     graphs = []

@@ -37,6 +37,7 @@ from helpers import (
     zoo_fields,
 )
 from reference import slow_forward
+from slow import but_every
 
 import model
 import ops
@@ -55,7 +56,7 @@ WITH_EMBEDDINGS = [build for build in BUILDS if build["router"] not in NEEDS_IDS
 
 
 @pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
-@pytest.mark.parametrize("build", BUILDS, ids=name_of)
+@pytest.mark.parametrize("build", but_every(3, BUILDS), ids=name_of)
 def test_logits_depend_on_earlier_tokens_of_the_document_alone(build, training):
     net = tiny(**build).train(training)
     check_prefixes(net, PACKED)
@@ -64,7 +65,7 @@ def test_logits_depend_on_earlier_tokens_of_the_document_alone(build, training):
     check_documents(net, PACKED)
 
 
-@pytest.mark.parametrize("build", WITH_EMBEDDINGS, ids=name_of)
+@pytest.mark.parametrize("build", but_every(6, WITH_EMBEDDINGS), ids=name_of)
 def test_logits_of_embeddings_depend_on_earlier_ones_alone(build):
     net, x = tiny(**build), torch.randn(2, 14, 32, generator=rng(5))
     for training in (False, True):
@@ -204,7 +205,7 @@ def test_each_moe_layer_has_its_own_bias_and_noise():
 # 4. Decoding
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=name_of)
+@pytest.mark.parametrize("build", but_every(3, BUILDS), ids=name_of)
 def test_cached_decoding_equals_the_full_forward(build):
     check_cache(tiny(**build).eval())
 

@@ -245,6 +245,7 @@ def trained(shards, out_dir, name, steps, *flags) -> list[dict]:
 ROUND_ROBIN = ["--round_robin_steps", 40, "--router_lr", 0.05]
 
 
+@pytest.mark.slow
 def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
     rows = trained(
         walks,
@@ -271,6 +272,7 @@ def test_a_warm_start_gives_each_domain_its_expert(walks, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_balance_within_batches_of_one_domain_forbids_experts_of_domains(walks, tmp_path):
     """The negative control: a loss that wants all experts used evenly in each batch, which has one domain."""
     rows = trained(
@@ -279,6 +281,7 @@ def test_balance_within_batches_of_one_domain_forbids_experts_of_domains(walks, 
     assert rows[1]["moe/domain_information"] < 0.2 and np.array(rows[1]["moe/domain_load"]).max() < 0.9
 
 
+@pytest.mark.slow
 def test_two_ranks_see_what_one_sees(walks, tmp_path):
     flags = [
         *TRAIN,
@@ -317,6 +320,7 @@ def test_two_ranks_see_what_one_sees(walks, tmp_path):
     assert sum("train/domain_loss" in row for row in one) == 6
 
 
+@pytest.mark.slow
 def test_pictures_of_domains(walks, tmp_path):
     trained(walks, tmp_path, "muon", 4, "--val_every", 2)
     done = run("logger.py", "--out_dir", tmp_path)
@@ -324,6 +328,7 @@ def test_pictures_of_domains(walks, tmp_path):
     assert {"muon_domains", "domain_loss"} <= names, done.stdout
 
 
+@pytest.mark.slow
 def test_expert_of_a_domain_needs_an_expert(walks, tmp_path):
     flags = ["train_zoo.py", *TRAIN, "--data", walks, "--out_dir", tmp_path, "--domain_coef", 0.5]
     for more, words in (
@@ -356,6 +361,7 @@ def loss_of_text(model, texts: list[str], tag: str) -> float:
     )
 
 
+@pytest.mark.slow
 def test_a_source_tag_lowers_the_loss_of_the_clean_part(tmp_path):
     """One part in three is facts that can be learnt, the rest contradicts them; who is told which is which learns and
     believes them."""
@@ -411,6 +417,7 @@ DOMAIN_FIELDS = {  # field -> (another legal value, the settings under which it 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", DOMAIN_FIELDS)
 def test_no_option_of_domains_is_dead(field, tmp_path):
     """On a mixture of two domains."""

@@ -331,6 +331,7 @@ def test_the_bias_moves_loads_to_their_share(eta):
 # Compiled, trained
 
 
+@pytest.mark.slow
 def test_a_mixed_pool_compiles_whole_and_only_once():
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler on this machine, so --compile is not offered")

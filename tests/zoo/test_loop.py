@@ -35,6 +35,7 @@ from helpers import (
     zoo_fields,
 )
 from reference import slow_forward
+from slow import but_every
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -83,7 +84,7 @@ LEAKS += [("act", keys, "attention") for keys in sorted(LOOP_KEYS)]
 LEAKS += [("stick_breaking", "latest", "hash"), ("exit", "latest", "attention")]
 
 
-@pytest.mark.parametrize("halt, loop_keys, router", LEAKS)
+@pytest.mark.parametrize("halt, loop_keys, router", but_every(4, LEAKS))
 def test_halting_leaks_nothing_and_cached_decoding_equals_the_full_forward(halt, loop_keys, router):
     net = halting_net(halt=halt, loop_keys=loop_keys, router=router, **EXITS if halt == "exit" else {}).eval()
     assert len(loops_of(net, PACKED).unique()) >= 2 + (halt != "exit"), "all tokens halt at once"
@@ -311,6 +312,7 @@ def test_bad_values_are_refused(field, value, others, legal):
         zoo.Config(**TINY | others | {field: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halt, coef, over", (("act", 0.1, 1), ("ponder", 0.01, 0)))
 def test_counting_to_n_takes_n_iterations_and_their_flops(halt, coef, over):
     """ACT halts at most one iteration after n, as the remainder needs one; PonderNet at n."""
@@ -505,7 +507,7 @@ CARDS = [dict(halt=halt, loop_keys=keys) for halt in RULES for keys in sorted(LO
 CARDS += [dict(halt="exit", **EXITS), dict(depth="routed"), dict(depth="routed", halt="act", route_by="first_token")]
 
 
-@pytest.mark.parametrize("changes", CARDS, ids=name_of)
+@pytest.mark.parametrize("changes", but_every(4, CARDS), ids=name_of)
 def test_the_card_of_every_depth_has_the_size_of_its_cache(changes):
     """On the meta device, where tensors have no values, no token halts."""
     config = zoo.Config(**zoo_fields(**LOOP | changes))

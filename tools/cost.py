@@ -99,6 +99,7 @@ def plan(config: Config, hp, recipe, world_size: int) -> dict:
             held[rank] += numel
         for slab, owner in zip(bucket.slabs, bucket.owners):
             state[owner] += 4 * slab.numel * (recipe.matrix_state if slab.is_matrix else 2)
+            state[owner] += 4 * slab.numel // config.n_embd * bucket.is_rows  # the last step of each row
             newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.is_matrix
 
     numel, numel_dense = (sum(bucket_bytes(bucket.slabs) for bucket in some) // 4 for some in (buckets, dense))

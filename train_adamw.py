@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train_muon
 from cli import require
-from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw, adamw_groups, row_adamw
+from train_muon import CPU_RUN, MUON, SMALL_RUN, TrainConfig, adamw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def make_optimizers(tensors: dict[str, list[Tensor]], hp: AdamWConfig) -> list[t
     """One AdamW over this rank's slabs, given by kind, and RowAdamW over its n-gram tables."""
     decay = dict(base_lr=hp.matrix_lr, weight_decay=hp.weight_decay)
     matrices = [dict(params=tensors[kind], **decay) for kind in ("matrix", "expert") if tensors.get(kind)]
-    return row_adamw(tensors, hp) + adamw(adamw_groups(tensors, hp) + matrices, hp)
+    return adamw(tensors, hp, matrices)
 
 
 def lr_scale(step: int, hp: AdamWConfig) -> float:

@@ -256,25 +256,18 @@ def make_optimizers(tensors: dict[str, list[Tensor]], hp: MuonConfig) -> list[to
     """Both AdamWs and Muon over this rank's slabs, given by kind; only those with any."""
     matrices = [dict(params=tensors[kind], base_lr=hp.muon_lr) for kind in ("matrix", "expert") if tensors.get(kind)]
     muon = [Muon(matrices, weight_decay=hp.weight_decay, ns_dtype=DTYPES[hp.ns_dtype])] if matrices else []
-    return row_adamw(tensors, hp) + adamw(adamw_groups(tensors, hp), hp) + muon
+    return adamw(tensors, hp) + muon
 
 
-def adamw_groups(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[dict]:
-    """AdamW's groups of the kinds that are neither matrices nor n-gram tables; schedules scale `base_lr`."""
-    kinds = ("embed", "value_embed", "head", "router", "scalar")
-    return [dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr")) for kind in kinds if tensors.get(kind)]
+def adamw(tensors: dict[str, list[Tensor]], hp: TrainConfig, matrices=()) -> list[torch.optim.Optimizer]:
+    """RowAdamW over n-gram tables, and AdamW over the other kinds that are no matrices and over the groups `matrices`.
 
-
-def adamw(groups: list[dict], hp: TrainConfig) -> list[torch.optim.Optimizer]:
-    """[AdamW], or [] without groups."""
-    options = dict(lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10, weight_decay=0.0, fused=True)
-    return [torch.optim.AdamW(groups, **options)] if groups else []
-
-
-def row_adamw(tensors: dict[str, list[Tensor]], hp: TrainConfig) -> list[torch.optim.Optimizer]:
-    """[RowAdamW] of the n-gram tables, or []."""
-    groups = [dict(params=tensors["ngram_embed"], base_lr=hp.ngram_embed_lr)] if tensors.get("ngram_embed") else []
-    return [RowAdamW(groups, betas=(hp.beta1, hp.beta2))] if groups else []
+    Schedules scale `base_lr`. Only optimizers with any parameters are made."""
+    group = lambda kind: dict(params=tensors[kind], base_lr=getattr(hp, f"{kind}_lr"))
+    kinds = [kind for kind in ("embed", "value_embed", "head", "router", "scalar") if tensors.get(kind)]
+    groups, options = [*map(group, kinds), *matrices], dict(lr=0.0, betas=(hp.beta1, hp.beta2), eps=1e-10)
+    tables = [RowAdamW([group("ngram_embed")], **options)] if tensors.get("ngram_embed") else []
+    return tables + ([torch.optim.AdamW(groups, weight_decay=0.0, fused=True, **options)] if groups else [])
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: TrainConfig, scale: float):

@@ -40,7 +40,7 @@ class RowAdamW(torch.optim.Optimizer):
             state[name].index_copy_(0, row_U, rows_UD)
         state["last_step"][row_U] = step
         direction_UD = mean_UD.div_(square_UD.div_(1 - beta2**step).sqrt_().add_(eps))
-        ratio = beta1 / beta2**0.5
+        ratio = min(beta1 / max(beta2, 1e-9) ** 0.5, 0.999)  # above 1 AdamW's way has no end
         way_U1 = (1 - ratio**steps_U1) / (1 - ratio)  # 1 + ratio + ratio^2 + ..., a term for each step
         table.index_add_(0, row_U, direction_UD.mul_(way_U1), alpha=-lr / (1 - beta1**step))
 

@@ -74,6 +74,16 @@ def test_gradients_at_equal_distances_move_a_row_as_far_as_adamw_does():
     assert torch.allclose(table - start, moved, atol=1e-4) and moved[2].abs().min() > 0.1
 
 
+@pytest.mark.parametrize("betas", ((0.0, 0.95), (0.9, 0.81), (0.95, 0.5), (0.9, 0.0)))
+def test_no_betas_move_a_row_without_end(betas):
+    table = torch.nn.Parameter(torch.zeros(ROWS, D))
+    optimizer = RowAdamW([table], LR, betas)
+    for row in [0] * 3 + [1] * 3000 + [0]:
+        table.grad = sparse([row], torch.ones(1, D))
+        optimizer.step()
+    assert table.isfinite().all() and table.abs().max() < 1000 * LR * 3010
+
+
 def test_rows_without_a_gradient_keep_their_bits():
     table = torch.nn.Parameter(torch.randn(ROWS, D, generator=rng()))
     before, optimizer = table.detach().clone(), RowAdamW([table], LR)

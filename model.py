@@ -1014,10 +1014,10 @@ def parameter_rule(name: str) -> ParameterRule:
 # Presets
 
 PRESETS = {
-    # a laptop: 2 cores, minutes
-    "cpu": Config(
+    "cpu": Config(  # a laptop: 2 cores, minutes
         vocab_size=2000, eot_token=0, n_layer=4, n_embd=192, n_head=2, head_dim=64, mlp_ratio=1.0, pattern="DDDM",
-        attention="K", window="EELE", window_size=2048, value_embeds=2, ngrams="23"),
+        router_noise=0.0, attention="K", window="EELE", window_size=2048, value_embeds=2, ngrams="23",
+        ngram_rows=2**16),
     # one 24 GB GPU, no FP8 needed
     "small": Config(n_layer=8, n_embd=512, n_head=4, window="LSSS", window_size=1024, value_embeds=2),
     # 8 GPUs: modded-nanogpt record 21 with experts

@@ -15,8 +15,8 @@ from logger import SEPARATOR, get_final_row, read_json, read_rows
 from tools.plots import COLOURS, bin_means, open_figure
 
 ANY_TORCH = "any torch"  # key of a pinned corpus that does not depend on the version of torch
-COLUMNS = ("#", "record", "steps", "seconds to target", "ratio to row 1", "active TFLOPs to target", "bits per byte",
-           "n", "p")
+COLUMNS = ("#", "record", "parameters (of tables)", "steps", "seconds to target", "ratio to row 1",
+           "active TFLOPs to target", "bits per byte", "n", "p")
 FREE_FLAGS = {"data", "out_dir", "experiment_name", "sample_tokens", "checkpoint_every"}  # of no weight in a record
 MEND = "restore it, or make the record again by the rules in records/README.md"
 
@@ -74,6 +74,7 @@ def read_record(folder, track: dict) -> dict:
 
     Returns:
         name: name of the folder.
+        parameters, of_tables: all of them; those of the embedding and of value and n-gram tables.
         steps, flops: training steps and active FLOPs of one seed.
         seconds, values: training seconds and track["metric"] of each seed.
         curves: of each seed, a list of (seconds, training loss in bits per byte).
@@ -113,7 +114,10 @@ def read_record(folder, track: dict) -> dict:
         _require([timing["row"], timing["row_1"]] == medians, folder / "timing.json",
                  f"row and row_1 are not the medians of the rounds, {medians}")
         ratios = [row / row_1 for row, row_1 in timing["rounds"]]
-        return {"name": folder.name, "steps": settings["num_iterations"], "flops": float(rows[0]["train/flops"]),
+        parameters = config["parameters"]
+        of_tables = sum(number for kind, number in parameters.items() if kind.endswith("embed"))
+        return {"name": folder.name, "parameters": parameters["total"], "of_tables": of_tables,
+                "steps": settings["num_iterations"], "flops": float(rows[0]["train/flops"]),
                 "seconds": [float(row["train_time"]) for row in rows], "values": values, "curves": curves, "p": p,
                 "per_step": (timing["row"] / timing["row_1"], confidence_half_width(ratios))}
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # a file that was edited by hand
@@ -247,6 +251,7 @@ def format_history(folder, track: dict, records: list[dict]) -> str:
         cells = (
             number,
             f"[{record['name']}]({(folder / record['name']).as_posix()})",
+            f"{record['parameters'] / 1e6:.2f}M ({record['of_tables'] / 1e6:.2f}M)",
             f"{record['steps']:,}",
             f"{mean(seconds):,.1f} ± {confidence_half_width(seconds):.1f}",
             f"{ratio:.3f} ± {half_width:.3f}" if number > 1 else "1",

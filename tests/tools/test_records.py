@@ -121,9 +121,12 @@ def check_table(text: str, root: Path):
                 factor, t = finals[0]["step"] / ends[1]["step"], quantile(len(rounds) - 1)
                 half_width = factor * t * stdev(rounds) / math.sqrt(len(rounds))
                 ratio = f"{factor * timing['row'] / timing['row_1']:.3f} ± {half_width:.3f}"
+            counts = json.loads((folder / "config.json").read_text())["parameters"]
+            tables = sum(counts[kind] for kind in ("embed", "ngram_embed", "value_embed"))
             assert row == [
                 str(number),
                 row[1],
+                f"{counts['total'] / 1e6:.2f}M ({tables / 1e6:.2f}M)",
                 f"{finals[0]['step']:,}",
                 f"{mean(seconds):,.1f} ± {quantile(dof) * stdev(seconds) / math.sqrt(len(seconds)):.1f}",
                 ratio,
@@ -179,7 +182,9 @@ def plant(folder: Path, values, seconds, steps: int, timing=None, commit="9c1f")
              "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
              "corpus_sha256": RULES["corpus_sha256"]["2.13.0"]}  # fmt: skip
     settings = {"num_iterations": steps, "val_tokens": RULES["val_tokens"], "batch_tokens": 4500, "muon_lr": 0.04}
+    parameters = {"embed": 20_000, "ngram_embed": 500_000, "value_embed": 30_000, "matrix": 100_000, "total": 650_000}
     config = {"track": facts, "encoding": "bytes", "model": {"objective": "next"}, "hyperparameters": settings,
+              "parameters": parameters,
               "flops_per_token": 1e7}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for seed, (value, second) in enumerate(zip(values, seconds)):
@@ -241,9 +246,9 @@ def test_planted_records_make_the_known_table(planted):
     names = ("2026-01-02_DenseAdamW", "2026-01-01_MoEMuon", "2026-01-02_DenseMuon")
     adamw, moe, dense = (f"[{name}](records/cpu/{name})" for name in names)
     assert text.splitlines()[4:] == [  # the numbers are scipy's: t.ppf, sem, ttest_1samp
-        f"| 1 | {adamw} | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
-        f"| 2 | {moe} | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
-        f"| 3 | {dense} | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |",
+        f"| 1 | {adamw} | 0.65M (0.55M) | 1,200 | 601.2 ± 2.5 | 1 | 54.00 | 1.4250 ± 0.0052 | 4 | 1.6e-02 |",
+        f"| 2 | {moe} | 0.65M (0.55M) | 400 | 220.3 ± 1.5 | 0.365 ± 0.003 | 18.00 | 1.4188 ± 0.0011 | 4 | 4.6e-05 |",
+        f"| 3 | {dense} | 0.65M (0.55M) | 540 | 281.6 ± 1.4 | 0.467 ± 0.003 | 24.30 | 1.4196 ± 0.0009 | 5 | 1.5e-06 |",
     ]
 
 

@@ -1370,7 +1370,7 @@ def test_every_preset_builds_and_counts(preset):
         counts["active"] < counts["total"] and model.flops_per_token(config, config.window_size) > 6 * counts["matrix"]
     )
     if preset == "cpu":
-        assert counts["total"] == 8_514_578 and model.flops_per_token(config, 2048) == 9_186_336
+        assert counts["total"] == 27_387_410 and model.flops_per_token(config, 2048) == 9_177_120
 
 
 # -----------------------------------------------------------------------------

@@ -404,7 +404,7 @@ class RowTransfer(Transfer):
         grad, parameter.grad = parameter.grad, None
         row_R, grad_RD = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, parameter.size(1))
         if grad is not None:  # else no token reached the table on this rank
-            grad = grad.coalesce()
+            grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()  # dense: of a table made elsewhere
             row_R, grad_RD = grad.indices()[0], grad.values()
         if self.travels:
             row_R, grad_RD = gather_rows(row_R, grad_RD, self.group)

@@ -143,6 +143,15 @@ def test_the_training_loop_sends_rows_and_gives_them_to_their_optimizer():
     assert net.ngram_embeds[0].grad is None and F.mse_loss(net.ngram_embeds[0], before) > 0
 
 
+def test_a_dense_gradient_of_a_table_made_elsewhere_becomes_its_rows():
+    """A user's own parameter may have this kind, as the README's router has."""
+    net = core(ngrams="2", ngram_rows=16)
+    table = Exchange(net, World(0, 1, torch.device("cpu"))).transfers[-1]
+    net.ngram_embeds[0].grad = torch.zeros(16, 32).index_fill_(0, torch.tensor([3, 9]), 0.5)
+    table.send_gradients()
+    assert table.grad.indices()[0].tolist() == [3, 9] and table.grad.values().eq(0.5).all()
+
+
 def test_a_table_that_no_token_reached_stands_still():
     net = core(ngrams="2", ngram_rows=512)
     exchange = Exchange(net, World(0, 1, torch.device("cpu")))

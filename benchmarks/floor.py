@@ -152,6 +152,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         [shape[1:] for shape in of("expert") for _ in range(shape[0])],
     )
     rows_of_tables, touched = sum(T * cols for _, cols in tables), sum(min(T, rows) * cols for rows, cols in tables)
+    untouched = sum(max(0, rows - T) * cols for rows, cols in of("ngram_embed"))  # RowAdamW leaves them alone
     router, head = of("router"), of("head")
     kept = a * (
         (2 * D * T + hidden) * config.n_layer + 2 * W * T * attending
@@ -160,10 +161,10 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         Part(
             "embedding",
             [],
-            12 * touched + 4 * size(tables),
+            12 * touched + 4 * (size(tables) - untouched),
             2 * a * rows_of_tables,
             0,
-            "rows in use read (4 B) and, backward, added to (8 B); gradient zeroed (4 B per weight); output and its gradient",
+            "rows in use read (4 B) and, backward, added to (8 B); gradient zeroed (4 B per weight; n-grams: rows in use); output and its gradient",
         ),
         matmuls("attention projections", of("matrix", ".attention."), T),
         Part(
@@ -223,7 +224,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         ),
     ]
     everything, matrices = (
-        size(shapes.values()),
+        size(shapes.values()) - untouched,
         [(math.prod(shape[:-2]), *sorted(shape[-2:])) for shape in of("matrix") + of("expert")],
     )
     return [part for part in parts if part.memory + part.cache] + OPTIMIZERS[optimizer](everything, matrices, a)

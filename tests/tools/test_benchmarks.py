@@ -110,6 +110,9 @@ def test_every_parameter_is_updated_once(shape):
     }
     matrices = counts["matrix"] + counts["expert"]
     assert memory["adamw"]["AdamW"] == 28 * counts["total"]
+    tables = Config(**TINY, ngrams="23", ngram_rows=2**12)  # of which a step reaches a row for each token
+    rows = {part.name: part.memory for part in parts_of(tables, TOKENS, SEQ_LEN, "adamw")}["AdamW"]
+    assert rows == 28 * (model.count_parameters(tables)["total"] - 2 * (2**12 - TOKENS) * 64)
     assert (memory["muon"]["AdamW"], memory["muon"]["Newton-Schulz + Muon"]) == (
         28 * (counts["total"] - matrices),
         20 * matrices,

@@ -302,7 +302,7 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
 
     slabs = sorted(cut_slabs(config), key=backward_order)
     tables = [slab for slab in slabs if slab.kind == "ngram_embed"]
-    for _, unit in itertools.groupby(slabs[: len(slabs) - len(tables)], key=backward_order):
+    for _, unit in itertools.groupby((slab for slab in slabs if slab not in tables), key=backward_order):
         for slab in unit:
             waiting.setdefault(holders(slab), []).append(slab)
         large = [ranks for ranks, slabs in waiting.items() if bucket_bytes(slabs) >= bucket_mb * 2**20]

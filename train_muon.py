@@ -396,35 +396,36 @@ class Transfer:
 class RowTransfer(Transfer):
     """An n-gram table on one of its ranks: the rows that a step touched travel, with their numbers.
 
-    Host and ranks wait for each other twice: for the number of rows of each rank, and for the rows. These gradients are
-    the last of backward, so there is little to hide that behind."""
+    They leave after backward, of which their gradients are the last; ranks and host wait for each other."""
 
     def send_gradients(self):
         (parameter,) = self.parameters
         grad, parameter.grad = parameter.grad, None
-        row_R, grad_RD = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, parameter.size(1))
+        self.row_U, self.grad_UD = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, parameter.size(1))
         if grad is not None:  # else no token reached the table on this rank
             grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()  # dense: of a table made elsewhere
-            row_R, grad_RD = grad.indices()[0], grad.values()
-        if self.travels:
-            row_R, grad_RD = gather_rows(row_R, grad_RD, self.group)
-        self.grad = torch.sparse_coo_tensor(row_R[None], grad_RD, parameter.shape, check_invariants=False).coalesce()
+            self.row_U, self.grad_UD = grad.indices()[0], grad.values()
 
     def receive_gradients(self):
+        (local,), row_R, grad_RD = self.slabs, self.row_U, self.grad_UD
+        if self.travels:
+            row_R, grad_RD = gather_rows(row_R, grad_RD, self.group)
+        rows = torch.sparse_coo_tensor(row_R[None], grad_RD, local.value.shape, check_invariants=False).coalesce()
+        (self.row_U,) = rows.indices()  # of all ranks
         for local in self.owned:
-            local.value.grad = self.grad
+            local.value.grad = rows
 
     def send_values(self):
-        (local,), (row_U,) = self.slabs, self.grad.indices()
+        (local,) = self.slabs
         local.value.grad = None
         if self.travels:
-            self.rows_UD = local.value.index_select(0, row_U)
+            self.rows_UD = local.value.index_select(0, self.row_U)
             self.work = dist.broadcast(self.rows_UD, src=self.owner, group=self.group, async_op=True)
 
     def receive_values(self):
         self.wait()
         for local in self.others:
-            local.value.index_copy_(0, self.grad.indices()[0], self.rows_UD)
+            local.value.index_copy_(0, self.row_U, self.rows_UD)
 
 
 class Exchange:

@@ -206,10 +206,11 @@ def error_of(law: Law, points: dict[str, np.ndarray]) -> float:
 
 
 def left_out(points: dict[str, np.ndarray]) -> dict[float, float]:
-    """Active parameters -> error of a law that was fitted to all other sizes, of which there must be two."""
+    """Active parameters -> error of a law fitted to all other sizes: at least two, with enough points for a law."""
     sizes = np.unique(points["active"])
     parts = {active: without(points, active) for active in sizes if len(sizes) > 2}
-    return {active: error_of(fit(others), these) for active, (others, these) in parts.items()}
+    enough = {active: part for active, part in parts.items() if len(part[0]["loss"]) > len(COEFFICIENTS)}
+    return {active: error_of(fit(others), these) for active, (others, these) in enough.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

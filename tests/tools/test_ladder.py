@@ -86,6 +86,14 @@ def test_a_size_that_breaks_the_law_is_seen_when_it_is_left_out():
     assert ladder.left_out(points)[1.6e6] > 0.1
 
 
+def test_a_size_without_which_too_few_points_are_left_stays_in():
+    points = synthetic_points(0.0)
+    few = points["active"] != points["active"][0]
+    few[few] = np.arange(few.sum()) < 8
+    kept = {name: values[(points["active"] == points["active"][0]) | few] for name, values in points.items()}
+    assert points["active"][0] not in ladder.left_out(kept)
+
+
 def test_predict_and_fit_of_a_ladder_made_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ladder, "REFITS", 10)
     path = write_points(tmp_path / "theirs.csv", synthetic_points(0.001))

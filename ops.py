@@ -509,8 +509,8 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
     target_T1 = target_T.clamp(min=0)[:, None]
     nll_T1 = total_T1.log() - softcap * (2 * s_TV.gather(1, target_T1) - 1)
     dlogit_TV = e_TV.mul_(4 * counts_T1 / total_T1).scatter_add_(1, target_T1, -4 * counts_T1)  # four times
-    dz_TV = dlogit_TV.mul_(s_TV)
-    z_TV.copy_(dz_TV.addcmul_(dz_TV, s_TV, value=-1))  # a logit's slope over z is 4 s (1 - s)
+    dz_TV = dlogit_TV.mul_(s_TV)  # a logit's slope over z is 4 s (1 - s)
+    z_TV.copy_(dz_TV.sub_(s_TV.mul_(dz_TV)))  # addcmul_ rounds otherwise once it is traced
     return (nll_T1 * counts_T1).squeeze(1)
 
 

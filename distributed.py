@@ -193,6 +193,11 @@ class Slab(NamedTuple):
     def is_matrix(self) -> bool:
         return self.kind in ("matrix", "expert")
 
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is an n-gram table: a step touches few of its rows, and those travel alone."""
+        return self.kind == "ngram_embed"
+
 
 def slab_part(name: str) -> tuple[str, int | slice]:
     """A slab's parameter and its part of dimension 0: `a.b` all of it, `a.b[3]` entry 3, `a.b[3:9]` rows 3 to 8."""
@@ -251,8 +256,7 @@ class Bucket(NamedTuple):
 
     @property
     def is_rows(self) -> bool:
-        """Whether it is an n-gram table, of which the touched rows travel."""
-        return self.slabs[0].kind == "ngram_embed"
+        return self.slabs[0].is_rows
 
     @property
     def padding(self) -> float:
@@ -264,7 +268,7 @@ def bucket_bytes(slabs: list[Slab]) -> int:
     return 4 * sum(slab.numel for slab in slabs)
 
 
-BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3, "ngram_embeds": 5}  # embedding: 4
+BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3}  # then the embedding
 
 
 def backward_order(slab: Slab) -> tuple[int, int]:
@@ -301,8 +305,8 @@ def make_buckets(config: Config, world_size: int, expert_parallel: int = 1, buck
             work = work_after
 
     slabs = sorted(cut_slabs(config), key=backward_order)
-    tables = [slab for slab in slabs if slab.kind == "ngram_embed"]
-    for _, unit in itertools.groupby((slab for slab in slabs if slab not in tables), key=backward_order):
+    tables = [slab for slab in slabs if slab.is_rows]
+    for _, unit in itertools.groupby((slab for slab in slabs if not slab.is_rows), key=backward_order):
         for slab in unit:
             waiting.setdefault(holders(slab), []).append(slab)
         large = [ranks for ranks, slabs in waiting.items() if bucket_bytes(slabs) >= bucket_mb * 2**20]

@@ -10,7 +10,7 @@ from torch import Tensor
 class RowAdamW(torch.optim.Optimizer):
     """AdamW for tables of which a step touches few rows, the only ones that it reads and writes.
 
-    params: tables (rows, D) whose gradients are sparse. A row's two means decay at its next gradient by all the steps
+    params: tables (rows, D) with sparse gradients. A row's two means decay at its next gradient by all the steps
     since the last, so they are those of AdamW. AdamW also moves a row in the steps between, each time by
     beta1 / sqrt(beta2) of the time before. Here the row goes that way at once, in the step of its gradient, as if the
     next gradient came after as many steps as this one. With a gradient in every step it is AdamW."""

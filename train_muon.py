@@ -310,7 +310,7 @@ class LocalSlab(NamedTuple):
     parameter: torch.nn.Parameter
     part: int | slice  # of the parameter's dimension 0
     value: Tensor  # view of that part; the owner's update finds its gradient in .grad
-    in_send_buf: Tensor | None  # None if it does not travel
+    in_send_buf: Tensor | None  # None if it does not travel, or its rows do
     in_recv_buf: Tensor | None  # None on ranks that do not own it
 
 
@@ -320,7 +320,8 @@ class Transfer:
     def __init__(self, bucket: Bucket, net: GPT, world: World, overlap: bool):
         self.travels = len(bucket.ranks) > 1
         self.group, self.overlap, self.work, self.missing = world.groups.get(bucket.ranks), overlap, None, 0
-        part_numel = bucket.part if self.travels else 0
+        in_buffers = self.travels and not bucket.is_rows
+        part_numel = bucket.part if in_buffers else 0
         self.send_buf = torch.zeros(len(bucket.ranks), part_numel, device=world.device)  # all owners' parts
         self.recv_buf = torch.zeros(part_numel, device=world.device)  # this rank's part
         self.slabs, ends = [], collections.Counter()
@@ -331,8 +332,8 @@ class Transfer:
                 part -= net.ranks.first(net.config.num_experts)
             value, place = parameter.detach()[part], slice(ends[owner], ends[owner] + slab.numel)
             ends[owner] = place.stop
-            sent = self.send_buf[bucket.ranks.index(owner), place].view(value.shape) if self.travels else None
-            received = self.recv_buf[place].view(value.shape) if self.travels and owner == world.rank else None
+            sent = self.send_buf[bucket.ranks.index(owner), place].view(value.shape) if in_buffers else None
+            received = self.recv_buf[place].view(value.shape) if in_buffers and owner == world.rank else None
             self.slabs.append(LocalSlab(slab, parameter, part, value, sent, received))
         self.parameters = list({id(local.parameter): local.parameter for local in self.slabs}.values())
         self.owner = bucket.owners[0]
@@ -410,7 +411,8 @@ class RowTransfer(Transfer):
         (local,), row_R, grad_RD = self.slabs, self.row_U, self.grad_UD
         if self.travels:
             row_R, grad_RD = gather_rows(row_R, grad_RD, self.group)
-        rows = torch.sparse_coo_tensor(row_R[None], grad_RD, local.value.shape, check_invariants=False).coalesce()
+        rows = torch.sparse_coo_tensor(row_R[None], grad_RD, local.value.shape, check_invariants=False,
+                                       is_coalesced=not self.travels).coalesce()  # fmt: skip
         (self.row_U,) = rows.indices()  # of all ranks
         for local in self.owned:
             local.value.grad = rows

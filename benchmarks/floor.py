@@ -1,8 +1,8 @@
 """The least time that a training step can take on this machine: what each part must compute and move, at the rates
 measured here; and the time that a real step takes.
 
-    python benchmarks/floor.py                                          # preset cpu: Muon, 4,096 tokens in rows of 1,024
-    python benchmarks/floor.py --shape gpt2                             # 8 experts, GPT-2's vocabulary, AdamW, rows of 512
+    python benchmarks/floor.py                  # preset cpu: Muon, 4,096 tokens in rows of 1,024
+    python benchmarks/floor.py --shape gpt2     # 8 experts, GPT-2's vocabulary, AdamW, rows of 512
     python benchmarks/floor.py --shape bytes --tokens 16384 --optimizer muon
     python benchmarks/floor.py --shape gpt2 --num_experts 64 --mlp_ratio 2 --json floor.json
 
@@ -31,16 +31,15 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import model  # noqa: E402
 from cli import Parser, add_flags, command_line, positive, whole_number  # noqa: E402
-from model import DTYPES, Config, build, flops_per_token, mean_keys, parameter_rule  # noqa: E402
+from model import DTYPES, PRESETS, Config, build, flops_per_token, mean_keys, parameter_rule  # noqa: E402
 from train_muon import NEWTON_SCHULZ_STEPS  # noqa: E402
 
 COMMON = dict(
     n_layer=6, n_embd=256, n_head=4, head_dim=64, num_experts=8, top_k=2, mlp_ratio=4.0, value_embeds=0, window_size=512
 )
 SHAPES = {
-    "cpu": model.PRESETS["cpu"],
+    "cpu": PRESETS["cpu"],
     "gpt2": Config(**COMMON, vocab_size=50304, eot_token=50256),
     "bytes": Config(**COMMON, vocab_size=256, eot_token=255),
 }
@@ -164,7 +163,8 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             12 * touched + 4 * (size(tables) - untouched),
             2 * a * rows_of_tables,
             0,
-            "rows in use read (4 B) and, backward, added to (8 B); gradient zeroed (4 B per weight; n-grams: rows in use); output and its gradient",
+            "rows in use read (4 B) and, backward, added to (8 B); gradient zeroed (4 B per weight; n-grams: rows in "
+            "use); output and its gradient",
         ),
         matmuls("attention projections", of("matrix", ".attention."), T),
         Part(
@@ -419,7 +419,7 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
 
 
 def measured(configs: list[Config], tokens: int, seq_len: int, optimizer: str, turns: int) -> list[float]:
-    """Seconds of a real step of each model on random tokens: medians over turns of nine steps, the first not counted."""
+    """Seconds of a real step of each model on random tokens: medians over turns of nine steps without their first."""
     from benchmarks.contenders import Work, ours  # which import this file
 
     steps = [ours(optimizer, lambda config: config)(Work(config, tokens, seq_len, tokens))[0] for config in configs]

@@ -19,9 +19,11 @@ def pytest_collection_modifyitems(config, items):
     """Choose the fast tests, or with --slow the slow ones; a test that the command line names is run in any case."""
     if any("::" in word for word in config.args):
         return
-    chosen = [item for item in items if config.getoption("--slow") == (item.get_closest_marker("slow") is not None)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+    by_speed = {True: [], False: []}  # slow, fast
+    for item in items:
+        by_speed[item.get_closest_marker("slow") is not None].append(item)
+    items[:] = by_speed.pop(config.getoption("--slow"))
+    config.hook.pytest_deselected(items=by_speed.popitem()[1])
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def plan(config: Config, hp, recipe, world_size: int) -> dict:
     parts = hp.expert_parallel
     buckets = make_buckets(config, world_size, parts, hp.bucket_mb)
     ring, held, state, newton_schulz = ([0] * world_size for _ in range(4))
-    dense = [bucket for bucket in buckets if not bucket.is_rows]
     for bucket in buckets:
-        sent, numel = 2 * 4 * bucket.part * (len(bucket.ranks) - 1) * (bucket in dense), bucket_bytes(bucket.slabs) // 4
+        numel = bucket_bytes(bucket.slabs) // 4
+        sent = 0 if bucket.is_rows else 2 * 4 * bucket.part * (len(bucket.ranks) - 1)
         for rank in bucket.ranks:
             ring[rank] += sent
             held[rank] += numel
@@ -102,6 +102,7 @@ def plan(config: Config, hp, recipe, world_size: int) -> dict:
             state[owner] += 4 * slab.numel // config.n_embd * bucket.is_rows  # the last step of each row
             newton_schulz[owner] += slab.cost * recipe.newton_schulz * slab.is_matrix
 
+    dense = [bucket for bucket in buckets if not bucket.is_rows]
     numel, numel_dense = (sum(bucket_bytes(bucket.slabs) for bucket in some) // 4 for some in (buckets, dense))
     tokens = hp.batch_tokens / world_size
     row_bytes = [8 + 4 * config.n_embd, 4 * config.n_embd * world_size]  # a token's number and gradient; its new row

@@ -86,6 +86,16 @@ def gradients(net, loss) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found)}
 
 
+def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]):
+    """Each differs by 1e-4 of its norm at most, or by rounding, 1e-7 of the norm of all of them.
+
+    Rounding is all that is left of a gradient where a norm cancels the weight, as it does a lone `value_mix`.
+    """
+    rounding = 1e-7 * torch.stack([grad.norm() for grad in want.values()]).norm()
+    for name, grad in want.items():
+        assert (got[name] - grad).norm() <= 1e-4 * grad.norm() + rounding, name
+
+
 def step_loss(net, x, y, first_token=0, step=STEP):
     net.set_step(SEED, step, first_token)
     return net(x, y).loss

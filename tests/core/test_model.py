@@ -23,6 +23,7 @@ from core_helpers import (
     VOCAB,
     LargestTensor,
     build_mask,
+    assert_same_gradients,
     cached,
     check_cache,
     check_documents,
@@ -1127,9 +1128,7 @@ def test_the_dense_model_equals_its_definition_in_logits_and_gradients(changes):
     want = slow_forward(net, x)
     assert far(net(x).logits[..., :VOCAB], want) < 1e-5
     losses = net(x, y).loss, F.cross_entropy(want.flatten(0, 1), y.flatten())
-    grads, slow = (gradients(net, loss) for loss in losses)
-    for name, grad in slow.items():
-        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
+    assert_same_gradients(*(gradients(net, loss) for loss in losses))
 
 
 def test_offset_attention_copies_in_one_layer():

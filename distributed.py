@@ -268,13 +268,13 @@ def bucket_bytes(slabs: list[Slab]) -> int:
     return 4 * sum(slab.numel for slab in slabs)
 
 
-BACKWARD_ORDER = {"head": 0, "blocks": 1, "skip_weights": 2, "value_embeds": 3}  # then the embedding
+BACKWARD_ORDER = {"head": 0, "layer_mix": 1, "blocks": 2, "skip_weights": 3, "value_embeds": 4}  # then the embedding
 
 
 def backward_order(slab: Slab) -> tuple[int, int]:
-    """Sort key of slabs by when their gradients are ready: head, blocks from last to first, skips, tables."""
+    """Sort key of slabs by when their gradients are ready: head, mix, blocks from last to first, skips, tables."""
     module, number, *_ = *slab.name.partition("[")[0].split("."), ""
-    return BACKWARD_ORDER.get(module, 4), -int(number) if number.isdigit() else 0
+    return BACKWARD_ORDER.get(module, 5), -int(number) if number.isdigit() else 0
 
 
 MAX_PADDING = 0.25  # of a bucket, before it is closed

@@ -3,22 +3,21 @@
     python model.py --preset speedrun                                             # the model card
     python model.py --checkpoint logs/muon/checkpoint --prompt "def forward(self"   # sample
 
-RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, ReLU^2 experts behind a noisy top-2 router,
-zero-initialised output projections, an untied head, embedding and U-net skips, value embeddings, n-gram embeddings,
-keys of the previous token, long-short sliding windows, document masks, softcapped logits, an FP8 head, and a loss that
-never holds all logits in fp32.
+RMSNorm without gain, merged QKV, QK-norm, half-truncated rotary, ReLU^2 experts behind a noisy top-2 router, output
+projections that start at zero, an untied head that reads a mix of all layers, embedding and U-net skips, value and
+n-gram embeddings, keys of the previous token, long-short sliding windows, document masks, softcapped logits, an FP8
+head, and a loss that never holds all logits in fp32.
 
-The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, initial values, presets.
-Operators with a hand-written backward are in ops.py. ROUTERS, EXPERTS, ATTENTIONS and DEPTHS are tables: a file of your
-own adds an entry or a subclass, as zoo/ does.
+The file in order: Config, masks, attention, router, experts and dispatch, block, GPT, initial values, presets. ROUTERS,
+EXPERTS, ATTENTIONS and DEPTHS are tables: a file of your own adds an entry or a subclass, as zoo/ does.
 
 Shape suffixes: B rows, T tokens of a row (or all B*T tokens where B is absent), S tokens of a row so far, D n_embd, H
 heads, C head_dim, E experts, K top_k, R = T*K routed rows, F hidden width of an expert, L MoE layers, V padded
 vocabulary.
 
-Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys) and 62 (n-gram tables);
-Shazeer et al. 1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al. 2202.08906 (z-loss), Wang
-et al. 2408.15664 (bias balance)."""
+Sources: KellerJordan/modded-nanogpt records 1-21 (the dense model and its constants), 49 (keys), 62 (n-gram tables) and
+81 (mix of layers); Shazeer et al. 1701.06538 (noisy top-k), Fedus et al. 2101.03961 (balance loss), Zoph et al.
+2202.08906 (z-loss), Wang et al. 2408.15664 (bias balance)."""
 
 import dataclasses
 import functools
@@ -668,6 +667,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ParameterList(torch.empty(V, W) for _ in range(config.value_embeds))
         self.blocks = nn.ModuleList(self.block_type(config, layer, ranks) for layer in range(config.n_layer))
         self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
+        self.layer_mix = nn.Parameter(torch.empty(config.n_layer, D))
         self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(V, D))
         self.add_skip = add_skip
         self.token_nll = functools.partial(ops.softcap_nll, vocab_size=config.vocab_size, softcap=config.softcap)
@@ -708,16 +708,21 @@ class GPT(nn.Module):
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
         """Every block once. The second half reads the first half's outputs in mirror order, U-net style (record 11)."""
-        x_BTD, outputs, stats = x0_BTD.clone(), [], []  # a compiled autograd.Function cannot take one tensor twice
+        x_BTD, outputs, added, stats = x0_BTD.clone(), [], [], []  # a compiled Function takes no tensor twice
         num_down = len(self.blocks) - len(self.skip_weights)
         for layer, (block, ctx) in enumerate(zip(self.blocks, contexts)):
             if layer >= num_down:
-                x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs.pop())
-            x_BTD, layer_stats = block(x_BTD, x0_BTD, ctx)
-            stats += layer_stats
-            if layer < len(self.skip_weights):
-                outputs.append(x_BTD)
-        return x_BTD, stats
+                x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs[len(self.blocks) - 1 - layer])
+            y_BTD, layer_stats = block(x_BTD, x0_BTD, ctx)
+            outputs.append(y_BTD)
+            added.append(y_BTD - x_BTD)
+            stats, x_BTD = stats + layer_stats, y_BTD
+        return self.mix_layers(x_BTD, added), stats
+
+    def mix_layers(self, x_BTD: Tensor, added: list[Tensor]) -> Tensor:
+        """x plus each layer's part of it once more, with a weight of each token (MUDD before the head, record 81)."""
+        weight_BTN = 0.1 * F.linear(norm(x_BTD), self.layer_mix.type_as(x_BTD))  # N = n_layer
+        return x_BTD + sum(weight_BTN[..., n, None] * y_BTD for n, y_BTD in enumerate(added))
 
     def documents(self, ids_BT: Tensor, cache: KVCache | None) -> Tensor:
         """Document numbers (B, T): one more at each end-of-text token, counting on from the cache."""
@@ -756,10 +761,9 @@ class GPT(nn.Module):
         bias_LE = F.pad(self.bias_LE, (0, 0, 0, 1))  # dense layers at the end read zeros
         contexts, moe_layer = [], 0
         letters = zip(config.per_layer("window"), config.per_layer("pattern"), self.layer_value_embeds(ids_BT))
-        for window_letter, pattern_letter, value_embed in letters:
-            noise_key, bias_E = (seed, step, layer_L[moe_layer], token_T), bias_LE[moe_layer]
-            mask = masks[window_letter]
-            contexts.append(Context(ids_BT, mask, value_embed, cos, sin, same_doc_BS, noise_key, bias_E, cache))
+        for letter, pattern_letter, value_embed in letters:
+            noise, bias_E = (seed, step, layer_L[moe_layer], token_T), bias_LE[moe_layer]
+            contexts.append(Context(ids_BT, masks[letter], value_embed, cos, sin, same_doc_BS, noise, bias_E, cache))
             moe_layer += pattern_letter == "M"
         return contexts
 
@@ -968,11 +972,6 @@ def normal(p: Tensor, generator: torch.Generator) -> Tensor:
     return p.normal_(generator=generator)
 
 
-def init_gpt2(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard deviation 0.02 (GPT-2). It matters to the head alone, where logits have std 0.02 sqrt(n_embd)."""
-    return p.normal_(std=0.02, generator=generator)
-
-
 def init_uniform(p: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform, standard deviation 0.5 / sqrt(fan in); fan in is the last dimension (modded-nanogpt record 19)."""
     bound = math.sqrt(3) * 0.5 * p.size(-1) ** -0.5
@@ -981,7 +980,7 @@ def init_uniform(p: Tensor, generator: torch.Generator) -> Tensor:
 
 PARAMETER_RULES = {  # end of a parameter's name -> its rule; the first that matches
     "embed": ParameterRule("embed", normal),
-    "tied": ParameterRule("embed", init_gpt2),  # the embedding, if it is the head too
+    "tied": ParameterRule("embed", lambda p, generator: p.normal_(std=0.02, generator=generator)),  # GPT-2's head
     "ngram_embeds.*": ParameterRule("ngram_embed", constant(0.0)),
     "value_embeds.*": ParameterRule("value_embed", normal),
     "head": ParameterRule("head", constant(0.0)),
@@ -998,6 +997,7 @@ PARAMETER_RULES = {  # end of a parameter's name -> its rule; the first that mat
     "attention.value_mix": ParameterRule("scalar", constant(0.5, 0.5)),
     "stream_mix": ParameterRule("scalar", constant(1.0, 0.0)),
     "skip_weights": ParameterRule("scalar", constant(1.0)),
+    "layer_mix": ParameterRule("head", constant(0.0)),
 }
 
 

@@ -3,6 +3,8 @@
 All parameters of these small fp32 models are random, so no zero initial value hides a mistake. Nothing imports the zoo.
 """
 
+import zlib
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,17 +46,18 @@ def rng(seed: int = 0) -> torch.Generator:
 @torch.no_grad()
 def shaken(net, seed: int = 0):
     """The model with all parameters and balance buffers random, at scales that leave the logits unsaturated."""
+    draws = lambda name: rng(zlib.crc32(f"{name} {seed}".encode()))  # a new parameter leaves the others as they are
     for name, p in net.named_parameters():
-        p.normal_(generator=rng(seed := seed + 1))
+        p.normal_(generator=draws(name))
         if p.ndim == 1:
             p.mul_(0.3).add_(0.7)
         elif "embed" not in name:
             p.mul_(p.size(-1) ** -0.5)
     for name, buffer in net.named_buffers():
         if name == "bias_LE":
-            buffer.normal_(generator=rng(seed := seed + 1)).mul_(0.1)
+            buffer.normal_(generator=draws(name)).mul_(0.1)
         if name == "load_WLE":
-            buffer.copy_(torch.rand(buffer.shape, generator=rng(seed := seed + 1)).softmax(-1))
+            buffer.copy_(torch.rand(buffer.shape, generator=draws(name)).softmax(-1))
     return net
 
 

@@ -109,17 +109,17 @@ class GPT(model.GPT):
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list[Context], mask_inputs: MaskInputs) -> TrunkOutput:
         """Every block once, with the skips of model.GPT."""
-        x_BTD, outputs, stats, kv = x0_BTD.clone(), [], [], None
+        x_BTD, outputs, added, stats, kv = x0_BTD.clone(), [], [], [], None
         num_down = len(self.blocks) - len(self.skip_weights)
         for layer in range(len(self.blocks)):
             if layer >= num_down:
-                x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs.pop())
+                x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs[len(self.blocks) - 1 - layer])
             here = slice(layer, layer + 1)
-            x_BTD, layer_stats, kv = run_layers(self.blocks[here], x_BTD, x0_BTD, contexts[here], kv, stats)
-            stats = stats + layer_stats
-            if layer < len(self.skip_weights):
-                outputs.append(x_BTD)
-        return TrunkOutput([(x_BTD, None)], stats)
+            y_BTD, layer_stats, kv = run_layers(self.blocks[here], x_BTD, x0_BTD, contexts[here], kv, stats)
+            outputs.append(y_BTD)
+            added.append(y_BTD - x_BTD)
+            stats, x_BTD = stats + layer_stats, y_BTD
+        return TrunkOutput([(self.mix_layers(x_BTD, added), None)], stats)
 
     # ---- inputs
 

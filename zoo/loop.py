@@ -156,7 +156,7 @@ class LoopGPT(GPT):
 
     def add_depth_modules(self):
         config = self.config
-        del self.skip_weights  # no mirrored half
+        del self.skip_weights, self.layer_mix  # no mirrored half, and no layer that runs once for each token
         looped = config.per_layer("looped")
         self.group, self.windows = slice(looped.index("o"), looped.rindex("o") + 1), config.per_layer("window")
         self.loops, self.eval_loops, self.reinject = config.loops, config.eval_loops or config.loops, config.reinject

@@ -521,7 +521,7 @@ def noise_layers(net) -> list[int]:
 def test_a_fresh_model_has_uniform_logits_and_a_loss_of_ln_vocabulary():
     net, y = fresh(**NO_AUX), text(2, 18, 5)
     for name, p in net.named_parameters():
-        if name == "head" or name.endswith((".out", ".down", "router.gate", "router.noise")):
+        if name in ("head", "layer_mix") or name.endswith((".out", ".down", "router.gate", "router.noise")):
             assert (p == 0).all(), name
         elif p.ndim > 1:
             assert p.std() > 0, name
@@ -1061,6 +1061,7 @@ def test_any_depth_runs_and_trains(n_layer):
 def test_skips_pair_the_layers_in_mirror_order():
     """Each layer adds its own power of two, so the sum identifies which outputs were added where."""
     net = fresh(n_layer=5, value_embeds=0)
+    net.mix_layers = lambda x, added: x
     with torch.no_grad():
         net.skip_weights.copy_(torch.tensor([10.0, 100.0]))
     del net.blocks
@@ -1089,10 +1090,11 @@ def slow_forward(net, x):
         summed = summed + p[f"ngram_embeds.{table}"][torch.tensor(row)]
     x0 = h = rms(summed)
     value_table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}
-    outputs = []
+    inputs, outputs = [], []
     for i in range(n):
         if i >= n - n // 2:
             h = h + p["skip_weights"][i - (n - n // 2)] * outputs[n - 1 - i]
+        inputs.append(h)
         mix, letter = p[f"blocks.{i}.stream_mix"], config.per_layer("attention")[i]
         h = mix[0] * h + mix[1] * x0
         if letter != "-":
@@ -1112,6 +1114,8 @@ def slow_forward(net, x):
         hidden = (rms(h) @ p[f"blocks.{i}.ffn.up"].T).clamp(min=0) ** 2
         h = h + hidden @ p[f"blocks.{i}.ffn.down"].T
         outputs.append(h)
+    weight = rms(h) @ p["layer_mix"].T / 10
+    h = h + sum(weight[..., i, None] * (outputs[i] - inputs[i]) for i in range(n))
     z = rms(h) @ p["embed" if config.tie_embeddings else "head"].T
     return (config.softcap * torch.tanh(z / config.softcap) + config.softcap)[..., :VOCAB]
 
@@ -1161,7 +1165,8 @@ def test_offset_attention_copies_in_one_layer():
 def test_parameter_counts_equal_those_by_hand():
     config = Config(**TINY | dict(pattern="DM", attention="A-"))
     counts = model.count_parameters(config)
-    assert counts["embed"] == counts["head"] == counts["value_embed"] == 64 * 32
+    assert counts["embed"] == counts["value_embed"] == 64 * 32
+    assert counts["head"] == (64 + 4) * 32  # and the mix of layers
     assert counts["matrix"] == 2 * 4 * 32 * 32 + 2 * 2 * 32 * 128  # two attentions, two dense MLPs
     assert counts["expert"] == 2 * 4 * 2 * 32 * 64 and counts["router"] == 2 * 2 * 4 * 32
     assert counts["scalar"] == 4 * 2 + 2 * 2 + 2
@@ -1369,7 +1374,7 @@ def test_every_preset_builds_and_counts(preset):
         counts["active"] < counts["total"] and model.flops_per_token(config, config.window_size) > 6 * counts["matrix"]
     )
     if preset == "cpu":
-        assert counts["total"] == 27_387_410 and model.flops_per_token(config, 2048) == 9_177_120
+        assert counts["total"] == 27_388_178 and model.flops_per_token(config, 2048) == 9_181_728
 
 
 # -----------------------------------------------------------------------------

@@ -577,7 +577,7 @@ def test_buckets_leave_in_the_order_of_backward_and_close_at_their_size():
     )
     buckets = make_buckets(config, 8, bucket_mb=25)
     blocks, tables = [f"blocks.{layer}" for layer in range(11, -1, -1)], [f"value_embeds.{i}" for i in (2, 1, 0)]
-    expected = ["head", *blocks, "skip_weights", *tables, "embed"]
+    expected = ["head", "layer_mix", *blocks, "skip_weights", *tables, "embed"]
     assert [unit for bucket in buckets for unit in units(bucket)] == expected
     assert all(4 * sum(slab.numel for slab in bucket.slabs) >= 25 * 2**20 for bucket in buckets[:-1])
     assert [units(bucket) for bucket in make_buckets(config, 8, bucket_mb=1e6)] == [expected]

@@ -22,11 +22,14 @@ def slow_hash(ids, t, n):
     return key - 2**32 * (key >= 2**31)
 
 
+def rms(z):
+    return z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
 def slow_forward(net, x):
     """Logits of one document from the definition of the dense model, with nothing of the model but its parameters."""
     config, p, M = net.config, dict(net.named_parameters()), net.config.num_meta_tokens
     T, C, quarter = x.size(1) + M, config.head_dim, config.head_dim // 4
-    rms = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     qk_norm = rms if config.qk_norm == "rms" else lambda z: z
     heads = lambda z: z.unflatten(-1, (config.n_head, -1)).transpose(1, 2)
 
@@ -126,14 +129,16 @@ def slow_forward(net, x):
 
 
 def slow_stack(net, layer, h):
-    n, outputs = net.config.n_layer, []
+    n, inputs, outputs = net.config.n_layer, [], []
     half = n - n // 2
     for i in range(n):
         if i >= half:
-            h = h + net.skip_weights[i - half] * outputs[n // 2 - 1 - (i - half)]
+            h = h + net.skip_weights[i - half] * outputs[n - 1 - i]
+        inputs.append(h)
         h = layer(i, h, 2 * i + 1)
         outputs.append(h)
-    return h
+    weight = rms(h) @ net.layer_mix.T / 10
+    return h + sum(weight[..., i, None] * (outputs[i] - inputs[i]) for i in range(n))
 
 
 def slow_loop(net, layer, h):

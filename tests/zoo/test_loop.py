@@ -288,10 +288,10 @@ def test_counts_include_every_iteration_of_active_tokens_only():
 def test_flops_include_every_iteration():
     once, thrice = (zoo.Config(**TINY | dict(depth="loop", loops=n, looped=".oo.")) for n in (1, 3))
     stack = zoo.Config(**TINY)
-    assert model.flops_per_token(once, 40) == model.flops_per_token(stack, 40)
-    head = 6 * model.count_parameters(stack)["head"]
+    head, mix = (6 * n for n in (64 * 32, 4 * 32))
+    assert model.flops_per_token(once, 40) == model.flops_per_token(stack, 40) - mix
     stacks = [zoo.Config(**TINY | dict(n_layer=n, value_embeds=0)) for n in (2, 4)]  # of each window one or two layers
-    layers = [model.flops_per_token(config, 40) - head for config in stacks]
+    layers = [model.flops_per_token(config, 40) - 6 * model.count_parameters(config)["head"] for config in stacks]
     assert layers[1] == 2 * layers[0] and model.flops_per_token(thrice, 40) == pytest.approx(
         head + layers[1] + 2 * layers[0]
     )

@@ -152,7 +152,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
     )
     rows_of_tables, touched = sum(T * cols for _, cols in tables), sum(min(T, rows) * cols for rows, cols in tables)
     untouched = sum(max(0, rows - T) * cols for rows, cols in of("ngram_embed"))  # RowAdamW leaves them alone
-    router, head = of("router"), of("head")
+    router, head, mix = of("router"), of("head", "head"), of("head", "layer_mix")
     kept = a * (
         (2 * D * T + hidden) * config.n_layer + 2 * W * T * attending
     )  # what element-wise kernels leave for backward
@@ -206,6 +206,14 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             "rows: residual + skip + norm* 5, residual + norm* 4, norm and rotary* of q, k 4, activation* 2 per hidden unit; backward twice that",
         ),
         matmuls(
+            "mix of layers",
+            mix,
+            T,
+            near=a * D * T * 3 * (config.n_layer + 1),
+            extra="; forward each layer's part and x read, their sum written; backward each part read again, its gradient"
+            " written",
+        ),
+        matmuls(
             "head + loss",
             head,
             chunk,
@@ -217,7 +225,7 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
         Part(
             "casts",
             [],
-            a * size(of("matrix") + of("expert") + head) * (a < 4),
+            a * size(of("matrix") + of("expert") + of("head")) * (a < 4),
             0,
             0,
             "copy of each matmul's weight in the activations' type, written while the optimizer has it at hand",

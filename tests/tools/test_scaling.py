@@ -164,10 +164,10 @@ def test_a_bucket_is_updated_when_its_slowest_owner_is_done():
 
 def test_gradients_are_ready_in_the_order_and_at_the_pace_of_backward():
     legs = scaling.make_legs(DENSE, 2, 1, 64, 0, machine()).legs
-    head, layer = 320 * 32, (4 + 8) * 32 * 32  # FLOPs go by the weights of matmuls
-    all_of_it = head + 2 * layer
+    head, mix, layer = 320 * 32, 2 * 32, (4 + 8) * 32 * 32  # FLOPs go by the weights of matmuls
+    all_of_it = head + mix + 2 * layer
     ready = list(dict.fromkeys(round(leg.ready, 9) for leg in legs))
-    assert ready == [round(at / all_of_it, 9) for at in (head, head + layer, all_of_it)]
+    assert ready == [round(at / all_of_it, 9) for at in (head, head + mix + layer, all_of_it)]
 
 
 def test_the_rank_that_sends_most_is_found():

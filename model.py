@@ -715,7 +715,7 @@ class GPT(nn.Module):
                 x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs[len(self.blocks) - 1 - layer])
             y_BTD, layer_stats = block(x_BTD, x0_BTD, ctx)
             outputs.append(y_BTD)
-            added.append(y_BTD - x_BTD)
+            added.append(y_BTD - x_BTD)  # not y: all y are parallel at first, so their weights' gradients are rounding
             stats, x_BTD = stats + layer_stats, y_BTD
         return self.mix_layers(x_BTD, added), stats
 

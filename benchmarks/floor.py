@@ -142,7 +142,10 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             a * rows * calls * sum(numbers)
             for numbers in ((ins for _, ins in flat), (2 * ins + 2 * outs for outs, ins in flat))
         )
-        why = f"weight read twice ({a} B), its gradient written (4 B), input read again*; per row input, output, their gradients{extra}"
+        why = (
+            f"weight read twice ({a} B), its gradient written (4 B), input read again*; per row input, output, their "
+            f"gradients{extra}"
+        )
         return Part(name, gemms, (2 * a + 4) * size(weights) + kept, passed + near, exps, why)
 
     block, chunk = min(seq_len, 128), min(T, 1024)  # queries, tokens at a time: whole scores and logits would not fit
@@ -177,7 +180,8 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             5 * a * T * W * attending,
             7 * a * T * W * attending,
             T * config.n_head * sum(keys),
-            "q, k, v read, y* written; backward q*, k*, v*, y*, dy read, dq, dk, dv written; scores stay in cache; an exponential per key",
+            "q, k, v read, y* written; backward q*, k*, v*, y*, dy read, dq, dk, dv written; scores "
+            "stay in cache; an exponential per key",
         ),
         matmuls(
             "router",
@@ -193,7 +197,8 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             2 * a * D * R * routed,
             a * D * (4 * T + 3 * R) * routed,
             0,
-            "rows of n_embd: gather reads T, writes k T*; combine reads k T, writes T; backward T, k T* in, k T out; k T in, T out",
+            "rows of n_embd: gather reads T, writes k T*; combine reads k T, writes T; backward T, k T* in, k T "
+            "out; k T in, T out",
         ),
         matmuls("expert MLPs", experts, R / E),
         matmuls("dense MLP", of("matrix", ".ffn."), T),
@@ -203,15 +208,16 @@ def parts_of(config: Config, tokens: int, seq_len: int, optimizer: str) -> list[
             2 * kept,
             3 * a * ((9 * D * T + 2 * hidden) * config.n_layer + 4 * W * T * attending) - 2 * kept,
             0,
-            "rows: residual + skip + norm* 5, residual + norm* 4, norm and rotary* of q, k 4, activation* 2 per hidden unit; backward twice that",
+            "rows: residual + skip + norm* 5, residual + norm* 4, norm and rotary* of q, k 4, activation* 2 per hidden "
+            "unit; backward twice that",
         ),
         matmuls(
             "mix of layers",
             mix,
             T,
             near=a * D * T * 3 * (config.n_layer + 1),
-            extra="; forward each layer's part and x read, their sum written; backward each part read again, its gradient"
-            " written",
+            extra="; forward each layer's part and x read, their sum written; backward each part read again, its "
+            "gradient written",
         ),
         matmuls(
             "head + loss",
@@ -263,7 +269,10 @@ def muon(elements: int, matrices: list[tuple], a: int) -> list[Part]:
         * sum(count * (3 * rows * cols + 4 * rows * rows) for (rows, cols), count in by_shape.items())
     )
     mine = sum(count * rows * cols for (rows, cols), count in by_shape.items())
-    why = "weight, gradient, momentum read, two written: 20 B per weight; in bf16 X twice, A, B read, A, B, X written in each step"
+    why = (
+        "weight, gradient, momentum read, two written: 20 B per weight; in bf16 X twice, A, B read, A, B, X written in "
+        "each step"
+    )
     return [Part("Newton-Schulz + Muon", gemms, 20 * mine, near, 0, why), *adamw(elements - mine, [], a)]
 
 
@@ -403,7 +412,8 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
         f"{name:<24}{flops / 1e9:>9.2f}{nbytes / 1e6:>10.1f}" + "".join(f"{1000 * s:>12.2f}" for s in seconds)
     )
     lines = [
-        f"rates: matmul {rates.matmul / 1e9:,.0f} GFLOP/s; copy {rates.memory / 1e9:.1f} GB/s in memory, {rates.cache / 1e9:.1f} GB/s in cache; "
+        f"rates: matmul {rates.matmul / 1e9:,.0f} GFLOP/s; copy {rates.memory / 1e9:.1f} GB/s in memory, "
+        f"{rates.cache / 1e9:.1f} GB/s in cache; "
         f"exp {rates.exp / 1e9:.2f} G/s",
         f"{'part':<24}{'GFLOP':>9}{'MB':>10}{'compute ms':>12}{'own shapes':>12}{'move ms':>12}{'floor ms':>12}",
     ]
@@ -413,7 +423,8 @@ def table(costs: list[Cost], rates: Rates, tokens: int, dense: list[Cost]) -> st
     sums = (sum(getattr(c, field) for c in costs) for field in ("compute", "own", "move", "floor"))
     lines += [
         row("step", sum(c.part.flops for c in costs), sum(c.part.memory + c.part.cache for c in costs), *sums),
-        f"at the floor {1000 * step:.1f} ms per step, {tokens / step:,.0f} tokens/s; with matmuls at the rates of their own shapes "
+        f"at the floor {1000 * step:.1f} ms per step, {tokens / step:,.0f} tokens/s; with matmuls at the rates of "
+        "their own shapes "
         f"{1000 * own:.1f} ms, {tokens / own:,.0f} tokens/s",
         f"MoE / dense twin at the floor {step / dense_step:.3f}; with own shapes {own / dense_own:.3f}",
         "bytes:",

@@ -18,7 +18,8 @@ run      trains two models at a time, one thread each, and adds a line per run t
 
 The law (Ludziejewski et al. 2502.05172): loss = a Ê^δ N^(α + γ ln Ê) + b Ê^ω D^(β + ζ ln Ê) + c, for N active
 parameters outside the tables and the head, D training tokens and E experts, where
-1 / Ê = 1 / (E - 1 + 1 / (1/2.1 - 1/294)) + 1/294. E = 1 is the dense twin. These two constants reproduce the paper's coefficients at E = 1, 8, 16 and 32 to 0.06%.
+1 / Ê = 1 / (E - 1 + 1 / (1/2.1 - 1/294)) + 1/294. E = 1 is the dense twin. These two constants reproduce the paper's
+coefficients at E = 1, 8, 16 and 32 to 0.06%.
 
 A tax is the time of the mixture's step over that of its dense twin's, which has the same active parameters. If the twin
 needs D' tokens for the loss of the mixture after D, then the speed-up in seconds is D' / (tax D). The unit of a loss is

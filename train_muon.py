@@ -145,8 +145,7 @@ class MuonConfig(TrainConfig):
 
 
 CPU_RUN = dict(data="data/python", num_iterations=750, batch_tokens=4096, seq_len=1024, micro_batch_tokens=4096,
-               val_every=125, val_tokens=2**18, warmup_steps=1, window_start=512, bucket_mb=1.0,
-               ngram_embed_lr=0.2)  # fmt: skip
+               val_every=125, val_tokens=2**18, warmup_steps=1, bucket_mb=1.0, ngram_embed_lr=0.2)  # fmt: skip
 SMALL_RUN = dict(num_iterations=3000, batch_tokens=131_072, seq_len=8192, micro_batch_tokens=16_384)
 
 PRESETS = {

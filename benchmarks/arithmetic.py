@@ -33,8 +33,9 @@ from zoo.recipes import ZOO_MUON  # noqa: E402
 
 STEPS, ROUTES = 600, 2**15  # optimizer steps of 4,096 bytes; tokens of validation text whose answers are looked at
 DATA = "data.py --source arithmetic --encoding bytes --max_tokens 4_000_000".split()
-BASE = """--preset cpu --seq_len 256 --window_size 256 --window L --attention A --batch_tokens 4096 --micro_batch_tokens 4096 --n_embd 64 --n_head 4
-          --head_dim 16 --mlp_ratio 4 --pattern D --value_embeds 0 --ngrams= --val_every 0 --sample_tokens 0""".split()
+BASE = """--preset cpu --seq_len 256 --window_size 256 --window L --attention A --batch_tokens 4096
+          --micro_batch_tokens 4096 --n_embd 64 --n_head 4 --head_dim 16 --mlp_ratio 4 --pattern D --value_embeds 0
+          --ngrams= --val_every 0 --sample_tokens 0""".split()
 
 
 def stack(layers: int) -> list[str]:
@@ -105,7 +106,10 @@ def run(args):
             ):
                 continue
             flags, folder = [*BASE, *MODELS[name]], Path(args.out_dir) / f"{name}_{seed}"
-            ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={args.steps}"
+            ours = (
+                f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} "
+                f"--num_iterations={args.steps}"
+            )
             words = [
                 "train_zoo.py",
                 *flags,
@@ -160,7 +164,8 @@ def curve(args):
                     },
                 )
                 print(
-                    f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, sums {accuracy(found, 'sum'):.3f}",
+                    f"{name}_{seed}, {loops} loops: chains {accuracy(found, 'chain'):.3f}, "
+                    f"sums {accuracy(found, 'sum'):.3f}",
                     flush=True,
                 )
 

@@ -85,7 +85,10 @@ def run(args):
                 str(max(1, steps // 8)),
                 f"--val_tokens={args.val_tokens}",
             ]
-            ours = f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} --num_iterations={steps}"
+            ours = (
+                f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} "
+                f"--num_iterations={steps}"
+            )
             if track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads):
                 folder.with_suffix(".begun").unlink()
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
@@ -154,7 +157,8 @@ def tables(lines: list[dict]) -> str:
             first = next(iter(runs.values()))
             mean = statistics.mean
             ends, warm = ({seed: line["val/bpb"] for seed, line in of[which].items()} for which in (name, "warm"))
-            gain = "" if name == "warm" or not ends.keys() & warm.keys() else "{:+.4f} ± {:.4f}".format(*track.paired(ends, warm))
+            is_paired = name != "warm" and ends.keys() & warm.keys()
+            gain = "{:+.4f} ± {:.4f}".format(*track.paired(ends, warm)) if is_paired else ""
             told = [list(line["information"].values()) for line in runs.values()]
             middle = (
                 [f"{mean([bits[len(bits) // 2] for bits in told]):.2f}", f"{mean([bits[-1] for bits in told]):.2f}"]

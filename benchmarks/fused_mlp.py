@@ -7,7 +7,7 @@ the up-projection's accumulators as the bf16 that the down-projection reads, and
 down-projection's backward. Nothing else is kept for backward: a = relu(h)^2 gives relu(h) back as sqrt(a).
 modded-nanogpt's record 59 does this for its dense MLP and reports a tenth of the MLP's time.
 
-    bash benchmarks/gpu.sh bench --rows moe_fused dense_fused    # whole steps beside those without; the parts: --only parts
+    bash benchmarks/gpu.sh bench --rows moe_fused dense_fused    # whole steps beside those without; parts: --only parts
 
 If it wins, the kernel moves to kernels.py and FusedMLP to model.py; if not, this file goes. tests/core/test_kernels.py
 checks it in Triton's interpreter and compiles it to machine code. Letters as in model.py; K and N are a matmul's inner

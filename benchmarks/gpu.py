@@ -3,14 +3,15 @@ options change.
 
     python benchmarks/gpu.py                                   # preset speedrun, 393,216 tokens per step, random tokens
     python benchmarks/gpu.py --data data/h200 --seconds 300    # real text; stop beginning new rows after 300 seconds
-    python benchmarks/gpu.py --only steps --rows moe dense --kernels   # two rows, and the kernels that their time goes to
+    python benchmarks/gpu.py --only steps --rows moe dense --kernels   # two rows, and the kernels behind their time
 
 Rows are pairs: a variant and what it is compared with take turns, round after round, in one process; a turn's first
 step is not counted. Figures are medians of steps timed by CUDA events, ratios medians over rounds. A step is
 train_muon.train_step with Muon, compiled.
 
-  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (facts.PEAK_FLOPS), FP8 matmuls counted like all others.
-           Attention counts every key inside the window: random tokens have no documents that would hide some
+  MFU      active FLOPs of a step / its seconds / the GPU's dense bf16 peak (facts.PEAK_FLOPS), FP8 matmuls counted like
+           all others. Attention counts every key inside the window: random tokens have no documents
+           that would hide some
   x floor  the step / the least time that floor.py computes for it at the matmul and copy rates measured here
   memory   largest allocation while the variant steps, less what was there before it was built
 
@@ -298,7 +299,8 @@ def kernel_table(stepper: Stepper, most: int = 45) -> str:
     lines = [f"{stepper.name}: {total / 1000:.1f} ms in kernels, {sum(e.count for e in rows):,} launches"]
     for e in rows[:most]:
         lines.append(
-            f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% {e.count:6d} x  {e.key[:110]}"
+            f"{e.self_device_time_total / 1000:9.2f} ms {100 * e.self_device_time_total / total:5.1f}% "
+            f"{e.count:6d} x  {e.key[:110]}"
         )
     return "\n".join(lines)
 
@@ -497,7 +499,8 @@ def data_part(args):
 def text(results: dict) -> str:
     lines = [
         f"{results['gpu']}, torch {results['torch']}: matmul {results['rates']['matmul'] / 1e12:,.0f} TFLOP/s, copy "
-        f"{results['rates']['memory'] / 1e12:.2f} TB/s; {results['tokens']:,} tokens per step, {results['micro']:,} at a time"
+        f"{results['rates']['memory'] / 1e12:.2f} TB/s; "
+        f"{results['tokens']:,} tokens per step, {results['micro']:,} at a time"
     ]
     if results["parts"]:
         lines.append(f"{'part, forward + backward of a micro-batch':<55}{'ms':>9}{'TFLOP/s':>9}")
@@ -507,12 +510,14 @@ def text(results: dict) -> str:
         ]
     if results["steps"]:
         lines.append(
-            f"{'row':<13}{'ms/step':>9}{'tokens/s':>11}{'MFU':>7}{'x floor':>9}{'ratio':>8} to {'':<8}{'MiB':>8}{'load':>6}"
+            f"{'row':<13}{'ms/step':>9}{'tokens/s':>11}{'MFU':>7}{'x floor':>9}"
+            f"{'ratio':>8} to {'':<8}{'MiB':>8}{'load':>6}"
         )
     for row in results["steps"]:
         load = "-" if row["load_max_over_mean"] is None else f"{row['load_max_over_mean']:.2f}"
         lines.append(
-            f"{row['row']:<13}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}{row['floors']:>9.2f}{row['ratio']:>8.3f}"
+            f"{row['row']:<13}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}"
+            f"{row['floors']:>9.2f}{row['ratio']:>8.3f}"
             f" to {row['against']:<8}{row['memory'] / 2**20:>8,.0f}{load:>6}  {row['what']}"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Scale on paper: what a step of this code would take, send and hold, on 1 GPU to 1,024 and with 124M to 100B
 parameters.
 
-    python benchmarks/scaling.py                                                   # table, where each scheme stops, scaling.png
+    python benchmarks/scaling.py                                 # table, where each scheme stops, scaling.png
     python benchmarks/scaling.py --gpu H200 --models 30x3584-e128k4 --scaling weak --json rows.json
 
 Nothing here is measured on a cluster. Bytes, optimizer state and Newton-Schulz FLOPs are those of cost.plan, parameters
@@ -14,16 +14,21 @@ Three schemes, as many as --expert_parallel can express:
   spread      as many ranks share the experts as divide both the ranks and the experts; rows cross nodes
 
 A step (seconds; rates are achieved ones, nominal times a fraction):
-  compute      model FLOPs of a rank / rate; where experts are shared, the busiest rank's experts do --imbalance times the mean
-  memory       held weights to bf16 and their gradients back to fp32 in each micro-batch, copies into buckets and out of them, the
-               optimizers' passes on the slowest owner: bytes / HBM rate
-  rows         four all-to-alls of rows and one of counts per routed layer and micro-batch; on the critical path, nothing hides them
-  gradients    each bucket leaves when the last backward has reached it and the one before has left; what outlasts backward is waited for
+  compute      model FLOPs of a rank / rate; where experts are shared, the busiest rank's experts do --imbalance times
+               the mean
+  memory       held weights to bf16 and their gradients back to fp32 in each micro-batch, copies into buckets and out of
+               them, the optimizers' passes on the slowest owner: bytes / HBM rate
+  rows         four all-to-alls of rows and one of counts per routed layer and micro-batch; on the critical path,
+               nothing hides them
+  gradients    each bucket leaves when the last backward has reached it and the one before has left; transfers that
+               outlast backward are waited for
   updates      Newton-Schulz on the slowest owner, at a rate that grows with the matrix; then the passes
-  values       each bucket goes back when its slowest owner has updated it, while the next is updated; the last one is waited for
+  values       each bucket goes back when its slowest owner has updated it, while the next is updated; the last one is
+               waited for
 The GPU and its link are two clocks (`two_clocks`), so the tail bucket, whose gradients come last, is exposed by itself.
-A ring's time is its hops plus the bytes that a rank sends over the slowest link. Between nodes that is --network times the ranks that the
-ring has in a node: each of them leads another ring out through its own adapter. MFU counts active parameters, as training does.
+A ring's time is its hops plus the bytes that a rank sends over the slowest link. Between nodes that is --network times
+the ranks that the ring has in a node: each of them leads another ring out through its own adapter. MFU counts active
+parameters, as training does.
 
 Memory of a rank: fp32 weights, the buckets' buffers (Transfer.send_buf and .recv_buf), the optimizer state of the
 busiest owner, --reserve, and the larger of two moments: backward (all gradients and the activations of a micro-batch,
@@ -545,15 +550,18 @@ def table(rows: list[dict]) -> str:
         lines += [
             "",
             f"{name}: {short(group[0]['parameters'])} parameters, {short(group[0]['active'])} active",
-            f"{'scaling':<8}{'GPUs':>5}{'experts':>9}{'tokens':>9}{'micro':>8}{'step':>14}{'exposed':>9}{'sent/GPU':>10}{'memory/GPU':>12}"
+            f"{'scaling':<8}{'GPUs':>5}{'experts':>9}{'tokens':>9}{'micro':>8}{'step':>14}"
+            f"{'exposed':>9}{'sent/GPU':>10}{'memory/GPU':>12}"
             f"{'fits':>6}{'MFU':>7}  bound by",
         ]
         for row in group:
             shared = "all here" if row["expert_parallel"] == 1 else f"over {row['expert_parallel']}"
             lines.append(
-                f"{row['scaling']:<8}{row['world_size']:>5}{shared:>9}{short(row['batch_tokens']):>9}{short(row['micro_batch_tokens']):>8}"
+                f"{row['scaling']:<8}{row['world_size']:>5}{shared:>9}{short(row['batch_tokens']):>9}"
+                f"{short(row['micro_batch_tokens']):>8}"
                 f"{1000 * row['step_seconds']:>11,.1f} ms{row['exposed']:>9.1%}{row['sent_bytes'] / 1e9:>7,.2f} GB"
-                f"{row['memory_bytes'] / 1e9:>9,.1f} GB{'yes' if row['fits'] else 'NO':>6}{row['mfu']:>7.1%}  {row['bound']}"
+                f"{row['memory_bytes'] / 1e9:>9,.1f} GB{'yes' if row['fits'] else 'NO':>6}"
+                f"{row['mfu']:>7.1%}  {row['bound']}"
             )
     return "\n".join(lines[1:])
 
@@ -787,7 +795,8 @@ def main():
     stops = stop_lines(rows, args)
     print(table(rows))
     print(
-        "\nWhere each scheme stops: the last number of GPUs on which it fits and keeps half of the best MFU on fewer GPUs"
+        "\nWhere each scheme stops: the last number of GPUs on which it fits and keeps "
+        "half of the best MFU on fewer GPUs"
     )
     print("\n".join(stops))
     if args.json:

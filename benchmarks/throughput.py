@@ -1,6 +1,6 @@
 """Training throughput on this machine's CPU: ours against Hugging Face's Mixtral, a plain nanoGPT, and our dense twin.
 
-    python benchmarks/throughput.py --suite mixtral                  # 8 rows of 512, both vocabularies (pip install transformers)
+    python benchmarks/throughput.py --suite mixtral    # 8 rows of 512, both vocabularies (pip install transformers)
     python benchmarks/throughput.py --suite dense_ratio granularity  # 32 rows of 512
     python benchmarks/throughput.py --shape bytes --contenders moe_adamw nanogpt_bf16 --rounds 2 --steps 1
 
@@ -11,8 +11,9 @@ it finds the caches, and the memory that it freed last, in other hands. Figures 
 median step; ratios are taken round by round. A step is forward, loss, backward, optimizer step and clearing the
 gradients, eager, on random tokens made beforehand. Ours is train_muon.train_step.
 
-  of matmul   active FLOPs of a step / its seconds / the matmul rate. Active FLOPs: 6 per matmul weight that a token meets (k of E experts,
-              router and head included, embeddings not) + 12 x keys x channels of causal attention
+  of matmul   active FLOPs of a step / its seconds / the matmul rate. Active FLOPs: 6 per matmul weight that a
+              token meets (k of E experts, router and head included, embeddings not) + 12 x keys x channels of causal
+              attention
   peak MiB    largest resident size of the process, less its size after the imports
   x floor     the step / the least time that floor.py computes for it on this machine; of ours only
 
@@ -191,9 +192,11 @@ def race(names: list[str], work: Work, rounds: int, steps: int) -> tuple[Race, R
 
 def table(race: Race) -> str:
     lines = [
-        f"matmul rate {statistics.median(race.matmul) / 1e9:,.0f} GFLOP/s; {race.tokens:,} tokens per step, {len(race.matmul)} rounds, "
+        f"matmul rate {statistics.median(race.matmul) / 1e9:,.0f} GFLOP/s; {race.tokens:,} tokens per step, "
+        f"{len(race.matmul)} rounds, "
         f"load average {race.load:.1f} before the first",
-        f"{'contender':<21}{'tokens/s':>10}{'ms/step':>10}{'MFLOP/token':>13}{'of matmul':>11}{'peak MiB':>10}{'x Mixtral':>11}{'x dense':>9}"
+        f"{'contender':<21}{'tokens/s':>10}{'ms/step':>10}{'MFLOP/token':>13}"
+        f"{'of matmul':>11}{'peak MiB':>10}{'x Mixtral':>11}{'x dense':>9}"
         f"{'x floor':>9}",
     ]
     for name in sorted(race.seconds, key=race.step):
@@ -357,7 +360,8 @@ def judgement(rows: list[dict]) -> str:
     )
     for r in rows:
         lines.append(
-            f"{r['what']:<40}{r['sense'] + ' ' + number(r['bound']):>10}{number(r['figure']):>10}{r['met']:>8}{number(r['ideal']):>14}"
+            f"{r['what']:<40}{r['sense'] + ' ' + number(r['bound']):>10}{number(r['figure']):>10}"
+            f"{r['met']:>8}{number(r['ideal']):>14}"
             f"{number(r['floors']):>17}"
         )
     return "\n".join(lines)

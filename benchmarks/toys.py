@@ -275,7 +275,8 @@ def accuracies(toy: Running, count: int = 4096) -> tuple[float, float, float]:
 
 def route(args):
     print(
-        "| controller | training | accuracy, soft | accuracy, one layer per step | identities off by |\n|---|---|---|---|---|"
+        "| controller | training | accuracy, soft | accuracy, one layer per step | identities off by |\n"
+        "|---|---|---|---|---|"
     )
     for controller in args.controller:
         for training in args.training:

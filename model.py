@@ -127,9 +127,6 @@ class Config:
         """Field of one letter per layer -> its legal letters."""
         return {"pattern": FEED_FORWARDS, "attention": ATTENTIONS, "window": WINDOWS}
 
-    def model_class(self) -> type:
-        return DEPTHS[self.depth]
-
     def per_layer(self, field: str) -> str:
         """One letter per layer: the pattern string tiled over n_layer."""
         return (getattr(self, field) * self.n_layer)[: self.n_layer]
@@ -940,7 +937,7 @@ DEPTHS = {"stack": GPT}  # key of `depth` -> class
 
 def build(config: Config, ranks: ExpertRanks = ALL_HERE) -> GPT:
     """The model of a Config, initialised with seed 0."""
-    return config.model_class()(config, ranks)
+    return config.tables()["depth"][config.depth](config, ranks)
 
 
 def count_parameters(config: Config) -> dict[str, int]:

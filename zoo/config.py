@@ -92,9 +92,6 @@ class Config(model.Config):
     def letters(self) -> dict:
         return super().letters() | LETTERS
 
-    def model_class(self) -> type:
-        return TABLES["depth"][self.depth]
-
     def describe_experts(self) -> str:
         """The experts on the model card."""
         width = lambda kind: f"{width_of(kind, self.hidden_size)[0]} wide " if has_matmuls(kind) else ""

@@ -868,11 +868,13 @@ class GPT(nn.Module):
 
     def compile_blocks(self) -> str:
         """Compile block by block, so that gradients are ready during backward and can be sent; returns a note."""
-        for block in self.blocks:
-            block.compile(fullgraph=self.ranks.size == 1, dynamic=False)  # an all-to-all breaks the graph
-        self.add_skip = torch.compile(self.add_skip, dynamic=False)
-        if self.head.device.type == "cpu":  # CUDA has a kernel
+        on_cpu = self.head.device.type == "cpu"
+        if on_cpu:  # CUDA has a kernel for either
             self.token_nll = torch.compile(self.token_nll, dynamic=False)
+            BlockedMask.attend = torch.compiler.disable(BlockedMask.attend)  # else a graph for each size of the window
+        for block in self.blocks:
+            block.compile(fullgraph=not on_cpu and self.ranks.size == 1, dynamic=False)  # all-to-alls break graphs too
+        self.add_skip, self.mix_layers = (torch.compile(f, dynamic=False) for f in (self.add_skip, self.mix_layers))
         return "compiled"
 
     def active_share(self, name: str) -> float:

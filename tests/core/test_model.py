@@ -1410,6 +1410,29 @@ def test_a_bf16_block_compiles_whole_and_never_again_when_routes_change():
     torch._dynamo.reset()
 
 
+def test_a_growing_window_compiles_nothing_anew_on_a_cpu(monkeypatch):
+    """Attention stays outside the graphs: its blocks of keys have other sizes for every window."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    backend, compile_function = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **names: compile_function(function, backend=backend, **names))
+    monkeypatch.setattr(model.BlockedMask, "attend", model.BlockedMask.attend)  # put back after the test
+    eager, compiled = (core(window="EELE", window_size=512).train() for _ in range(2))
+    assert compiled.compile_blocks() == "compiled"
+    (x, y), graphs = (text(1, 512, 0), text(1, 512, 1)), set()
+    for step, window in enumerate((128, 256, 384, 512)):
+        losses = []
+        for net in (eager, compiled):
+            net.set_step(SEED, step, window=window)
+            losses.append(net(x, y).loss)
+            losses[-1].backward()
+        assert torch.allclose(*losses, rtol=1e-5)
+        graphs.add(backend.frame_count)
+    assert len(graphs) == 1 and graphs.pop() > 0
+    torch._dynamo.reset()
+
+
 def test_gradients_in_bf16_do_not_depend_on_the_number_of_threads():
     """At preset cpu's shapes, so that processes that share a machine train the very run of one process."""
     generator, threads, grads = torch.Generator().manual_seed(1), torch.get_num_threads(), []

@@ -1607,7 +1607,7 @@ def compile_acts(shards, tmp_path, monkeypatch):
     train(tmp_path / "no", data=shards, num_iterations=1, compile="false")
     assert compiled == []
     train(tmp_path / "yes", data=shards, num_iterations=1, compile="true")
-    assert len(compiled) == 2 + 1 + 1  # two blocks, the skips and the loss
+    assert len(compiled) == 2 + 3  # two blocks; the skips, the mix of layers and the loss
 
 
 def shown_to(cls, monkeypatch, shards, tmp_path, **values) -> list:
@@ -2003,7 +2003,7 @@ def test_a_dense_model_trains_too(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_blocks_compile_whole_and_train_the_same_run(dtype, shards, tmp_path, monkeypatch):
+def test_compiled_blocks_train_the_same_run(dtype, shards, tmp_path, monkeypatch):
     """Tracing only: generating code would take minutes."""
     compile_function = torch.compile
     monkeypatch.setattr(

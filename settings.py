@@ -68,7 +68,7 @@ def micro_batch_rows(rows: int, hp, world: World) -> int:
     """Rows per forward pass: the most that fit micro_batch_tokens and divide this rank's share of the batch."""
     if rows % world.size:
         raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
-                       "change --batch_tokens or --nproc_per_node")  # fmt: skip
+                       "change --batch_tokens, --seq_len or --nproc_per_node")  # fmt: skip
     own_rows, max_rows = rows // world.size, max(1, hp.micro_batch_tokens // hp.seq_len)
     return max(n for n in range(1, own_rows + 1) if own_rows % n == 0 and n <= max_rows)
 

@@ -13,7 +13,7 @@ shift || true
 out=${GPU_OUT:-benchmarks/gpu}
 mkdir -p "$out"
 case "$part" in
-tests) python -m pytest -q -rs --durations=10 tests/test_gpu.py tests/test_kernels.py "$@" 2>&1 | tee "$out/tests.txt" ;;
+tests) python -m pytest -q -rs --durations=10 tests/core/test_gpu.py tests/core/test_kernels.py "$@" 2>&1 | tee "$out/tests.txt" ;;
 bench) python benchmarks/gpu.py --json "$out/bench.json" "$@" 2>&1 | tee "$out/bench.txt" ;;
 track) python benchmarks/track.py "$@" 2>&1 | tee -a "$out/track.txt" ;;
 *) echo "gpu.sh: error: say which part: tests, bench or track" >&2; exit 2 ;;

@@ -137,9 +137,11 @@ def plan_text(config: Config, hp, recipe, world_size: int) -> str:
     extra, sign = p["sent_bytes"] - p["all_reduce_bytes"], "+" if p["sent_bytes"] >= p["all_reduce_bytes"] else "-"
     reason = "padding" if hp.expert_parallel == 1 else "padding and experts that stay"
     busiest = p["newton_schulz_flops"] / max(p["newton_schulz_total"] / world_size, 1)
+    batch_rows = hp.batch_tokens // hp.seq_len
+    refused = f" (a run is refused: its {batch_rows} rows per step do not divide)" if batch_rows % world_size else ""
     rows = {
         "ranks": f"{world_size}, experts shared by {hp.expert_parallel}; "
-                 f"{hp.batch_tokens // world_size:,} tokens of each step per rank",
+                 f"{hp.batch_tokens // world_size:,} tokens of each step per rank{refused}",
         "parameters": f"{p['parameters']:,}, at most {p['held']:,} on a rank",
         "buckets": f"{len(sizes)} travel" + (f", {mib(min(sizes))} to {mib(max(sizes))} each" if sizes else ""),
         "sent per step": f"{mib(p['sent_bytes'])} per rank: a plain all-reduce's {mib(p['all_reduce_bytes'])} "

@@ -321,6 +321,9 @@ def test_the_plan_prints_without_data_or_ranks(monkeypatch):
     assert status == 0 and err == ""
     for label in ("sent per step", "padding", "optimizer state", "Newton-Schulz", "forward + backward"):
         assert label in out
+    assert "refused" not in out
+    status, out, err = call(lambda: train_muon.main(MUON), [*words, "--world_size", "16"])
+    assert status == 0 and "a run is refused: its 8 rows per step do not divide" in out
     status, out, err = call(lambda: train_muon.main(MUON), [*words, "--world_size", "0"])
     assert status != 0 and "world_size" in err
 

@@ -270,6 +270,13 @@ def test_the_readme_links_to_every_page_and_every_page_to_others(page):
     assert len(set(others)) >= 2, f"{page} links to {others}"
 
 
+def test_files_named_in_shell_scripts_exist():
+    scripts = [ROOT / "profile.sh", ROOT / ".ci/run", *ROOT.glob("benchmarks/*.sh")]
+    lines = [line for script in scripts for line in script.read_text().splitlines() if not line.startswith("#")]
+    named = set(re.findall(r"[\w/]+\.py\b", "\n".join(lines)))
+    assert len(named) >= 5 and all((ROOT / path).is_file() for path in named), named
+
+
 def test_the_file_tree_is_complete():
     tree = README[README.index("## The files") :].split("```")[1]
     shown = set(re.findall(r"[\w.]+(?:\.py|\.sh|/)", tree))

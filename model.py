@@ -732,7 +732,7 @@ class GPT(nn.Module):
         recent = slice(1 - max(lengths, default=1) - T, None)
         hashes = ops.ngram_hashes(ids_BS[:, recent], doc_BS[:, recent], max(lengths)) if lengths else []
         for n, table in zip(lengths, self.ngram_embeds):
-            x_BTD = x_BTD + F.embedding(hashes[n - 1][:, -T:] % len(table), table, sparse=self.sparse_tables)
+            x_BTD = x_BTD + ops.signed_rows(table, hashes[n - 1][:, -T:], self.sparse_tables)
         return x_BTD.to(DTYPES[self.config.dtype])
 
     def layer_value_embeds(self, ids_BT: Tensor) -> list[Tensor]:

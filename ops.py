@@ -212,6 +212,15 @@ def ngram_hashes(ids_BT: Tensor, doc_BT: Tensor, max_n: int) -> list[Tensor]:
     return hashes
 
 
+def signed_rows(table_RD: Tensor, hash_BT: Tensor, sparse: bool) -> Tensor:
+    """Each hash's row (B, T, D), each channel times +-1 by a second hash: n-grams of one row differ (record 83)."""
+    row_BTD = F.embedding(hash_BT % len(table_RD), table_RD, sparse=sparse)
+    word_W = torch.arange(1, 1 + -(-row_BTD.size(-1) // 32), dtype=torch.int32, device=hash_BT.device)
+    bit = torch.arange(32, dtype=torch.int32, device=hash_BT.device)
+    bits_BTD = (mix_bits(hash_BT[..., None] ^ mix_bits(word_W))[..., None] >> bit & 1).flatten(-2)
+    return row_BTD * (1 - 2 * bits_BTD[..., : row_BTD.size(-1)])
+
+
 def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -> Tensor:
     """32 random bits (T,), int32: a pure function of seed, step, layer and the token's number in the global batch."""
     seed, step, layer, token_T = ((x & 0xFFFFFFFF).to(torch.int32) for x in (seed ^ (seed >> 32), step, layer, token_T))
@@ -245,17 +254,13 @@ class LinearFP32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
-        return MATMULS_FP32.get((x_TD.device.type, x_TD.dtype), cast_matmul)(x_TD, weight_ED)
+        return MATMULS_FP32.get((x_TD.device.type, x_TD.dtype), lambda x, w: x.float() @ w.T)(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx, dy_TE):
         x_TD, weight_ED = ctx.saved_tensors
         dy_TE = dy_TE.type_as(x_TD)
         return dy_TE @ weight_ED.type_as(x_TD), (dy_TE.T @ x_TD).type_as(weight_ED)
-
-
-def cast_matmul(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return x_TD.float() @ weight_ED.T
 
 
 @torch.library.custom_op("nanomoe::split_matmul", mutates_args=())
@@ -287,9 +292,7 @@ def topk_argmax(score_TE: Tensor, k: int) -> Tensor:
     return torch.stack(chosen, dim=1)
 
 
-def topk_sort(score_TE: Tensor, k: int) -> Tensor:
-    return score_TE.topk(k).indices
-
+topk_sort = lambda score_TE, k: score_TE.topk(k).indices
 
 # -----------------------------------------------------------------------------
 # Grouped matmul: rows sorted by expert, ends_E the end of each expert's rows. N, K here: rows and columns of a matrix

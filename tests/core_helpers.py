@@ -260,15 +260,29 @@ def build_mask(kind, doc_BT, window: int):
 # 4. Hashes with Python's integers
 
 
+def slow_mix(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x ^ x >> 16
+
+
 def slow_hash(ids, t, n):
     """Hash of the n ids ids[t], ids[t - 1], ..., with Python's integers."""
-
-    def mix(x):
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = (x ^ x >> shift) * factor % 2**32
-        return x ^ x >> 16
-
     key = 0
     for back in range(n):
-        key = mix((key + ids[t - back]) % 2**32)
+        key = slow_mix((key + ids[t - back]) % 2**32)
     return key - 2**32 * (key >= 2**31)
+
+
+def slow_signs(key, width):
+    """+-1 per channel: the bits of the key mixed with 1 for 32 channels, with 2 for the next 32, ..."""
+    words = [slow_mix(key % 2**32 ^ slow_mix(1 + c // 32)) for c in range(width)]
+    return [1 - 2 * (word >> c % 32 & 1) for c, word in enumerate(words)]
+
+
+def slow_rows(ids_BT, table_RD, n):
+    """The signed rows (B, T, D) of the last n ids, in one document."""
+    padded = [[-1] * (n - 1) + ids for ids in ids_BT.tolist()]
+    keys = [[slow_hash(ids, t, n) for t in range(n - 1, len(ids))] for ids in padded]
+    signs = torch.tensor([[slow_signs(key, table_RD.size(1)) for key in row] for row in keys])
+    return table_RD[torch.tensor(keys) % len(table_RD)] * signs

@@ -41,7 +41,7 @@ from core_helpers import (
     same,
     settled,
     shaken,
-    slow_hash,
+    slow_rows,
     slow_visible,
     step_loss,
     text,
@@ -1085,9 +1085,7 @@ def slow_forward(net, x):
 
     summed = p["embed"][x]
     for table, length in enumerate(map(int, config.ngrams)):
-        padded = [[-1] * (length - 1) + ids for ids in x.tolist()]
-        row = [[slow_hash(ids, t + length - 1, length) % config.ngram_rows for t in range(T)] for ids in padded]
-        summed = summed + p[f"ngram_embeds.{table}"][torch.tensor(row)]
+        summed = summed + slow_rows(x, p[f"ngram_embeds.{table}"], length)
     x0 = h = rms(summed)
     value_table = {layer: t for t in range(config.value_embeds) for layer in (t, n - config.value_embeds + t)}
     inputs, outputs = [], []

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from core_helpers import EOT, far, norm_error, rng, slow_hash, text
+from core_helpers import EOT, far, norm_error, rng, slow_hash, slow_signs, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
@@ -164,6 +164,19 @@ def test_n_gram_hashes_equal_those_in_python_integers():
     for n in (1, 2, 3):
         padded = [-1] * (n - 1) + ids[0].tolist()
         assert hashes[n - 1][0].tolist() == [slow_hash(padded, t + n - 1, n) for t in range(12)]
+
+
+def test_signs_of_n_gram_rows_equal_those_in_python_integers_and_tell_n_grams_apart():
+    """Also with a number of channels that 32 does not divide, and with sparse gradients."""
+    hashes, table = torch.randint(-(2**31), 2**31, (4, 512), generator=rng(0)).int(), torch.ones(16, 72)
+    signs = ops.signed_rows(table.requires_grad_(), hashes, True)
+    assert signs[0, :9].tolist() == [slow_signs(key, 72) for key in hashes[0, :9].tolist()]
+    assert (signs.mean((0, 1)).abs() < 5 / 2048**0.5).all()
+    cosine = signs[0] @ signs[1].T / 72
+    assert abs(cosine.mean()) < 0.002 and abs(cosine.square().mean() * 72 - 1) < 0.02
+    signs.sum().backward()
+    rows = torch.zeros(16, 72).index_add_(0, hashes.flatten() % 16, signs.detach().flatten(0, 1))
+    assert table.grad.is_sparse and torch.equal(table.grad.to_dense(), rows)
 
 
 # -----------------------------------------------------------------------------

@@ -5,21 +5,8 @@ import functools
 import math
 
 import torch
+from core_helpers import slow_rows
 from helpers import EOT, VOCAB
-
-
-def slow_hash(ids, t, n):
-    """Hash of the n ids ids[t], ids[t - 1], ..., with Python's integers."""
-
-    def mix(x):
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = (x ^ x >> shift) * factor % 2**32
-        return x ^ x >> 16
-
-    key = 0
-    for back in range(n):
-        key = mix((key + ids[t - back]) % 2**32)
-    return key - 2**32 * (key >= 2**31)
 
 
 def rms(z):
@@ -42,13 +29,7 @@ def slow_forward(net, x):
 
     summed = p["embed"][x]
     for table, n in enumerate(map(int, config.ngrams)):
-        row = torch.tensor(
-            [
-                [slow_hash([-1] * (n - 1) + ids, t + n - 1, n) % config.ngram_rows for t in range(x.size(1))]
-                for ids in x.tolist()
-            ]
-        )
-        summed = summed + p[f"ngram_embeds.{table}"][row]
+        summed = summed + slow_rows(x, p[f"ngram_embeds.{table}"], n)
     if M:
         summed = torch.cat([p["meta_tokens"].expand(len(x), M, -1), summed], 1)
     x = torch.cat([torch.full((len(x), M), EOT), x], 1)

@@ -213,12 +213,11 @@ def ngram_hashes(ids_BT: Tensor, doc_BT: Tensor, max_n: int) -> list[Tensor]:
 
 
 def signed_rows(table_RD: Tensor, hash_BT: Tensor, sparse: bool) -> Tensor:
-    """Each hash's row (B, T, D), each channel times +-1 by a second hash: n-grams of one row differ (record 83)."""
+    """Each hash's row (B, T, D). The bits of a second hash are the signs of its channels, by 32 (record 83)."""
     row_BTD = F.embedding(hash_BT % len(table_RD), table_RD, sparse=sparse)
-    word_W = torch.arange(1, 1 + -(-row_BTD.size(-1) // 32), dtype=torch.int32, device=hash_BT.device)
     bit = torch.arange(32, dtype=torch.int32, device=hash_BT.device)
-    bits_BTD = (mix_bits(hash_BT[..., None] ^ mix_bits(word_W))[..., None] >> bit & 1).flatten(-2)
-    return row_BTD * (1 - 2 * bits_BTD[..., : row_BTD.size(-1)])
+    sign_BT32 = 1.0 - 2 * (mix_bits(hash_BT + 1)[..., None] >> bit & 1)
+    return row_BTD * sign_BT32.repeat(1, 1, -(-row_BTD.size(-1) // 32))[..., : row_BTD.size(-1)]
 
 
 def hashed_counter(seed: Tensor, step: Tensor, layer: Tensor, token_T: Tensor) -> Tensor:

@@ -275,9 +275,8 @@ def slow_hash(ids, t, n):
 
 
 def slow_signs(key, width):
-    """+-1 per channel: the bits of the key mixed with 1 for 32 channels, with 2 for the next 32, ..."""
-    words = [slow_mix(key % 2**32 ^ slow_mix(1 + c // 32)) for c in range(width)]
-    return [1 - 2 * (word >> c % 32 & 1) for c, word in enumerate(words)]
+    """+-1 per channel: the 32 bits of a second hash, over and over."""
+    return [1 - 2 * (slow_mix((key + 1) % 2**32) >> c % 32 & 1) for c in range(width)]
 
 
 def slow_rows(ids_BT, table_RD, n):

@@ -172,8 +172,8 @@ def test_signs_of_n_gram_rows_equal_those_in_python_integers_and_tell_n_grams_ap
     signs = ops.signed_rows(table.requires_grad_(), hashes, True)
     assert signs[0, :9].tolist() == [slow_signs(key, 72) for key in hashes[0, :9].tolist()]
     assert (signs.mean((0, 1)).abs() < 5 / 2048**0.5).all()
-    cosine = signs[0] @ signs[1].T / 72
-    assert abs(cosine.mean()) < 0.002 and abs(cosine.square().mean() * 72 - 1) < 0.02
+    cosine = signs[0, :, :32] @ signs[1, :, :32].T / 32
+    assert abs(cosine.mean()) < 0.003 and abs(cosine.square().mean() * 32 - 1) < 0.02
     signs.sum().backward()
     rows = torch.zeros(16, 72).index_add_(0, hashes.flatten() % 16, signs.detach().flatten(0, 1))
     assert table.grad.is_sparse and torch.equal(table.grad.to_dense(), rows)

@@ -213,10 +213,10 @@ def ngram_hashes(ids_BT: Tensor, doc_BT: Tensor, max_n: int) -> list[Tensor]:
 
 
 def signed_rows(table_RD: Tensor, hash_BT: Tensor, sparse: bool) -> Tensor:
-    """Each hash's row (B, T, D). The bits of a second hash are the signs of its channels, by 32 (record 83)."""
+    """Each hash's row (B, T, D), its channels times 32 signs from a second hash, so n-grams that share a row differ."""
     row_BTD = F.embedding(hash_BT % len(table_RD), table_RD, sparse=sparse)
     bit = torch.arange(32, dtype=torch.int32, device=hash_BT.device)
-    sign_BT32 = 1.0 - 2 * (mix_bits(hash_BT + 1)[..., None] >> bit & 1)
+    sign_BT32 = 1.0 - 2 * (mix_bits(hash_BT + 1)[..., None] >> bit & 1)  # modded-nanogpt record 83
     return row_BTD * sign_BT32.repeat(1, 1, -(-row_BTD.size(-1) // 32))[..., : row_BTD.size(-1)]
 
 

@@ -710,13 +710,10 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
 # Equality: the same global batch gives the same run however it is cut
 #
 # The router's noise and the balance loss are on: noise is a function of the token's place in the global batch, and the
-# balance
-# loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than the
-# preset's, the
-# scalars' most: in the first steps the true gradient of a skip weight is zero (what follows is normalised), and AdamW
-# divides what
-# rounding leaves of it by its own size. The seeds are those, of a few, whose closest choice between two experts is the
-# clearest.
+# balance loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than
+# the preset's, the scalars' most: in the first steps the true gradient of a skip weight is zero, and AdamW divides what
+# rounding leaves of it by its own size. The seeds are those, of 50, whose closest choice between two experts is clear
+# (the last one chosen is ahead by 2e-6 and 1e-6 or more) and whose first gradients leave AdamW little to divide.
 
 LAYOUT_RUN = dict(
     val_every=6,
@@ -732,8 +729,8 @@ LAYOUT_RUN = dict(
 )
 LAYOUT_RUNS = {  # a long mean of gradients and small rates, so that what rounding does stays small
     "muon": LAYOUT_RUN
-    | dict(seed=4, num_iterations=30, muon_lr=0.015, momentum=0.95, momentum_start=0.85, momentum_warmup=100),
-    "adamw": LAYOUT_RUN | dict(seed=28, num_iterations=12, matrix_lr=0.001),
+    | dict(seed=48, num_iterations=30, muon_lr=0.015, momentum=0.95, momentum_start=0.85, momentum_warmup=100),
+    "adamw": LAYOUT_RUN | dict(seed=36, num_iterations=12, matrix_lr=0.001),
 }
 
 

@@ -650,7 +650,7 @@ class Output(NamedTuple):
 class GPT(nn.Module):
     """Tokens to logits or loss. forward changes nothing but the cache; the training loop calls set_step and balance."""
 
-    block_type, cache_type = Block, KVCache
+    block_type, cache_type, mask_type = Block, KVCache, None  # None: the device's fastest
     encoding: str | None = None  # data.py's name of the tokens' encoding, set when a checkpoint is loaded
     sparse_tables = False  # whether gradients of n-gram tables are sparse, set by train_muon.Exchange
 
@@ -748,7 +748,7 @@ class GPT(nn.Module):
         seed, step, first_token, window = self.clock.unbind()
         position_S = torch.arange(doc_BS.size(1), device=device)
         position_T = position_S[-T:]
-        mask_type = fastest_mask(device.type, T) if cache is None else DecodeMask
+        mask_type = DecodeMask if cache is not None else self.mask_type or fastest_mask(device.type, T)
         masks = {letter: mask_type(position_T, position_S, doc_BT, doc_BS, tokens)
                  for letter, tokens in window_sizes(config.window, window).items()}  # fmt: skip
         cos, sin = ops.rotary_tables(position_T, config.head_dim, DTYPES[config.dtype])
@@ -871,7 +871,8 @@ class GPT(nn.Module):
         on_cpu = self.head.device.type == "cpu"
         if on_cpu:  # CUDA has a kernel for either
             self.token_nll = torch.compile(self.token_nll, dynamic=False)
-            BlockedMask.attend = torch.compiler.disable(BlockedMask.attend)  # else a graph for each size of the window
+            attend = torch.compiler.disable(BlockedMask.attend)  # else a graph for each size of the window
+            self.mask_type = type("UncompiledMask", (BlockedMask,), {"attend": attend})
         for block in self.blocks:
             block.compile(fullgraph=not on_cpu and self.ranks.size == 1, dynamic=False)  # all-to-alls break graphs too
         self.add_skip, self.mix_layers = (torch.compile(f, dynamic=False) for f in (self.add_skip, self.mix_layers))

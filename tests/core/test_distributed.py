@@ -80,7 +80,7 @@ def resumed(source: str, **values) -> dict:
 
 
 DEPTHS = {
-    "depth2_loop": dict(depth="loop", loops=3, halt="act", halt_threshold=0.2, attention="KA"),
+    "depth2_loop": dict(depth="loop", loops=3, halt="act", halt_threshold=0.2, attention="KA", seed=4),
     "depth2_pool": dict(depth="routed", loops=3, identity_layers=1),
 }
 PLANTED = {f"plant{i}": plant for i, plant in enumerate(ODD)}

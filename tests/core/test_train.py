@@ -712,8 +712,8 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
 # The router's noise and the balance loss are on: noise is a function of the token's place in the global batch, and the
 # balance loss weighs with the load of the step before, so both must be the same on every layout. Rates are lower than
 # the preset's, the scalars' most: in the first steps the true gradient of a skip weight is zero, and AdamW divides its
-# rounding error by its own size. The seeds were picked from 50. In their runs the k-th expert of a token is ahead of the
-# next one by at least 2e-6 (Muon) and 1e-6 (AdamW), and other layouts of Muon's run differ least.
+# rounding error by its own size. The seeds were picked from 50. In their runs the k-th expert of a token is ahead of
+# the next one by at least 2e-6 (Muon) and 1e-6 (AdamW), and other layouts of Muon's run differ least.
 
 LAYOUT_RUN = dict(
     val_every=6,

@@ -19,6 +19,7 @@ full and ablate continue where they were cut off. After -- comes any script that
 flags. Every run is a process of its own, and its last evaluation is its only one. Paths are relative to the root of the
 repository."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -128,6 +129,7 @@ class Row:
         status = launch([self.script, *self.flags, *as_flags(settings)], self.track.get("threads"))
         if status:
             raise UserError(f"{self.script} ended with status {status}; its error is above")
+        shutil.rmtree(out / name / "checkpoint")  # 4 GB with large tables, for each run in the same folder
         return logger.read_run(out / name)["rows"]
 
     def step_ms(self, out: Path, name: str) -> float:
@@ -172,7 +174,7 @@ def pinned_corpus(track: dict, folder: Path) -> dict:
     meta = data.load_meta(folder)
     corpus = meta.get("corpus_sha256") or shards_sha256(meta)
     wanted = {"source": track["source"], "encoding": track["encoding"], "max_tokens": None, "split_seed": 0}
-    if corpus != pinned or wanted.items() - meta["request"].items():
+    if corpus != pinned or any(meta["request"].get(name) != value for name, value in wanted.items()):
         download = f"{track['download']} && " if "download" in track else ""
         commands = f"{download}{track['prepare']} --out {folder}"
         mend = f"remove it and run `{commands}`; other text serves runs without --record"
@@ -296,6 +298,7 @@ def short(args):
     budget = None if args.steps else args.seconds or track["seconds"]["short"]
     for line in earlier:  # more seeds of the same
         check_same_run(line, row, steps, args, log)
+        budget = line.get("budget")
     with tempfile.TemporaryDirectory() as folder:
         if steps is None:
             say(f"timing {3 * TIMED_STEPS} steps")
@@ -362,6 +365,9 @@ def compare(args):
     if not a or not b:  # names without their length
         a, b = longest_in_common(lines, args.names)
     check_same_text(a, b)
+    lengths = [base_and_length(lines[0])[1] for lines in (a, b)]
+    if None not in lengths and lengths[0] != lengths[1]:
+        say(f"note: {a[0]['name']!r} had {lengths[0]:g} s, {b[0]['name']!r} {lengths[1]:g} s")
     a_by_seed, b_by_seed = by_seed(a, metric), by_seed(b, metric)
     both = sorted(a_by_seed.keys() & b_by_seed.keys())
     if not both:
@@ -471,8 +477,10 @@ class Stepper:
     """A row's model and optimizers in this process, in the middle of its schedules, to time one step at a time."""
 
     def __init__(self, row: Row):
-        config, hp = row.config, dataclasses.replace(row.hp, num_iterations=4 * PAIRS)
         world, recipe, self.number = World(0, 1, torch.device(row.track["device"])), row.recipe, 2 * PAIRS
+        given = argparse.Namespace(**dict.fromkeys(given_flags(row.flags)))
+        config, hp = settings.resolve(row.config, row.hp, recipe, given, world.device)  # the vocabulary of the data
+        hp = dataclasses.replace(hp, num_iterations=4 * PAIRS)
         net, timer = model.build(config).to(world.device).train(), logger.PhaseTimer(world.device.type)
         exchange = train_muon.Exchange(net, world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
@@ -509,18 +517,22 @@ def ablate(args):
     track = logger.read_json(log.parent / "track.json")
     timing_file = (ROOT / args.plan).with_suffix(".timing.json")
     timing = logger.read_json(timing_file) if timing_file.exists() else {}
-    commands = ablation_commands(plan)
-    rows = {name: Row(track, command, args.data) for name, command in commands.items()}
-    torch.set_num_threads(track["threads"])
-    for name in (name for name in commands if name not in timing and name != base_of(name)):
+    commands, lines = ablation_commands(plan), read_tuning(log, *KEYS)
+    is_done = lambda name: all(any(seed in line["seeds"] for line in choose_lines(lines, name)) for seed in args.seeds)
+    missing = [name for name in commands if not is_done(name) or name not in timing and name != base_of(name)]
+    needed = {*missing, *map(base_of, missing)}
+    rows = {name: Row(track, command, args.data) for name, command in commands.items() if name in needed}
+    if track.get("threads"):
+        torch.set_num_threads(track["threads"])
+    for name in (name for name in missing if name not in timing and name != base_of(name)):
         timing[name] = pace(rows[name], rows[base_of(name)])
         write_json(timing_file, timing)
         ratio, base_ms = timing[name]["ratio"], timing[name]["base_ms"]
         print(f"{name}: {ratio:.3f} of its base's {base_ms:.1f} ms per step", flush=True)
-    track["threads"] = args.threads or track["threads"]
+    track["threads"] = args.threads or track.get("threads")
     for seed in args.seeds:
-        for name, row in rows.items():
-            lines = [line for line in read_tuning(log, *KEYS) if line["name"] == name]
+        for name in missing:
+            row, lines = rows[name], choose_lines(read_tuning(log, *KEYS), name)
             steps = ablation_steps(track, timing, name)
             if any((line["flags"], line["steps"]) != (row.facts["flags"], steps) for line in lines):
                 where = f"{name!r} is in {log} with other flags or steps than the plan's"
@@ -531,7 +543,12 @@ def ablate(args):
                 check_settings(line, row)
             with tempfile.TemporaryDirectory() as folder:
                 print(name, flush=True)
-                append_line(log, name, row, steps, [seed], [row.result(Path(folder), seed, steps)], None, None)
+                try:
+                    results = [row.result(Path(folder), seed, steps)]
+                except UserError as error:  # a loss that is not finite is a result too
+                    results = []
+                    say(f"{name}, seed {seed}: {error}")
+                append_line(log, name, row, steps, [seed], results, None, None)
     print(ablation_table(plan, track, timing, read_tuning(log, *KEYS)))
 
 

@@ -40,6 +40,7 @@ from tools.records import (  # noqa: E402
     ANY_TORCH,
     confidence_half_width,
     find_tracks,
+    format_history,
     plot_history,
     read_history,
     read_record,
@@ -168,6 +169,13 @@ def test_the_table_of_results_is_that_of_the_logs():
     message = "put the output of `python logger.py --records` between the markers of docs/results.md"
     assert between == printed(ROOT), message + ", with ../ before its links"
     check_table(between, ROOT)
+
+
+def test_the_readme_has_row_1_and_the_newest_two_rows_of_track_cpu():
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^\| \d+ \| .*", readme[readme.index("## Records") :], re.M)
+    rows = re.findall(r"^\| \d+ \| .*", format_history(Path("records/cpu"), *read_history(ROOT / "records/cpu")), re.M)
+    assert shown == [rows[0], *rows[-2:]]
 
 
 RULES = json.loads((ROOT / "records/cpu/track.json").read_text())

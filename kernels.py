@@ -52,15 +52,15 @@ def softcap_nll_kernel(z_ptr, target_ptr, nll_ptr, inverse_half_cap, bits, vocab
         sums += tl.where(col < vocab_size, tl.exp2(s * bits - bits / 2), 0.0)
     total = tl.sum(sums)
     inverse_total = 1 / total
-    counts = tl.where(target >= 0, 1.0, 0.0)
+    has_target = tl.where(target >= 0, 1.0, 0.0)
     s_target = sigmoid(z_target * inverse_half_cap, INTERPRETED)
-    tl.store(nll_ptr + t, counts * (tl.log(total) - (s_target - 0.5) * bits * 0.6931471805599453))
+    tl.store(nll_ptr + t, has_target * (tl.log(total) - (s_target - 0.5) * bits * 0.6931471805599453))
     for start in range(0, padded_size, BLOCK):
         col = start + cols
         z = tl.load(row_ptr + col, mask=col < vocab_size, other=0.0).to(tl.float32)
         s = sigmoid(z * inverse_half_cap, INTERPRETED)
         p = tl.where(col < vocab_size, tl.exp2(s * bits - bits / 2) * inverse_total, 0.0)
-        dz = (p - tl.where(col == target, 1.0, 0.0)) * (4 * counts) * s * (1 - s)
+        dz = (p - tl.where(col == target, 1.0, 0.0)) * (4 * has_target) * s * (1 - s)
         tl.store(row_ptr + col, dz, mask=col < padded_size)
 
 

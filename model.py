@@ -52,7 +52,7 @@ class Config:
     head_dim: int = 128
     # mixture of experts
     pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
-    mlp_ratio: float = 4.0  # active hidden width / n_embd: a dense MLP's, or a token's experts' together
+    mlp_ratio: float = 4.0  # active hidden width / n_embd: a dense MLP's, or a token's experts' (besides shared_dim)
     num_experts: int = 8
     experts: str = "mlp"  # a key of EXPERTS
     top_k: int = 2
@@ -60,7 +60,7 @@ class Config:
     shared_dim: int = 0  # hidden width of all shared experts together; 0 = each is as wide as a routed one
     router: str = "linear"  # a key of ROUTERS
     router_noise: float = 1.0  # scale of the learned noise on the logits in training; 0 = none
-    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this; 1 counts as 0 at top-1
+    norm_topk_prob: float = 1.0  # gates = kept scores / their sum ** this; at top-1, 1 acts as 0
     balance_coef: float = 0.01  # weight of the Switch load-balancing loss
     balance_window: int = 1  # optimizer steps whose counts make up the load in that loss
     z_coef: float = 0.001  # weight of the router z-loss
@@ -78,7 +78,7 @@ class Config:
     ngram_rows: int = 2**14  # rows of each of these tables
     # head and precision
     softcap: float = 15.0  # logits lie in (0, 2 * softcap)
-    head: str = "bf16"  # precision of the head's matmuls in training: a key of ops.HEADS
+    head: str = "bf16"  # the head's matmuls in training: a key of ops.HEADS; bf16 means `dtype`
     dtype: str = "bf16"  # of activations: a key of DTYPES
 
     def __post_init__(self):
@@ -113,11 +113,11 @@ class Config:
         require(self, "num_experts", self.num_experts < 2**15, "below 32768, as dispatch sorts 16-bit ids")
         require(self, "top_k", self.top_k <= self.num_experts, f"at most num_experts = {self.num_experts}")
         width = self.mlp_ratio * self.n_embd / self.equal_experts
-        share = f"mlp_ratio * n_embd / {self.equal_experts} = {width}, the width of one of a token's top_k + "
-        share += "num_shared_experts (without those that have a shared_dim),"
+        share = f"mlp_ratio * n_embd / {self.equal_experts} = {width}, the width of one of a token's equal experts,"
         require(self, "mlp_ratio", width > 0 and width % 8 == 0, f"such that {share} is a multiple of 8")
         require(self, "shared_dim", self.shared_dim % 8 == 0, "a multiple of 8")
         require(self, "shared_dim", self.shared_dim == 0 or self.num_shared_experts > 0, "0 without num_shared_experts")
+        require(self, "softcap", self.softcap <= 64, "at most 64, as the loss adds up exp(+-softcap) in fp32")
 
     def tables(self) -> dict[str, dict]:
         """Field -> the table whose keys are its legal values."""
@@ -151,7 +151,7 @@ class Config:
 
     @property
     def hidden_size(self) -> int:
-        """Hidden width of one expert; a token's experts together cost a dense MLP of width mlp_ratio * n_embd."""
+        """Hidden width of one expert; a token's experts, besides shared_dim, cost a dense MLP of mlp_ratio * n_embd."""
         return int(self.mlp_ratio * self.n_embd / self.equal_experts)
 
     @property
@@ -193,7 +193,7 @@ class DenseMask:
 
 
 class DecodeMask:
-    """For queries behind a KV cache: a dense mask per block of queries, without the keys beyond its windows."""
+    """For queries behind a KVCache (below): a dense mask per block of queries, without the keys beyond its windows."""
 
     def __init__(self, q_position: Tensor, kv_position: Tensor, q_doc_BT: Tensor, kv_doc_BS: Tensor, window: Tensor):
         (T, S), self.blocks = (len(q_position), len(kv_position)), []
@@ -221,13 +221,13 @@ class BlockedMask:
         T, reach = q_position.numel(), int(window)
         first_B1T1, key_S = first_visible(kv_position, kv_doc_BS, window)[:, None, :, None], kv_position.int()
         later = torch.ones(self.BLOCK, self.BLOCK, dtype=torch.bool, device=key_S.device).triu(1)
-        self.blocks = []  # (query slice, key slice, hidden keys of that block)
+        self.blocks = []  # (query slice, key slice, masked keys of that block)
         for start in range(0, T, self.BLOCK):
             q = slice(start, min(start + self.BLOCK, T))
             kv = slice(max(0, start - reach + 1) // 16 * 16, q.stop)
-            hidden_B1QK = key_S[kv] < first_B1T1[:, :, q]
-            hidden_B1QK[..., start - q.stop :] |= later[: q.stop - start, : q.stop - start]
-            self.blocks.append((q, kv, hidden_B1QK))
+            masked_B1QK = key_S[kv] < first_B1T1[:, :, q]
+            masked_B1QK[..., start - q.stop :] |= later[: q.stop - start, : q.stop - start]
+            self.blocks.append((q, kv, masked_B1QK))
 
     def attend(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
         to_NTC = lambda x_BHTC: x_BHTC.flatten(0, 1).contiguous()
@@ -432,7 +432,7 @@ class LinearRouter(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.top_k, self.noise_scale, self.norm_power = config.top_k, config.router_noise, config.norm_topk_prob
-        self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+        self.gate = nn.Parameter(torch.empty(config.num_experts, config.n_embd))  # W; the gates are Route.weight_TK
         self.noise = nn.Parameter(torch.empty(config.num_experts, config.n_embd)) if config.router_noise else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Route:
@@ -460,7 +460,7 @@ def softmax_gates(logits_TE: Tensor, expert_TK: Tensor, norm_power: float) -> Te
     if norm_power == 1 and kept_TK.size(1) > 1:
         return ops.softmax(kept_TK)
     share = (kept_TK.logsumexp(-1, keepdim=True) - logits_TE.logsumexp(-1, keepdim=True)).exp()
-    return ops.softmax(kept_TK) * share ** (1 - norm_power or 1)  # at top-1 a gate of 1 would train no router
+    return ops.softmax(kept_TK) * share ** ((1 - norm_power) or 1)  # at top-1 a gate of 1 would train no router
 
 
 ROUTERS = {"linear": LinearRouter}  # key of `router` -> class
@@ -488,8 +488,8 @@ EXPERTS = {"mlp": MLPExperts}  # key of `experts` -> class
 def dispatch(x_TD: Tensor, route: Route, experts) -> tuple[Tensor, Tensor]:
     """The gated sum (T, D) of each token's K experts, and tokens per expert (E,), int64. Dropless, whatever the load.
 
-    experts(rows_RD sorted by expert, ends_E) -> rows_RD. A token with expert id E has no expert: its rows are sorted
-    last. Gates multiply after the experts: ReLU^2 is of degree 2, so a gate before them would count twice."""
+    experts(rows_RD sorted by expert, ends_E) -> rows_RD. Expert id E means none: `experts` must zero these last rows.
+    Gates multiply after the experts: ReLU^2 is of degree 2. slot_R: slot t K + k of a sorted row; row_TK: inverse."""
     (T, K), E = route.expert_TK.shape, route.logits_TE.size(1)
     expert_R, slot_R = route.expert_TK.flatten().to(torch.int16).sort(stable=True)  # radix sort: 5x faster than int64
     row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(T * K, device=x_TD.device)).view(T, K)
@@ -518,7 +518,7 @@ ALL_HERE = ExpertRanks()
 def expert_all_to_all(group, experts, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
     """experts(rows, ends) for experts spread over the ranks of `group`: rows travel to their expert's rank and back.
 
-    One host synchronisation: an all-to-all needs row counts on the host. A rank may receive any number of rows."""
+    One host synchronisation, for the row counts. A rank may receive any number of rows. Not called on one rank."""
     N = dist.get_world_size(group)
     sent_NE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(N, -1)  # rows from here, per rank and expert on it
     received_NE = torch.empty_like(sent_NE)
@@ -643,8 +643,8 @@ class Output(NamedTuple):
     """Result of GPT.forward."""
 
     logits: Tensor | None  # (B, T, V), softcapped, padded ids at -inf; None when targets are given
-    loss: Tensor | None  # nats per token, plus the auxiliary losses in training; None without targets
-    stats: dict[str, Tensor]  # ce, balance_loss, z_loss, entropy, router_loss (0-d), counts_LE; zeros while decoding
+    loss: Tensor | None  # nats / (B T), plus the auxiliary losses in training; None without targets
+    stats: dict[str, Tensor]  # balance_loss, z_loss, entropy, router_loss (0-d), counts_LE; with targets also ce
 
 
 class GPT(nn.Module):
@@ -705,14 +705,14 @@ class GPT(nn.Module):
 
     def run_blocks(self, x0_BTD: Tensor, contexts: list[Context]) -> tuple[Tensor, list[RouteStats]]:
         """Every block once. The second half reads the first half's outputs in mirror order, U-net style (record 11)."""
-        x_BTD, outputs, added, stats = x0_BTD.clone(), [], [], []  # a compiled Function takes no tensor twice
+        x_BTD, outputs, added, stats = x0_BTD.clone(), [], [], []  # block 0 compiled must not get one tensor twice
         num_down = len(self.blocks) - len(self.skip_weights)
         for layer, (block, ctx) in enumerate(zip(self.blocks, contexts)):
             if layer >= num_down:
                 x_BTD = self.add_skip(self.skip_weights[layer - num_down], x_BTD, outputs[len(self.blocks) - 1 - layer])
             y_BTD, layer_stats = block(x_BTD, x0_BTD, ctx)
             outputs.append(y_BTD)
-            added.append(y_BTD - x_BTD)  # not y: all y are parallel at first, so their weights' gradients are rounding
+            added.append(y_BTD - x_BTD)  # y alone would not do: at first all y are parallel
             stats, x_BTD = stats + layer_stats, y_BTD
         return self.mix_layers(x_BTD, added), stats
 

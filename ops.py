@@ -54,7 +54,7 @@ def norm(x: Tensor) -> Tensor:
 class RMSNorm(torch.autograd.Function):
     """y = x / rms(x), saving y and 1 / rms: in bf16 on a CPU a quarter of the time of F.rms_norm, forward and backward.
 
-    In bf16 the factor 1 / rms is rounded too, so a row may be up to 0.4% too long or short as a whole."""
+    In bf16 the steps to 1 / rms are rounded too, so a row may be about 1% too long or short as a whole."""
 
     @staticmethod
     def forward(ctx, x):
@@ -156,7 +156,7 @@ class Rotation(torch.autograd.Function):
 
 
 def blocked_attention(q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor, blocks: list) -> Tensor:
-    """softmax(q k^T) v over (N = B*H, T, C), q already scaled. blocks: (query slice, key slice, hidden keys)."""
+    """softmax(q k^T) v over (N = B*H, T, C), q already scaled. blocks: (query slice, key slice, masked keys)."""
     return BlockedAttention.apply(q_NTC, k_NTC, v_NTC, blocks, torch.is_grad_enabled())
 
 
@@ -166,9 +166,9 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_NTC, k_NTC, v_NTC, blocks, with_gradients):
         y_NTC, probabilities = torch.empty_like(q_NTC), []
-        for q, kv, hidden_B1QK in blocks:
+        for q, kv, masked_B1QK in blocks:
             score = torch.bmm(q_NTC[:, q], k_NTC[:, kv].mT)
-            score.unflatten(0, (len(hidden_B1QK), -1)).masked_fill_(hidden_B1QK, -math.inf)
+            score.unflatten(0, (len(masked_B1QK), -1)).masked_fill_(masked_B1QK, -math.inf)
             p = score.softmax(-1)
             y_NTC[:, q] = torch.bmm(p, v_NTC[:, kv])
             if with_gradients:
@@ -278,7 +278,7 @@ MATMULS_FP32 = {("cuda", torch.bfloat16): split_matmul}
 
 
 def top_k(score_TE: Tensor, k: int) -> Tensor:
-    """Indices (T, k) of the largest scores."""
+    """Indices (T, k) of the largest scores; among equal ones, as those of a new router, any may come first."""
     few_on_gpu = k <= 4 and score_TE.device.type != "cpu"  # where topk takes twice as long as a few argmaxes
     return (topk_argmax if few_on_gpu else topk_sort)(score_TE, k)
 
@@ -449,9 +449,9 @@ FP8_RANGE = {"weight": 24.0, "dz": 1.0}
 
 
 def fp8_scale(name: str, n_embd: int) -> float:
-    """Divisor before the cast to FP8: the largest magnitude becomes 448, the maximum of e4m3.
+    """Divisor before the cast to FP8: the largest magnitude becomes 448, the maximum of e4m3 (and far below e5m2's).
 
-    Inputs of the head are RMS-normed, so their magnitudes are at most sqrt(n_embd)."""
+    "x", the head's input, is RMS-normed, so its magnitudes are at most sqrt(n_embd)."""
     return FP8_RANGE.get(name, math.sqrt(n_embd)) / 448
 
 
@@ -507,13 +507,13 @@ def softcap_nll(z_TV: Tensor, target_T: Tensor, vocab_size: int, softcap: float)
     e_TV = torch.rsub(s_TV, -bits / 2, alpha=-bits).exp2_()
     e_TV[:, vocab_size:] = 0
     total_T1 = e_TV.sum(-1, keepdim=True)
-    counts_T1 = (target_T >= 0)[:, None].float()
+    has_target_T1 = (target_T >= 0)[:, None].float()
     target_T1 = target_T.clamp(min=0)[:, None]
     nll_T1 = total_T1.log() - softcap * (2 * s_TV.gather(1, target_T1) - 1)
-    dlogit_TV = e_TV.mul_(4 * counts_T1 / total_T1).scatter_add_(1, target_T1, -4 * counts_T1)  # four times
+    dlogit_TV = e_TV.mul_(4 * has_target_T1 / total_T1).scatter_add_(1, target_T1, -4 * has_target_T1)  # times 4
     dz_TV = dlogit_TV.mul_(s_TV)  # a logit's slope over z is 4 s (1 - s)
     z_TV.copy_(dz_TV.sub_(s_TV.mul_(dz_TV)))  # addcmul_ rounds otherwise once it is traced
-    return (nll_T1 * counts_T1).squeeze(1)
+    return (nll_T1 * has_target_T1).squeeze(1)
 
 
 LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # logits in memory at a time

@@ -942,6 +942,7 @@ BAD = [
     ("num_shared_experts", -1, "at least 0"), ("shared_dim", -8, "at least 0"),
     ("shared_dim", 8, "0 without num_shared_experts"),
     ("mlp_ratio", 0.0, "above 0"), ("attn_scale", -1.0, "above 0"), ("softcap", 0.0, "above 0"),
+    ("softcap", 65.0, "at most 64"),
     ("softcap", math.nan, "finite"),
     ("mlp_ratio", math.inf, "mlp_ratio"), ("router", "lineer", "linear"), ("experts", "mpl", "mlp"),
     ("depth", "stak", "stack"),

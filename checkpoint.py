@@ -114,7 +114,11 @@ def config_of(manifest: dict) -> Config:
     fields, named = current_fields(manifest["model"]), manifest.get("config_class")
     core = {field.name: fields[field.name] for field in dataclasses.fields(Config) if field.name in fields}
     if named == "model.Config" or fields.keys() == core.keys():
-        return Config(**core)
+        try:
+            return Config(**core)
+        except UserError as error:
+            mend = "if a file of your own adds it, import that file first (docs/extending.md)"
+            raise UserError(f"{error}; {mend}") from error
     if named and not named.startswith("zoo."):
         raise UserError(f"the manifest names the class {named}; only those of model and zoo are known")
     zoo = importlib.import_module("zoo")
@@ -249,8 +253,9 @@ def write_checkpoint(folder: Path, step: int, slabs: dict, facts: dict, world: W
         bad = [name for name, slab in slabs.items() if not all(value.isfinite().all() for value in slab.values())]
         if bad:
             report = {"failure": f"{bad[0]} is not finite"}
-    except Exception as error:  # the other ranks wait for a report; torch.save raises RuntimeError on a full disk
-        report = {"failure": str(error) or type(error).__name__}
+    except Exception as error:  # the other ranks wait for a report
+        free = f"; {shutil.disk_usage(partial).free / 2**20:,.0f} MiB are free there" if partial.exists() else ""
+        report = {"failure": f"{error or type(error).__name__}{free}"}  # torch.save names no reason on a full disk
     saver.post(f"{key}/{world.rank}", json.dumps(report))
 
     if world.rank == 0:

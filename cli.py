@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def command_line(script: str = "", *mistakes: type[Exception]):
 # Flags
 
 
+def said_by_another() -> bool:
+    """Whether torchrun's first process on this host prints a mistake in the flags, which all its processes meet.
+
+    The others wait a second, as torchrun ends the first once one of them has failed."""
+    is_other = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    if is_other:
+        time.sleep(1.0)
+    return is_other
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an error is one sentence that names the script; help has one line per flag.
 
@@ -67,8 +78,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("-h", "--help", nargs="?", const="", action=PrintHelp, help="print this text")
 
     def error(self, message: str):
-        said_by_another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        self.exit(2, None if said_by_another else f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, None if said_by_another() else f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -319,4 +329,6 @@ def write_atomically(path: Path, write):
     """Replace a file through write(temporary path): a crash or a full disk leaves the old content."""
     temporary = path.with_name(f".{path.name}.partial{path.suffix}")
     write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())  # else a crash of the system after the rename can leave an empty file
     os.replace(temporary, path)

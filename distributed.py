@@ -24,8 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import model
-from cli import UserError
+from cli import UserError, said_by_another
 from model import Config, ExpertRanks
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # -----------------------------------------------------------------------------
 # Ranks
@@ -63,11 +66,18 @@ class World(NamedTuple):
 
     def store(self) -> dist.Store:
         """A connection to the store that all ranks share; each thread needs its own, as a blocking read holds it."""
-        if self.size == 1:
-            return dist.HashStore()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
-        return dist.PrefixStore(self.run_id, client)
+        return dist.HashStore() if self.size == 1 else dist.PrefixStore(self.run_id, torchrun_store())
+
+    def refuse_restarts(self):
+        """Call before refusing the folder of another run: torchrun starts anew, and that start must not resume it."""
+        if self.run_id:
+            torchrun_store().set("refused", "")
+
+
+def torchrun_store() -> dist.Store:
+    """A connection to torchrun's store, which outlives the ranks that it restarts."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(hours=1))
 
 
 def init_distributed(device_type: str | None, timeout: timedelta) -> World:
@@ -76,6 +86,10 @@ def init_distributed(device_type: str | None, timeout: timedelta) -> World:
     check_rank_variables()
     device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), torch.cuda.device_count()
+        if ranks > gpus:
+            raise UserError(f"{ranks} ranks on this host have {gpus} GPUs; pass --nproc_per_node={gpus} to torchrun, "
+                            "or --device cpu to the script")  # fmt: skip
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -92,6 +106,7 @@ def init_distributed(device_type: str | None, timeout: timedelta) -> World:
     run_id = rendezvous(store, rank, size, timeout)
     dist.init_process_group(backend, store=dist.PrefixStore(run_id, store), rank=rank, world_size=size, timeout=timeout)
     restarted = restarted or not run_id.startswith("1 ")  # of several hosts only one may have restarted
+    restarted = restarted and not torchrun_store().check(["refused"])
     return World(rank, size, device, run_id=run_id, restarted=restarted)
 
 
@@ -113,6 +128,8 @@ def end_rank(script: str, error: UserError, world: World, known_to_all: bool):
 
     torchrun then prints a traceback of its own and a summary of all ranks that failed. So those on rank 0's host leave
     the failure to it, and the summary, the end of the output, repeats the sentence."""
+    if not dist.is_initialized() and said_by_another():
+        sys.exit(1)
     if known_to_all and world.rank > 0:
         dist.barrier()  # until rank 0 has printed: torchrun ends the other ranks once one has failed
         if os.environ.get("GROUP_RANK") == "0":
@@ -133,7 +150,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     """The id of this attempt, "<number> <hex>", the same on all ranks and new in each attempt.
 
     torchrun keeps its store over restarts, with the keys of dead ranks, and each host counts its own restarts alone.
-    Rank 0 therefore answers every greeting until all ranks have confirmed. Raises UserError if a rank is late."""
+    Rank 0 therefore answers every greeting until all ranks have confirmed. Rank 0 raises UserError if one is late."""
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", me)
@@ -240,7 +257,8 @@ def cut_slabs(config: Config) -> list[Slab]:
 
 
 class Bucket(NamedTuple):
-    """Slabs that travel together, in one reduce-scatter and one all-gather among `ranks`."""
+    """Slabs that travel together among `ranks`: in one reduce-scatter and one all-gather, or as the touched rows of a
+    table."""
 
     ranks: tuple[int, ...]
     slabs: tuple[Slab, ...]

@@ -89,7 +89,8 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            numbers = (signal.SIGTERM, signal.SIGINT, *([] if nohup else [signal.SIGHUP]))
             self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 

@@ -55,8 +55,7 @@ class Run:
         sinks: names in SINKS; each of these dashboards receives the same rows.
 
     Raises UserError if a file cannot be written. The constructor also raises it if the experiment exists and is not
-    resumed, another process writes the folder, metrics.jsonl is damaged, or the package of a sink is missing.
-    """
+    resumed, another process writes the folder, metrics.jsonl is damaged, or the package of a sink is missing."""
 
     def __init__(self, out_dir, experiment_name: str, *, config: dict, sources: list[Path],
                  resume_step: int | None = None, active: bool = True, sinks=()):
@@ -82,9 +81,9 @@ class Run:
             kept = [row for row in read_rows(metrics)
                     if (row.get("step") or 0) <= resume_step and row.get("event") != "end"]
             write_text(metrics, _to_lines(kept))
-        self._write_header(sources, resume_step)
-        write_text(self.path / "config.json", json.dumps(for_json(config), indent=2, default=str) + "\n")
         self._sinks = [SINKS[name][0](module, self.path, config, resume_step) for name, module in modules.items()]
+        self._write_header(sources, resume_step)
+        write_text(self.path / "config.json", json.dumps(for_json(config, digits=17), indent=2, default=str) + "\n")
 
     def print(self, line):
         """Writes a line to run.log and to stdout."""
@@ -99,9 +98,8 @@ class Run:
     def log(self, row: dict):
         """Queues a row of metrics.jsonl: numbers, text, None, lists, and tensors of any shape on any device.
 
-        Values are copied: later changes of a tensor do not change the row. A row without device values is on disk when
-        this returns. A row with device values is written by flush(), so that a training step never waits for the GPU.
-        """
+        Values are copied: later changes of a tensor do not change the row. It is on disk when this returns, unless it
+        or a row queued before it has device values: flush() writes those, so that a step never waits for the GPU."""
         if not self.active:
             return
         self._queue.append(_map_nested(self._snapshot, row))
@@ -109,10 +107,9 @@ class Run:
             self._write_queue()
 
     def flush(self) -> list[dict]:
-        """Writes all queued rows and returns the rows written since the last flush().
+        """Writes all queued rows; returns the rows written since the last flush(), as plain Python numbers.
 
-        Values are plain Python numbers; NaN and infinity stay themselves here and are null in the file.
-        """
+        NaN and infinity stay themselves here and are null in the file."""
         self._write_queue()
         rows, self._unreturned = self._unreturned, []
         return rows
@@ -298,8 +295,11 @@ class WandB:
         with explain_os_errors(id_file, "read"):
             run_id = id_file.read_text(encoding="utf-8").strip()
         project = os.environ.get("WANDB_PROJECT", "modded-nanomoe")
-        self.run = self.wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder),
-                                   config=for_json(config))
+        try:
+            self.run = self.wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder),
+                                       config=for_json(config))
+        except wandb.Error as error:
+            raise UserError(f"wandb does not start ({error}); mend that, or leave out --wandb") from error
 
     def write(self, row: dict):
         values = {}
@@ -345,8 +345,7 @@ class PhaseTimer:
     A phase that is marked several times in a step adds up. On CUDA the seconds are the GPU's, between CUDA events, and
     row() returns values that are computed when Run.flush() reads them: no call here waits for the GPU.
 
-    place: ("step 7, forward", time.monotonic() at its begin), for the watchdog thread.
-    """
+    place: ("step 7, forward", time.monotonic() at its begin), for the watchdog thread."""
 
     def __init__(self, device_type: str):
         on_cuda = device_type == "cuda"
@@ -408,8 +407,7 @@ def read_run(folder) -> dict:
     """{"name": str, "config": dict, "rows": list of dicts} of a run's folder.
 
     config or rows are empty if the run has not written them yet; a last line cut off by a kill is left out.
-    Raises UserError if there is no run, or if any other line is not a JSON object.
-    """
+    Raises UserError if there is no run, or if any other line is not a JSON object."""
     folder = Path(folder)
     if not is_run(folder):
         raise UserError(f"{folder} holds no run; check --out_dir and --experiment_name")
@@ -421,7 +419,8 @@ def read_run(folder) -> dict:
 def read_config(folder) -> dict:
     """config.json of a run's folder, {} before it is written. Raises UserError if it is damaged."""
     path = folder / "config.json"
-    config = read_json(path) if path.exists() else {}
+    with explain_os_errors(path, "read"):
+        config = read_json(path) if path.exists() else {}
     for part in ("parameters", "hyperparameters", "model"):
         if not isinstance(config.get(part, {}), dict):
             raise UserError(f"{path} has no JSON object in {part!r}; restore it or delete it")
@@ -429,8 +428,9 @@ def read_config(folder) -> dict:
 
 
 def is_run(folder) -> bool:
-    """Whether the folder holds a run, started or finished."""
-    return (folder / "run.log").exists() or (folder / "metrics.jsonl").exists()
+    """Whether the folder holds a run, started or finished. An empty run.log is no more than the lock of its start."""
+    log = folder / "run.log"
+    return (log.exists() and log.stat().st_size > 0) or (folder / "metrics.jsonl").exists()
 
 
 def has_ended(folder) -> bool:
@@ -589,9 +589,9 @@ def read_json(path) -> dict:
         raise UserError(f"{path} is no JSON object ({error}); restore it or delete it") from error
 
 
-def for_json(value):
-    """`value`, also nested: None for NaN and infinity; 9 digits, as fp32 has, of fractions that are no date."""
-    short = lambda x: None if not math.isfinite(x) else float(f"{x:.9g}") if x % 1 and abs(x) < 1e6 else x
+def for_json(value, digits: int = 9):
+    """`value`, also nested: None for NaN and infinity; so many digits (fp32 has 9) of fractions that are no date."""
+    short = lambda x: None if not math.isfinite(x) else float(f"{x:.{digits}g}") if x % 1 and abs(x) < 1e6 else x
     return _map_nested(lambda leaf: short(leaf) if isinstance(leaf, float) else leaf, value)
 
 

@@ -52,7 +52,7 @@ class Config:
     head_dim: int = 128
     # mixture of experts
     pattern: str = "M"  # tiled over depth: M = mixture of experts, D = dense MLP
-    mlp_ratio: float = 4.0  # active hidden width / n_embd: a dense MLP's, or a token's experts' (besides shared_dim)
+    mlp_ratio: float = 4.0  # active hidden width / n_embd: a dense MLP's, or that of a token's experts
     num_experts: int = 8
     experts: str = "mlp"  # a key of EXPERTS
     top_k: int = 2

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed import all_gather
+
 
 class RowAdamW(torch.optim.Optimizer):
     """AdamW for tables of which a step touches few rows, the only ones that it reads and writes.
@@ -51,12 +53,12 @@ def gather_rows(row_U: Tensor, grad_UD: Tensor, group) -> tuple[Tensor, Tensor]:
     Ranks touch different numbers of rows, so the host waits for these numbers first."""
     W = dist.get_world_size(group)
     count_W = torch.zeros(W, dtype=torch.int64, device=row_U.device)
-    dist.all_gather_into_tensor(count_W, torch.tensor([len(row_U)], device=row_U.device), group=group)
+    all_gather(count_W, torch.tensor([len(row_U)], device=row_U.device), group=group)
     counts, found = count_W.tolist(), []
     most = max(counts)
     for part in (row_U, grad_UD):
         padded = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
         parts = part.new_empty(W * most, *part.shape[1:])
-        dist.all_gather_into_tensor(parts, padded, group=group)
+        all_gather(parts, padded, group=group)
         found.append(torch.cat([rows[:count] for rows, count in zip(parts.split(most), counts)]))
     return found[0], found[1]

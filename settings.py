@@ -4,6 +4,7 @@ compared with those of the run to resume. `hp` is a TrainConfig of train_muon.py
 import argparse
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 
 import logger
@@ -23,10 +24,9 @@ def resolve(config: Config, hp, recipe, args: argparse.Namespace, device) -> tup
     """Both configurations with the data's vocabulary, and fp32 on a CPU without bf16, unless flags set them.
 
     Raises UserError for a vocabulary smaller than the data's."""
-    meta, changes = recipe.data.load_meta(hp.data), {}
-    if "vocab_size" not in args:
-        changes |= {"vocab_size": meta["vocab_size"], "eot_token": getattr(args, "eot_token", meta["eot_token"])}
-    elif config.vocab_size < meta["vocab_size"]:
+    meta = recipe.data.load_meta(hp.data)
+    changes = {name: meta[name] for name in ("vocab_size", "eot_token") if name not in args}
+    if "vocab_size" in args and config.vocab_size < meta["vocab_size"]:
         legal = f"at least {meta['vocab_size']}, the vocabulary of {hp.data}"
         raise UserError(f"vocab_size is {config.vocab_size}; it must be {legal}")
     if device.type == "cpu" and not cpu_has_bf16():
@@ -70,7 +70,7 @@ def micro_batch_rows(rows: int, hp, world: World) -> int:
         raise UserError(f"batch_tokens / seq_len = {rows} rows per step do not divide over {world.size} ranks; "
                        "change --batch_tokens, --seq_len or --nproc_per_node")  # fmt: skip
     own_rows, max_rows = rows // world.size, max(1, hp.micro_batch_tokens // hp.seq_len)
-    return max(n for n in range(1, own_rows + 1) if own_rows % n == 0 and n <= max_rows)
+    return max(n for n in range(1, min(own_rows, max_rows) + 1) if own_rows % n == 0)
 
 
 # -----------------------------------------------------------------------------
@@ -127,9 +127,9 @@ def check_same_run(saved: dict, config: Config, hp, recipe, path: Path):
         was = then.get(field)
         grows = field == "num_iterations" and isinstance(was, int) and value > was
         if field not in MAY_CHANGE_ON_RESUME and was != value and not grows:
-            legal = f"{was} or more" if field == "num_iterations" else was
-            raise UserError(f"{path} has {field} = {was}, not {value}; pass --{field} {legal}, "
-                           "or another --experiment_name")  # fmt: skip
+            legal = f"{was} or more" if field == "num_iterations" else shlex.quote(str(was))
+            mend = f"pass --{field} {legal}, or" if field in then else f"it is older than --{field}; choose"
+            raise UserError(f"{path} has {field} = {was}, not {value}; {mend} another --experiment_name")
     shards = recipe.data.fingerprint(hp.data)
     for name in sorted(shards.keys() | saved.get("shards", shards).keys()):
         was, value = (contents.get(name, "absent") for contents in (saved.get("shards", shards), shards))

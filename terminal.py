@@ -36,7 +36,9 @@ class LastingStream:
         self.stream = stream if stream is not None else open(os.devnull, "w")
 
     def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "replace").decode(encoding)
+        self.attempt(lambda: self.stream.write(printable))
         return len(text)
 
     def flush(self):

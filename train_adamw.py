@@ -1,9 +1,9 @@
-"""The control: the run of train_muon.py with one thing changed, AdamW on the matrices too.
+"""The control: the run of train_muon.py with AdamW on the matrices too, and rates and a warm-up to match.
 
     python train_adamw.py --experiment_name adamw
 
-Everything else (model, data order, loop, clock, AdamW on tables and scalars) is train_muon.py's. Here are the rate of
-matrices and experts, and a linear warm-up of all rates, as in modded-nanogpt's AdamW baseline.
+Everything else (model, data order, loop, clock, AdamW on tables and scalars) is train_muon.py's. The rate of matrices
+and experts, and the linear warm-up of all rates, are those of modded-nanogpt's AdamW baseline; preset cpu was tuned.
 """
 
 import signal

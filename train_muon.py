@@ -107,8 +107,10 @@ class TrainConfig:
             require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         for name in (field.name for field in dataclasses.fields(self) if field.name.endswith(("_lr", "decay"))):
             require(self, name, 0 <= getattr(self, name) < 1e30, "at least 0 and below 1e30")
-        for name in ("cooldown_frac", "final_lr_scale", "beta1", "beta2"):
+        for name in ("cooldown_frac", "final_lr_scale"):
             require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("beta1", "beta2"):
+            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         require(self, "stuck_after", 1 <= self.stuck_after <= 10**6, "between 1 and 1,000,000 seconds")
         require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         require(self, "sample_tokens", self.sample_tokens <= 10**5, "at most 100,000")
@@ -274,7 +276,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], step: int, hp: TrainConfi
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["base_lr"] * scale
         if "momentum" in group:
-            warm = min(1.0, step / max(1, hp.momentum_warmup))
+            warm = min(1.0, step / hp.momentum_warmup) if hp.momentum_warmup else 1.0
             group["momentum"] = hp.momentum_start + warm * (hp.momentum - hp.momentum_start)
 
 
@@ -292,9 +294,6 @@ def window(step: int, hp: TrainConfig, config: Config) -> int:
 
 # -----------------------------------------------------------------------------
 # The exchange: gradients to their owners during backward, new values back during the updates
-
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]):
@@ -366,7 +365,7 @@ class Transfer:
             copy_all([local.in_send_buf for local in with_grad], grads)
             for parameter in self.parameters:
                 parameter.grad = None
-            self.start(reduce_scatter, self.recv_buf, self.send_buf.flatten())
+            self.start(distributed.reduce_scatter, self.recv_buf, self.send_buf.flatten())
 
     def receive_gradients(self):
         """Wait for the summed gradients of the slabs that this rank owns, and set their .grad."""
@@ -384,7 +383,7 @@ class Transfer:
             local.value.grad = None
         if self.travels:
             copy_all([local.in_recv_buf for local in self.owned], [local.value for local in self.owned])
-            self.start(all_gather, self.send_buf.flatten(), self.recv_buf)
+            self.start(distributed.all_gather, self.send_buf.flatten(), self.recv_buf)
 
     def receive_values(self):
         self.wait()
@@ -860,7 +859,8 @@ def save_checkpoint(session: Session, loader, log: Run, saver: Saver, step: int,
 
 def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resume: bool, fresh: bool, world: World):
     """The data's meta.json and the loader. Raises UserError for a mistake in flags or data."""
-    if fresh:
+    if fresh and logger.is_run(folder):
+        world.refuse_restarts()
         logger.refuse_existing(folder)
     if resume:
         settings.check_resumable(folder, config, hp, recipe)

@@ -28,6 +28,7 @@ import logger  # noqa: E402
 import train_muon  # noqa: E402
 from cli import UserError, positive  # noqa: E402
 from distributed import World  # noqa: E402
+from terminal import say  # noqa: E402
 from tools import sources  # noqa: E402
 from zoo import mixture  # noqa: E402
 from zoo.recipes import ZOO_MUON  # noqa: E402
@@ -70,11 +71,12 @@ def run(args):
             flags, pace = VARIANTS[name]
             folder, steps = Path(args.out_dir) / f"{name}_{seed}", round(args.steps * pace)
             done = any(
-                (line["variant"], line["seed"]) == (name, seed)
+                (line["variant"], line["seed"], line["preset"], line["steps"]) == (name, seed, args.preset, steps)
                 for line in track.read_tuning(args.results, "seed")
                 if "steps" in line
             )
             if done or not begun(folder):
+                say(f"{name} with seed {seed} is " + ("done" if done else "another process's: its .begun file is there"))
                 continue
             base = [
                 "--preset",
@@ -89,8 +91,13 @@ def run(args):
                 f"--data={args.data} --out_dir={args.out_dir} --experiment_name={folder.name} --seed={seed} "
                 f"--num_iterations={steps}"
             )
-            if track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads):
-                folder.with_suffix(".begun").unlink()
+            status = None
+            try:
+                status = track.launch(["train_zoo.py", *base, *flags, *args.flags, *ours.split()], args.threads)
+            finally:
+                if status != 0:  # or Ctrl-C
+                    folder.with_suffix(".begun").unlink()
+            if status:
                 raise UserError(f"{name} with seed {seed} failed; what it said is above")
             rows = [row for row in logger.read_run(folder)["rows"] if "val/bpb" in row]
             line = {

@@ -127,8 +127,8 @@ def score_parts(model, pairs: list[tuple[list[int], list[int]]], longest: int) -
 
 
 def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]:
-    """Shares of questions whose right answer has the largest probability (acc), and the largest per byte (acc_norm), as
-    in the harness."""
+    """Shares of questions whose right answer has the largest probability (acc), and the largest per character (acc_norm),
+    as in the harness."""
     pairs = [
         encode_pair(encoding, question["context"], choice) for question in questions for choice in question["choices"]
     ]
@@ -137,7 +137,7 @@ def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]
         nats = np.array([next(scores)[0] for _ in question["choices"]])
         right["acc"] += int(nats.argmax()) == question["answer"]
         right["acc_norm"] += (
-            int((nats / [len(choice.encode()) for choice in question["choices"]]).argmax()) == question["answer"]
+            int((nats / [len(choice) for choice in question["choices"]]).argmax()) == question["answer"]
         )
     return {name: count / len(questions) for name, count in right.items()}
 

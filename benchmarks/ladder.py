@@ -332,7 +332,9 @@ def rungs(plan: dict) -> list[Rung]:
 
 
 def run(args):
-    """Train what points.csv lacks, args.together at a time; a line is added as each ends."""
+    """Train what points.csv lacks, args.together at a time; a line is added as each ends.
+
+    Raises UserError for the first that failed, once those that run have ended."""
     plan, done = logger.read_json(args.plan), set()
     if args.points.exists():
         with open(args.points, newline="") as file:
@@ -341,9 +343,18 @@ def run(args):
     missing = [rung for rung in wanted if rung[:4] not in done and rung.tokens <= args.tokens
                and (not args.sizes or rung.size in args.sizes) and (not args.experts or rung.experts in args.experts)]
     say(f"{len(missing)} of {len(wanted)} runs are missing")
+    failures = []
     with ThreadPoolExecutor(args.together) as pool:
         try:
-            for finished in as_completed([pool.submit(train, rung, plan) for rung in missing]):
+            runs = [pool.submit(train, rung, plan) for rung in missing]
+            for finished in as_completed(runs):
+                if finished.cancelled():
+                    continue
+                if finished.exception():
+                    failures.append(finished.exception())
+                    for waiting in runs:
+                        waiting.cancel()
+                    continue
                 row, is_new = finished.result(), not args.points.exists()
                 with open(args.points, "a", newline="") as file:
                     writer = csv.DictWriter(file, list(row))
@@ -353,6 +364,8 @@ def run(args):
                 print(" ".join(f"{name} {value}" for name, value in row.items() if name != "flags"), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
+    if failures:
+        raise failures[0]
 
 
 def train(rung: Rung, plan: dict) -> dict:

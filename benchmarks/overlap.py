@@ -53,8 +53,8 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
     micro_rows = settings.micro_batch_rows(rows, hp, world)
     next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
     net, timer, delay = model.build(config).to(world.device), PhaseTimer(world.device.type), [0.0]
-    train_muon.reduce_scatter = delayed(train_muon.reduce_scatter, delay)
-    train_muon.all_gather = delayed(train_muon.all_gather, delay)
+    distributed.reduce_scatter = delayed(distributed.reduce_scatter, delay)
+    distributed.all_gather = delayed(distributed.all_gather, delay)
     sessions = {}
     for overlap in (False, True):
         exchange = train_muon.Exchange(net, world, hp.bucket_mb, overlap)

@@ -792,6 +792,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main():
     args = parse()
     rows = all_rows(args)
+    if not rows:
+        raise UserError("no model's batch has a row for each of so many GPUs; raise --batch_tokens or --tokens_per_gpu, "
+                        "or lower --world_sizes")  # fmt: skip
     stops = stop_lines(rows, args)
     print(table(rows))
     print(

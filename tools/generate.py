@@ -13,7 +13,7 @@ import tokenizer
 from cli import Parser, UserError, add_flags, command_line, given_flags, positive, seed_number
 from distributed import memory_bytes
 from facts import SAMPLE_RULES
-from model import DTYPES, PRESETS, Config
+from model import PRESETS, Config
 from tools import cost, hub, routes
 
 
@@ -105,7 +105,7 @@ def sample(args: dict):
     net = hub.for_inference(hub.load(args["checkpoint"], hub.device()))
     encoding = tokenizer.get_encoding(net.encoding)
     prompt = [encoding.eot_token, *encoding.encode(args["prompt"]).tolist()]
-    check_memory(net, args["num_samples"], len(prompt) + args["max_new_tokens"])
+    check_memory(net, args["num_samples"], len(prompt), args["max_new_tokens"])
     tokens_BT = torch.tensor([prompt] * args["num_samples"], device=net.head.device)
     start, times, rows = time.perf_counter(), [], []
     show(args["prompt"])
@@ -125,14 +125,15 @@ def sample(args: dict):
     print(f"{counts}: the first after {first:.3f} s{speed}", file=sys.stderr)
 
 
-def check_memory(net, rows: int, tokens: int):
-    """Raises UserError if the keys and values of so many tokens exceed the memory of the device."""
-    config = net.config
-    per_token = 16 + 2 * config.n_layer * config.n_head * config.head_dim * DTYPES[config.dtype].itemsize
-    needed, there = rows * tokens * per_token, memory_bytes(net.head.device.type)
+def check_memory(net, rows: int, prompt_tokens: int, new_tokens: int):
+    """Raises UserError if the cache of all tokens and the logits of the prompt exceed the memory of the device."""
+    tokens, logits = prompt_tokens + new_tokens, 12 * net.config.padded_vocab_size  # three times in fp32
+    cached = 16 + cost.cache_bytes_per_token(net.config)  # and two ids
+    needed, there = rows * (tokens * cached + prompt_tokens * logits), memory_bytes(net.head.device.type)
     if needed > there:
         raise UserError(f"the keys and values of {rows:,} x {tokens:,} tokens take {needed / 2**30:,.0f} GiB, and "
-                        f"this device has {there / 2**30:,.0f}; lower --max_new_tokens or --num_samples")  # fmt: skip
+                        f"this device has {there / 2**30:,.0f}; lower --max_new_tokens or --num_samples, or shorten "
+                        "the prompt")  # fmt: skip
 
 
 def show(text: str):

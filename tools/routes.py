@@ -54,6 +54,8 @@ def write_analysis(run_folder, folder):
 def how_to_get_routes(run_folder, config: dict) -> str:
     """A command that writes the routes.npz of a run, given its config.json."""
     data = (config.get("hyperparameters") or {}).get("data") or "DIR"
+    domains = sorted(Path(data).glob("*/meta.json"))  # a mixture of domains has one in each
+    data = data if (Path(data) / "meta.json").exists() or not domains else domains[0].parent
     words = ("python", "model.py", "--checkpoint", run_folder / "checkpoint", "--routes", run_folder / "routes.npz",
              "--data", data)  # fmt: skip
     return f"run `{shlex.join(map(str, words))}`, or train with train_zoo.py and --routes_tokens"
@@ -209,9 +211,11 @@ def saturation(expert_LTK, final_LTK):
 
 def plot_layers(figure, routes, found):
     """A pool of layers: use by step, transitions, joint use, and the layer sequences of some tokens."""
+    import numpy as np
+
     figure.set_size_inches(12, 7)
     ax = figure.subplots(2, 3)
-    diverging = {"cmap": "RdBu_r"}
+    diverging, layers, identities = {"cmap": "RdBu_r"}, int(routes["layers"]), int(routes["identities"])
     draw_matrix(figure, ax[0, 0], found["use_by_step"], "share of tokens", "step", "layer", vmin=0, vmax=1)
     draw_matrix(figure, ax[0, 1], found["transitions"], "transitions", "next layer", "layer", vmin=0, vmax=1)
     draw_matrix(figure, ax[0, 2], found["joint"], "tokens routed to both", "layer", "layer", vmin=0, vmax=1)
@@ -220,15 +224,14 @@ def plot_layers(figure, routes, found):
     draw_matrix(
         figure,
         ax[1, 2],
-        routes["layer_SN"][:, :96],
+        np.where(routes["layer_SN"] < 0, np.nan, routes["layer_SN"])[:, :96],  # halted tokens stay white
         "layers of single tokens",
         "token",
         "step",
         vmin=0,
-        vmax=9,
-        cmap="tab10",
+        vmax=19 if layers + identities > 10 else 9,
+        cmap="tab20" if layers + identities > 10 else "tab10",
     )
-    layers, identities = int(routes["layers"]), int(routes["identities"])
     figure.suptitle(f"layers 0 to {layers - 1}, then {identities} identities", fontsize=10)
 
 

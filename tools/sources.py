@@ -444,7 +444,7 @@ def make_chain(rng):
 
 
 def make_sum(rng):
-    """A sum of two numbers of 1 to MAX_DIGITS digits each, each length equally likely."""
+    """A sum of two numbers, each below a power of ten from 10 to 10 ** MAX_DIGITS, each power equally likely."""
     a, b = (rng.integers(10 ** rng.integers(1, MAX_DIGITS + 1)) for _ in range(2))
     return f"{a}+{b}={a + b}"
 

@@ -174,9 +174,14 @@ def evaluate_domains(session: Session, step: int) -> dict[str, float]:
         metrics |= loss_metrics(f"val/{name}", total_X[:3])
     if L:
         counts_DLE = totals_DX[:, 3:].view(-1, L, E)
-        share_DLE = counts_DLE / counts_DLE.sum(-1, keepdim=True)
+        share_DLE = domain_load(counts_DLE)
         metrics |= {"moe/domain_load": share_DLE, "moe/domain_information": domain_information(share_DLE).mean()}
     return metrics
+
+
+def domain_load(counts_DLE: Tensor) -> Tensor:
+    """Each expert's share of a domain's tokens; 0 in a layer of a pool that no token of the domain picks."""
+    return counts_DLE / counts_DLE.sum(-1, keepdim=True).clamp(min=1)
 
 
 def domain_information(share_DLE: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def mixture_validation_batches(folder, *, max_tokens=None, device="cpu", **optio
     parts = domains(folder)
     share = None if max_tokens is None else max_tokens // len(parts)
     if len(parts) > 1 and share is not None and share < options["seq_len"]:
-        legal = f"at least seq_len={options['seq_len']} for each of {len(parts)} domains"
-        raise UserError(f"max_tokens is {max_tokens}; it must be {legal}")
+        legal = f"at least {options['seq_len']} for each of {len(parts)} domains: raise --val_tokens or --routes_tokens"
+        raise UserError(f"{max_tokens} validation tokens are too few; it must be {legal}")
     streams = [data.validation_batches(part, max_tokens=share, device=device, **options) for part in parts.values()]
     label = lambda batch, d: MixtureBatch(*batch, torch.full((len(batch.inputs_BT),), d, device=device))
     return (label(batch, d) for d, stream in enumerate(streams) for batch in stream)

@@ -83,7 +83,8 @@ class Router(nn.Module):
             logits_TE = noisy_TE
         expert_TK = ops.top_k(self.score.of(noisy_TE.detach()) + ctx.bias_E, self.top_k)
         weight_TK = self.score.gates(noisy_TE, expert_TK, self.power)
-        valid_T1 = 1.0 if ctx.valid_BT is None else ctx.valid_BT.reshape(-1, 1).type_as(weight_TK)
+        valid_BT = getattr(ctx, "valid_BT", None)  # the core's contexts have none
+        valid_T1 = 1.0 if valid_BT is None else valid_BT.reshape(-1, 1).type_as(weight_TK)
         loss = self.micro_batch_loss(logits_TE, noisy_TE, std_TE, expert_TK, weight_TK, valid_T1)
         return Route(expert_TK, weight_TK, logits_TE, loss, self.score.prob(logits_TE))
 

@@ -61,6 +61,8 @@ def commands(block: str) -> list[list[str]]:
 
 def script_of(command: list[str]) -> tuple[str, list[str]]:
     """The script of ours (or pip, pytest) that a command runs, and its arguments."""
+    if "-c" in command and "generate.main()" in command[command.index("-c") + 1]:
+        return "model.py", command[command.index("-c") + 2 :]
     for i, word in enumerate(command):
         if Path(word).name in SHORT | PARSERS | OWN_FILES:
             return Path(word).name, command[i + 1 :]

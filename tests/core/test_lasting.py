@@ -1,5 +1,6 @@
 """A run is not lost: dead terminals, failing evaluations, signals. Processes of their own, on a CPU."""
 
+import io
 import json
 import os
 import re
@@ -12,12 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from slow import all_but
 from test_distributed import free_port
 from test_train import WORDS, flags, write_data
 from torch.distributed.run import parse_args
 
+import guards
 from checkpoint import checkpoints
+from distributed import World
 from terminal import LastingStream
 from train_muon import MUON
 
@@ -68,6 +72,24 @@ def test_a_stream_without_a_reader_drops_its_text():
     assert stream.write("x" * 10**6) == 10**6
     stream.flush()
     LastingStream(None).write("nothing")
+
+
+def test_a_character_that_a_stream_cannot_show_does_not_silence_it():
+    stream = LastingStream(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    for text in ("pi is π, ", "caf\udce9, ", "and so on"):
+        stream.write(text)
+    stream.flush()
+    assert stream.stream.buffer.getvalue() == b"pi is ?, caf?, and so on"
+
+
+def test_nohup_is_kept():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guards.StopSignals(World(0, 1, torch.device("cpu"))) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -402,7 +402,7 @@ def test_malformed_line_is_named(tmp_path, line):
 def test_folder_without_a_run_and_broken_config(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         read_run(tmp_path)
-    (tmp_path / "run.log").write_text("")
+    (tmp_path / "run.log").write_text("a line\n")
     assert read_run(tmp_path) == {"name": tmp_path.name, "config": {}, "rows": []}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):

@@ -4,6 +4,7 @@ the command line, and whole runs of a tiny model. CPU, no network, about two min
 Runs happen in this process where they can (an import of torch costs more than sixty steps of the tiny model), and in
 processes of their own where the claim is about processes: several ranks, kill -9, blocked imports."""
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import distributed  # noqa: E402
 import facts  # noqa: E402
 import guards  # noqa: E402
 import logger  # noqa: E402
@@ -706,6 +709,13 @@ def test_set_rates_writes_rates_and_momentum_of_the_step(recipe):
                     assert group["momentum"] == pytest.approx(0.5 + 0.4 * min(1, step / 8))
 
 
+def test_without_a_warm_up_the_momentum_is_full_from_the_first_step():
+    hp = hyper(MUON, momentum_start=0.5, momentum=0.9, momentum_warmup=0)
+    optimizers = made_optimizers(MUON, Exchange(GPT(CONFIGS["tiny"]), World(0, 1, CPU)), hp)
+    train_muon.set_rates(optimizers, 0, hp, 1.0)
+    assert {group["momentum"] for o in optimizers for group in o.param_groups if "momentum" in group} == {0.9}
+
+
 # -----------------------------------------------------------------------------
 # Equality: the same global batch gives the same run however it is cut
 #
@@ -936,6 +946,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(shards, tmp_path, 
     assert_equal_run(train(tmp_path, data=shards, resume=True, **RESUMED_RUN), straight(MUON))
 
 
+def test_a_run_resumes_with_a_rate_of_many_digits(shards, tmp_path):
+    """config.json has every digit, else neither its value nor the manifest's would be accepted."""
+    rate = dict(data=shards, muon_lr=1 / 60)
+    run = train(tmp_path, num_iterations=2, **rate)
+    assert json.loads((run / "config.json").read_text())["hyperparameters"]["muon_lr"] == 1 / 60
+    assert training_rows(train(tmp_path, num_iterations=3, resume=True, **rate))[-1]["step"] == 3
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_resume_a_run_that_it_was_refused(shards, tmp_path):
+    run = train(tmp_path, num_iterations=2, data=shards)
+    before = (run / "metrics.jsonl").read_bytes()
+    words = flags(MUON, data=shards, out_dir=tmp_path, num_iterations=4, experiment_name="muon")
+    done = torchrun(2, "--max-restarts=1", ROOT / "train_muon.py", *words)
+    said = done.stderr.partition("Traceback (most recent call last)")[0]
+    assert done.returncode != 0 and said.count("already holds a run") == 2, "refused at both starts"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_that_torchrun_restarts_resumes_by_itself(shards, tmp_path, straight, monkeypatch):
     interrupt(tmp_path, data=shards)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -1019,6 +1048,19 @@ def test_a_log_that_cannot_be_brought_to_the_disk_is_told_to_all_ranks(tmp_path)
     board = checkpoint.Saver(tmp_path / "checkpoint", None, world)
     with pytest.raises(UserError, match="the checkpoint of step 3 could not be written .*No space left on device"):
         checkpoint.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board, full)
+
+
+def test_a_checkpoint_that_torch_cannot_write_comes_with_the_free_space(tmp_path, monkeypatch):
+    """On a full disk torch.save says only that a position was unexpected."""
+
+    def fail(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    world = World(0, 1, CPU)
+    board = checkpoint.Saver(tmp_path / "checkpoint", None, world)
+    with pytest.raises(UserError, match=r"unexpected pos 64 vs 0; [\d,]+ MiB are free there"):
+        checkpoint.write_checkpoint(tmp_path / "checkpoint", 3, {}, {}, world, board)
 
 
 def test_a_checkpoint_that_was_found_damaged_is_not_kept_beside_those_made_since(tmp_path):
@@ -1298,7 +1340,9 @@ BAD_FLAGS = [  # words, what the sentence must contain
     (["--muon_lr", "nan"], ["muon_lr", "nan"]),
     (["--muon_lr", "3e38"], ["muon_lr", "3e+38", "below 1e30"]),
     (["--weight_decay", "-1"], ["weight_decay", "-1"]),
-    (["--beta2", "1.5"], ["beta2", "1.5", "between 0 and 1"]),
+    (["--beta1", "1"], ["beta1", "1.0", "below 1"]),
+    (["--beta2", "1.5"], ["beta2", "1.5", "below 1"]),
+    (["--softcap", "100"], ["softcap", "100", "at most 64"]),
     (["--momentum", "1.5"], ["momentum", "1.5"]),
     (["--momentum_start", "-1"], ["momentum_start", "-1"]),
     (["--momentum_warmup", "-3"], ["momentum_warmup", "-3"]),
@@ -1391,6 +1435,53 @@ def test_under_torchrun_the_sentence_is_the_first_and_the_last_thing_said(tmp_pa
     assert "<NO_OTHER_FAILURES>" in summary
     *_, last, border = summary.strip().splitlines()
     assert last.strip().startswith(f"traceback : rank 0: {tmp_path}/nothing holds no token shards") and set(border) == {"="}
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_bad_flag_is_said_once(tmp_path):
+    done = torchrun(2, ROOT / "train_muon.py", "--preset", "cpu", "--seq_len", "1000")
+    assert done.returncode == 1 and done.stderr.count("train_muon.py: error: batch_tokens is 4096") == 1
+
+
+def test_more_ranks_than_gpus_are_refused_before_one_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="8 ranks on this host have 4 GPUs; pass --nproc_per_node=4"):
+        distributed.init_distributed(None, timedelta(seconds=1))
+
+
+def test_without_a_flag_the_end_of_text_is_the_data_s(shards):
+    """Whatever the vocabulary: else masks and n-grams would cross documents."""
+    config, hp = model.PRESETS["cpu"], hyper(MUON, data=shards)
+    resolve = lambda **given: settings.resolve(
+        dataclasses.replace(config, **given), hp, MUON, argparse.Namespace(**given), CPU
+    )[0]
+    assert (resolve().vocab_size, resolve().eot_token) == (257, 256)
+    assert (resolve(vocab_size=320).vocab_size, resolve(vocab_size=320).eot_token) == (320, 256)
+    assert resolve(vocab_size=320, eot_token=7).eot_token == 7
+
+
+def test_the_rows_of_a_pass_are_found_at_once_for_any_batch():
+    hp = hyper(MUON, seq_len=32, batch_tokens=32, micro_batch_tokens=64)
+    assert settings.micro_batch_rows(2 * 10**15, hp, World(0, 1, CPU)) == 2
+
+
+def test_a_field_that_an_old_run_lacks_is_said_so(shards, tmp_path):
+    config, hp = CONFIGS["tiny"], hyper(MUON, data=shards)
+    fields = {"model": dataclasses.asdict(config), "hyperparameters": dataclasses.asdict(hp), "script": MUON.script}
+    del fields["model"]["ngrams"]
+    with pytest.raises(UserError, match="has ngrams = None, not 2; it is older than --ngrams; choose another"):
+        settings.check_same_run(fields, config, hp, MUON, tmp_path / "config.json")
+    fields["model"]["ngrams"] = ""
+    with pytest.raises(UserError, match="pass --ngrams ''"):
+        settings.check_same_run(fields, config, hp, MUON, tmp_path / "config.json")
+
+
+def test_resume_from_a_folder_that_cannot_be_read_is_one_sentence(shards):
+    words = ["--resume", "--out_dir", "x" * 300, "--data", shards]
+    status, _, err = call(lambda: train_muon.main(MUON), words)
+    assert "cannot read" in sentence(status, err)
 
 
 def test_a_missing_data_folder_is_one_sentence_with_the_command_that_makes_it(tmp_path):

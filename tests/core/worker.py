@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 from fault_injection import INJECTIONS  # noqa: E402
 
 import checkpoint  # noqa: E402
+import distributed  # noqa: E402
 import facts  # noqa: E402
 import train_adamw  # noqa: E402
 import train_muon  # noqa: E402
@@ -69,10 +70,10 @@ def nbytes(tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-train_muon.reduce_scatter = counted(
-    "reduce_scatter", train_muon.reduce_scatter, lambda n, output, source: nbytes(source) * (n - 1) // n
+distributed.reduce_scatter = counted(
+    "reduce_scatter", distributed.reduce_scatter, lambda n, output, source: nbytes(source) * (n - 1) // n
 )
-train_muon.all_gather = counted("all_gather", train_muon.all_gather, lambda n, output, source: nbytes(source) * (n - 1))
+distributed.all_gather = counted("all_gather", distributed.all_gather, lambda n, output, source: nbytes(source) * (n - 1))
 dist.all_reduce = counted("all_reduce", dist.all_reduce, lambda n, tensor: 2 * nbytes(tensor) * (n - 1) // n)
 all_to_all = dist.all_to_all_single
 

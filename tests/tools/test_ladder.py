@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,19 @@ def test_run_adds_the_missing_runs_and_no_others(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="300 tokens are no multiple of batch_tokens = 256"):
         ladder.run(ladder.parse(words))
+
+
+def test_a_run_that_fails_does_not_throw_away_the_one_beside_it(tmp_path, monkeypatch):
+    def train(rung, plan):
+        if rung.experts == 1:
+            raise UserError("the loss is not finite")
+        time.sleep(0.3)  # it ends after the one that fails
+        return {"size": rung.size, "experts": rung.experts, "tokens": rung.tokens, "seed": rung.seed, "loss": 1.0}
+
+    plan = {"flags": "", "sizes": {"s": ""}, "tokens": {"s": [512]}, "seeds": [0], "experts": {"1": "", "4": "", "8": ""}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    points = tmp_path / "points.csv"
+    monkeypatch.setattr(ladder, "train", train)
+    with pytest.raises(UserError, match="not finite"):
+        ladder.run(ladder.parse(["run", "--plan", str(tmp_path / "plan.json"), "--points", str(points)]))
+    assert "4" in [row["experts"] for row in csv.DictReader(points.open())]

@@ -25,7 +25,7 @@ import logger  # noqa: E402
 from cli import UserError  # noqa: E402
 from logger import Run  # noqa: E402
 from tools import generate, report  # noqa: E402
-from tools.routes import write_analysis  # noqa: E402
+from tools.routes import how_to_get_routes, write_analysis  # noqa: E402
 from tools.show import show_runs  # noqa: E402
 
 LAYERS, EXPERTS = 3, 4
@@ -289,6 +289,14 @@ def test_a_damaged_routes_file_is_named_and_stops_no_other(content, tmp_path, ca
     assert f"note: left out, as {tmp_path}/bad/routes.npz" in err
 
 
+def test_the_command_for_missing_routes_of_a_mixture_has_one_of_its_domains(tmp_path):
+    for name in ("birds", "greek"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "meta.json").write_text("{}")
+    said = how_to_get_routes(tmp_path / "run", {"hyperparameters": {"data": str(tmp_path / "mine")}})
+    assert f"--data {tmp_path}/mine/birds`" in said
+
+
 def test_the_command_for_missing_routes_is_that_of_the_run(tmp_path):
     write_run(tmp_path, "my run", data="data/my notes")
     folder = tmp_path / "my run"
@@ -355,7 +363,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.calls, self.logged = [], []
+        self.calls, self.logged, self.Error = [], [], RuntimeError
         self.Histogram = lambda values: ("histogram", tuple(values))
 
     def init(self, **how):
@@ -379,6 +387,18 @@ def test_wandb_gets_the_same_rows_and_a_resumed_run_keeps_its_id(tmp_path, monke
     started = [call for call in fake.calls if call != "finish"]
     assert len(fake.calls) == 6 and [call["name"] for call in started] == ["muon", "muon", "other"]
     assert started[0]["id"] == started[1]["id"] != started[2]["id"] and started[0]["config"]["model"]["n_layer"] == 4
+
+
+def test_a_wandb_that_does_not_start_is_one_sentence_and_leaves_the_name_free(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+
+    def init(**how):
+        raise fake.Error("no API key configured")
+
+    fake.init = init
+    with pytest.raises(UserError, match="wandb does not start .no API key configured.; mend that"):
+        Run(tmp_path, "muon", config={}, sources=[], sinks=["wandb"])
+    Run(tmp_path, "muon", config={}, sources=[]).close()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_records import RULES, corpus, lines_of, refused, run_track, tiny, tiny_command  # noqa: F401  (fixtures)
 
+import data
 import model
 import train_muon
 from benchmarks import track
@@ -241,6 +242,65 @@ def run_prepare(folder: Path):
 
     words = ["--source", "files", "--path", folder / "notes.txt", "--encoding", "bytes", "--out", folder / "notes"]
     return call(prepare.main, words)
+
+
+def test_a_track_may_pin_a_text_made_from_files_and_its_runs_leave_no_checkpoint(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("\n".join(f"note {i}: the tide is {i % 7} feet" for i in range(3000)))
+    assert run_prepare(tmp_path)[0] == 0
+    notes, rules = tmp_path / "notes", json.loads((tiny[0] / "track.json").read_text())
+    pins = {sources.torch_version(): track.shards_sha256(data.load_meta(notes))}
+    files = {"source": "files", "encoding": "bytes", "corpus_sha256": pins}
+    command = tiny_command(str(notes))[3:]
+    row = track.Row(rules | files, command, notes)
+    assert row.facts["corpus_sha256"] == pins[sources.torch_version()]
+    rows = row.run(tmp_path / "out", "seed0", num_iterations=2, val_tokens=64)
+    assert rows[-1]["step"] == 2 and (tmp_path / "out/seed0/run.log").exists()
+    assert not (tmp_path / "out/seed0/checkpoint").exists(), "a retimed record would fill the disk with them"
+
+
+def test_more_seeds_of_a_name_have_its_length_and_unequal_lengths_are_noted(tiny, corpus, capsys):
+    folder, _ = tiny
+    lines = [{"name": name, "budget": seconds, "seeds": [0], "val/bpb": [value], "corpus_sha256": "a", "torch": "t"}
+             for name, seconds, value in (("A", 60, 1.2), ("B", 600, 1.1))]  # fmt: skip
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, _, err = run_track("compare", "--track", folder, "--results", folder / "mine.jsonl", "A", "B")
+    assert status == 0 and "note: 'A' had 60 s, 'B' 600 s" in err
+    (folder / "mine.jsonl").unlink()
+    assert run_track(*short(folder, "C", 0, "--seconds", 1), *tiny_command(corpus))[0] == 0
+    assert run_track(*short(folder, "C", 1), *tiny_command(corpus))[0] == 0
+    assert [(line["seeds"], line["budget"]) for line in mine(folder)] == [([0], 1.0), ([1], 1.0)]
+
+
+def test_the_steps_of_an_ablation_are_timed_with_the_vocabulary_of_the_data(tiny, corpus):
+    rules = json.loads((tiny[0] / "track.json").read_text())
+    stepper = track.Stepper(track.Row(rules, tiny_command(corpus)[3:], Path(corpus)))
+    try:
+        assert stepper.session.model.config.vocab_size == data.load_meta(Path(corpus))["vocab_size"] == 257
+        assert stepper.milliseconds() > 0
+    finally:
+        stepper.loader.close()
+
+
+def test_a_finished_plan_prints_its_table_without_its_scripts(capsys):
+    """The flags of an old plan may be gone."""
+    status, out, err = run_track("ablate", "--plan", "records/cpu/ablations.json", "--seeds", 0, 1)
+    assert status == 0 and "| change | flags | step / base's |" in out, err
+
+
+def test_a_change_that_fails_is_noted_and_blocks_no_plan(tiny, corpus, monkeypatch):
+    (folder, launched), train = tiny, track.launch
+    monkeypatch.setattr(track, "launch", lambda words, threads: "--muon_lr=9.0" in words or train(words, threads))
+    base, changes = tiny_command(corpus)[3:], {"bad": ["--muon_lr=9.0"]}
+    plan = {"name": "p", "groups": [{"title": "g", "base": base, "changes": changes}]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.timing.json").write_text(json.dumps({"p, g: bad": {"base_ms": 15_000, "ratio": 1.0}}))
+    words = ("ablate", "--plan", folder / "plan.json", "--data", corpus, "--seeds", 0)
+    status, out, err = run_track(*words)
+    assert status == 0 and "p, g: bad, seed 0: train_muon.py ended with status" in err, (out, err)
+    found = {line["name"]: line["val/bpb"] for line in lines_of(folder)}
+    assert found["p, g: bad"] == [None] and found["p, g"][0] > 0
+    count = len(launched)
+    assert run_track(*words)[0] == 0 and len(launched) == count == 1, "nothing is run again"
 
 
 def test_a_text_with_few_validation_tokens_is_validated_whole(tiny, corpus, capsys):

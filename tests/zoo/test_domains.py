@@ -183,6 +183,8 @@ def test_information_of_known_matrices():
     own, even = torch.eye(4, dtype=torch.float64)[:, None], torch.full((4, 1, 4), 0.25, dtype=torch.float64)
     half = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])[:, None]
     assert [domains.domain_information(x).item() for x in (own, even, half)] == [2, 0, 1]
+    unused = domains.domain_load(torch.tensor([[[3.0, 1.0]], [[0.0, 0.0]]]))
+    assert unused.tolist() == [[[0.75, 0.25]], [[0.0, 0.0]]] and domains.domain_information(unused).isfinite().all()
 
 
 def test_the_price_is_whole_at_first_and_falls_to_nothing():

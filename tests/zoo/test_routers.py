@@ -267,3 +267,13 @@ def test_the_bias_balances_skewed_logits_in_the_known_number_of_updates(score, f
     """149, 17 and 37 updates were measured for one draw of the skew; other draws differ by their extremes."""
     found = sorted(updates_until_balanced(score, factor, seed) for seed in range(5))
     assert 0.5 * listed < found[2] < 1.6 * listed, found
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_a_router_of_the_zoo_serves_the_core(name):
+    """`import zoo` adds it to model.ROUTERS; the core's contexts do not say which tokens are real."""
+    net = model.build(model.Config(**TINY | {"router": name})).train()
+    ids = torch.randint(TINY["vocab_size"], (2, 32), generator=rng())
+    loss = net(ids, ids).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())

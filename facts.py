@@ -66,7 +66,7 @@ def header(session, facts: dict, compile_note: str) -> str:
     """First line of a run's log: size, batch and precision. `facts` are those of run_facts, here and below."""
     hp, world, parameters = session.hp, session.world, facts["parameters"]
     return (f"{session.recipe.name}: {parameters['total']:,} parameters, {parameters['active']:,} active; "
-            f"{hp.batch_tokens // hp.seq_len} rows x {hp.seq_len} tokens per step, "
+            f"{hp.batch_rows} rows x {hp.seq_len} tokens per step, "
             f"{session.micro_rows} rows at a time on {world.size} x {world.device.type}; "
             f"activations {session.model.config.dtype}; {compile_note}")  # fmt: skip
 

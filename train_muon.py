@@ -122,6 +122,11 @@ class TrainConfig:
         require(self, "batch_tokens", self.batch_tokens % self.seq_len == 0, f"a multiple of seq_len = {self.seq_len}")
 
     @property
+    def batch_rows(self) -> int:
+        """Rows of a step on all ranks together."""
+        return self.batch_tokens // self.seq_len
+
+    @property
     def collectives_timeout(self) -> timedelta:
         return timedelta(seconds=2 * self.stuck_after)  # so that the watchdog reports first
 
@@ -549,7 +554,7 @@ def compute_loss(net: GPT, batch: data.Batch, step: int, hp: TrainConfig) -> tup
 
 
 def open_loader(config: Config, hp: TrainConfig, world: World, micro_rows: int, kind=data.Loader, **options):
-    return kind(hp.data, seq_len=hp.seq_len, batch_rows=hp.batch_tokens // hp.seq_len, micro_rows=micro_rows,
+    return kind(hp.data, seq_len=hp.seq_len, batch_rows=hp.batch_rows, micro_rows=micro_rows,
                 rank=world.rank, world_size=world.size, seed=hp.seed, vocab_size=config.vocab_size,
                 device=world.device, **options)  # fmt: skip
 
@@ -757,7 +762,7 @@ def warm_up(session: Session):
     """Compile and allocate everything in steps on random tokens, then restore the model and clear the optimizers."""
     hp, net, world = session.hp, session.model, session.world
     before = {name: value.to("cpu", copy=True) for name, value in net.state_dict().items()}
-    micro_steps = hp.batch_tokens // hp.seq_len // session.micro_rows // world.size
+    micro_steps = hp.batch_rows // session.micro_rows // world.size
     next_step = random_batches(net.config, hp, micro_steps, session.micro_rows, world.device)
     for _ in range(hp.warmup_steps):
         train_step(session, next_step, 0)
@@ -865,7 +870,7 @@ def prepare(config: Config, hp: TrainConfig, recipe: Recipe, folder: Path, resum
     if resume:
         settings.check_resumable(folder, config, hp, recipe)
     recipe.check(config, hp, world.size, world.device.type)
-    micro_rows = settings.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+    micro_rows = settings.micro_batch_rows(hp.batch_rows, hp, world)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     say(f"verifying the shards of {hp.data}", world.rank == 0)
     recipe.data.verify(hp.data, local_rank, local_size)  # the ranks of one host share the reading

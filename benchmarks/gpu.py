@@ -208,7 +208,7 @@ def batches(config: Config, hp, rows: int, folder: Path | None, steps: int = 3) 
         made = [loader.next_step() for _ in range(steps)]
         loader.close()
         return made
-    shape = (hp.batch_tokens // hp.seq_len // rows, rows, hp.seq_len + 1)
+    shape = (hp.batch_rows // rows, rows, hp.seq_len + 1)
     ids = [torch.randint(config.eot_token, shape, device=DEVICE) for _ in range(steps)]
     return [[data.Batch(micro[:, :-1], micro[:, 1:], i * rows) for i, micro in enumerate(step)] for step in ids]
 

@@ -49,9 +49,8 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
     """variant -> seconds of whole steps and of waiting in them, the slowest rank's of each step."""
     config, hp = model.PRESETS[args.preset], train_muon.PRESETS[args.preset]
     world = distributed.init_distributed(hp.device, hp.collectives_timeout)
-    rows = hp.batch_tokens // hp.seq_len
-    micro_rows = settings.micro_batch_rows(rows, hp, world)
-    next_step = train_muon.random_batches(config, hp, rows // micro_rows // world.size, micro_rows, world.device)
+    micro_rows = settings.micro_batch_rows(hp.batch_rows, hp, world)
+    next_step = train_muon.random_batches(config, hp, hp.batch_rows // micro_rows // world.size, micro_rows, world.device)
     net, timer, delay = model.build(config).to(world.device), PhaseTimer(world.device.type), [0.0]
     distributed.reduce_scatter = delayed(distributed.reduce_scatter, delay)
     distributed.all_gather = delayed(distributed.all_gather, delay)

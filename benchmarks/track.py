@@ -485,7 +485,7 @@ class Stepper:
         exchange = train_muon.Exchange(net, world, hp.bucket_mb)
         exchange.attach_optimizers(recipe, hp)
         self.session = train_muon.Session(recipe, hp, net, exchange, timer)
-        micro_rows = settings.micro_batch_rows(hp.batch_tokens // hp.seq_len, hp, world)
+        micro_rows = settings.micro_batch_rows(hp.batch_rows, hp, world)
         self.loader = recipe.open_loader(config, hp, world, micro_rows)
 
     def milliseconds(self) -> float:

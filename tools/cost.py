@@ -137,8 +137,8 @@ def plan_text(config: Config, hp, recipe, world_size: int) -> str:
     extra, sign = p["sent_bytes"] - p["all_reduce_bytes"], "+" if p["sent_bytes"] >= p["all_reduce_bytes"] else "-"
     reason = "padding" if hp.expert_parallel == 1 else "padding and experts that stay"
     busiest = p["newton_schulz_flops"] / max(p["newton_schulz_total"] / world_size, 1)
-    batch_rows = hp.batch_tokens // hp.seq_len
-    refused = f" (a run is refused: its {batch_rows} rows per step do not divide)" if batch_rows % world_size else ""
+    divides = hp.batch_rows % world_size == 0
+    refused = "" if divides else f" (a run is refused: its {hp.batch_rows} rows per step do not divide)"
     rows = {
         "ranks": f"{world_size}, experts shared by {hp.expert_parallel}; "
                  f"{hp.batch_tokens // world_size:,} tokens of each step per rank{refused}",

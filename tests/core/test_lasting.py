@@ -37,7 +37,9 @@ def start(folder: Path, data, **values) -> subprocess.Popen:
     """A tiny run in a process of its own; its output goes to folder/out.txt and folder/err.txt."""
     values = dict(data=data, out_dir=folder, experiment_name="run") | values
     out, err = open(folder / "out.txt", "w"), open(folder / "err.txt", "w")
-    return subprocess.Popen([sys.executable, "train_muon.py", *flags(MUON, **values)], cwd=ROOT, stdout=out, stderr=err)
+    hang_up = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, the run does not
+    words = [sys.executable, "train_muon.py", *flags(MUON, **values)]
+    return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, preexec_fn=hang_up)
 
 
 def wait_for(condition, seconds: float = 60):

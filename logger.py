@@ -36,7 +36,7 @@ from pathlib import Path
 from statistics import median
 
 from cli import Parser, UserError, command_line, write_atomically
-from terminal import clear_line
+from terminal import clear_line, printable
 
 SEPARATOR = "=" * 100  # in run.log, around the environment
 
@@ -90,10 +90,8 @@ class Run:
         if not self.active:
             return
         _append(self.path / "run.log", f"{line}\n")
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = str(line).encode(encoding, "replace").decode(encoding)  # for terminals without UTF-8
         clear_line()
-        print(text, flush=True)
+        print(printable(str(line), sys.stdout), flush=True)
 
     def log(self, row: dict):
         """Queues a row of metrics.jsonl: numbers, text, None, lists, and tensors of any shape on any device.

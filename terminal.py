@@ -29,6 +29,12 @@ def clear_line():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def printable(text: str, stream) -> str:
+    """The text with replacements for characters that the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 class LastingStream:
     """A standard stream that outlives its reader: after a closed pipe or terminal it drops text and raises nothing."""
 
@@ -36,9 +42,7 @@ class LastingStream:
         self.stream = stream if stream is not None else open(os.devnull, "w")
 
     def write(self, text: str) -> int:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "replace").decode(encoding)
-        self.attempt(lambda: self.stream.write(printable))
+        self.attempt(lambda: self.stream.write(printable(text, self.stream)))
         return len(text)
 
     def flush(self):

@@ -76,7 +76,8 @@ def run(args):
                 if "steps" in line
             )
             if done or not begun(folder):
-                say(f"{name} with seed {seed} is " + ("done" if done else "another process's: its .begun file is there"))
+                state = "done" if done else "another process's: its .begun file is there"
+                say(f"{name} with seed {seed} is {state}")
                 continue
             base = [
                 "--preset",

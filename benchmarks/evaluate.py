@@ -127,8 +127,8 @@ def score_parts(model, pairs: list[tuple[list[int], list[int]]], longest: int) -
 
 
 def answer_questions(model, encoding, questions: list[dict]) -> dict[str, float]:
-    """Shares of questions whose right answer has the largest probability (acc), and the largest per character (acc_norm),
-    as in the harness."""
+    """Shares of questions answered right, as in the harness: the right choice has the largest probability (acc), or the
+    largest log probability per character (acc_norm)."""
     pairs = [
         encode_pair(encoding, question["context"], choice) for question in questions for choice in question["choices"]
     ]

@@ -50,7 +50,8 @@ def measure(args) -> dict[str, dict[str, list[float]]]:
     config, hp = model.PRESETS[args.preset], train_muon.PRESETS[args.preset]
     world = distributed.init_distributed(hp.device, hp.collectives_timeout)
     micro_rows = settings.micro_batch_rows(hp.batch_rows, hp, world)
-    next_step = train_muon.random_batches(config, hp, hp.batch_rows // micro_rows // world.size, micro_rows, world.device)
+    micro_steps = hp.batch_rows // micro_rows // world.size
+    next_step = train_muon.random_batches(config, hp, micro_steps, micro_rows, world.device)
     net, timer, delay = model.build(config).to(world.device), PhaseTimer(world.device.type), [0.0]
     distributed.reduce_scatter = delayed(distributed.reduce_scatter, delay)
     distributed.all_gather = delayed(distributed.all_gather, delay)

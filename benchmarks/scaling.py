@@ -793,8 +793,8 @@ def main():
     args = parse()
     rows = all_rows(args)
     if not rows:
-        raise UserError("no model's batch has a row for each of so many GPUs; raise --batch_tokens or --tokens_per_gpu, "
-                        "or lower --world_sizes")  # fmt: skip
+        mend = "raise --batch_tokens or --tokens_per_gpu, or lower --world_sizes"
+        raise UserError(f"no model's batch has a row for each of so many GPUs; {mend}")
     stops = stop_lines(rows, args)
     print(table(rows))
     print(

@@ -14,6 +14,7 @@ from cli import Parser, UserError, add_flags, command_line, given_flags, positiv
 from distributed import memory_bytes
 from facts import SAMPLE_RULES
 from model import PRESETS, Config
+from terminal import printable
 from tools import cost, hub, routes
 
 
@@ -138,5 +139,4 @@ def check_memory(net, rows: int, prompt_tokens: int, new_tokens: int):
 
 def show(text: str):
     """Print at once, with replacements for characters that the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    print(printable(text, sys.stdout), end="", flush=True)
